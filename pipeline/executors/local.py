@@ -17,7 +17,6 @@ from pipeline.storage.files import remove
 from pipeline.storage.object_store import is_remote
 
 T = TypeVar("T")
-ShardWork = Callable[[DatasetDir, Services], None]
 
 
 class LocalExecutor:
@@ -34,8 +33,14 @@ class LocalExecutor:
         self._services = Services(plan.dataset, engine, stats, progress)
 
     def __enter__(self) -> "LocalExecutor":
-        if self.plan.source is not None:
-            import_shard_replies(self.dataset)
+        # Cluster runs store replies in the shards of the same dataset folder.
+        paths = sorted(self.dataset.path.glob("shards/*/journal/local.sqlite")) if self.plan.source else []
+        for path in paths:
+            # Merge the write-ahead log that a killed worker may have left.
+            with Journal(path):
+                pass
+            with Journal(self.dataset.journal) as journal:
+                journal.import_replies(path, "", "g")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -47,7 +52,7 @@ class LocalExecutor:
         assert plan.source is not None
         SourceReader(self.dataset, plan.config, plan.source, self._services.progress).read(plan.config.limit)
 
-    def each(self, work: ShardWork) -> None:
+    def each(self, work: Callable[[DatasetDir, Services], None]) -> None:
         """See Executor."""
         work(self.dataset, self._services)
 
@@ -67,18 +72,6 @@ class LocalExecutor:
 
     def check(self) -> None:
         """See Executor."""
-
-
-def import_shard_replies(dataset: DatasetDir) -> None:
-    """Import the replies that cluster runs stored in the same dataset folder."""
-    journals = sorted(dataset.path.glob("shards/*/journal/local.sqlite"))
-    if journals:
-        with Journal(dataset.journal) as journal:
-            for path in journals:
-                # Merge the write-ahead log that a killed worker may have left.
-                with Journal(path):
-                    pass
-                journal.import_replies(path, "", "g")
 
 
 def forget_other_steps(shard: DatasetDir, names: Sequence[str]) -> None:

@@ -155,16 +155,12 @@ def describe_unanswered(dataset: DatasetDir, funnel: Sequence[StepSummary]) -> I
     rejected = next((summary.rejected for summary in funnel if summary.step == "validate"), {})
     for reason, message in UNANSWERED_MESSAGES.items():
         if count := rejected.get(reason):
-            yield f"{count:,} {message}{_server_message(dataset, reason)}"
-
-
-def _server_message(dataset: DatasetDir, reason: str) -> str:
-    for path in dataset.step_files("validate", "rejected"):
-        table = read_table(path, ["reason", "reply_text"])
-        messages = table.filter(pc.equal(table["reason"], reason))["reply_text"].drop_null()
-        if len(messages):
-            return f'; its message: "{one_line(messages[0].as_py(), 200)}"'
-    return ""
+            paths = dataset.step_files("validate", "rejected")
+            tables = (read_table(path, ["reason", "reply_text"]) for path in paths)
+            replies = (table.filter(pc.equal(table["reason"], reason))["reply_text"] for table in tables)
+            text = next((text for column in replies for text in column.drop_null().to_pylist()), None)
+            example = "" if text is None else f'; its message: "{one_line(text, 200)}"'
+            yield f"{count:,} {message}{example}"
 
 
 class NoRowsError(TableError):

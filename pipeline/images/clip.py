@@ -117,5 +117,4 @@ class ClipScorer:
         if not image_states:
             return []
         image_ND, text_ND = self._torch.stack(list(image_states)), self._torch.stack(list(text_states))
-        values: list[float] = self._torch.nn.functional.cosine_similarity(image_ND, text_ND).tolist()
-        return values
+        return list(self._torch.nn.functional.cosine_similarity(image_ND, text_ND).tolist())

@@ -194,7 +194,11 @@ def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterat
         # Pillow warns about every unusual tag. `catch_warnings` is not thread-safe.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            _check_size(image)
+            size = f"{image.width} x {image.height} px"
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError("too_many_pixels", f"{size} is more than {MAX_PIXELS:,} pixels")
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise ImageError("too_narrow", f"{size}: the aspect ratio is over {MAX_ASPECT_RATIO}")
             is_counted = counts_scans and image.format in _JPEG_FORMATS
             if is_counted and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
                 raise too_many_scans()
@@ -236,12 +240,3 @@ def has_heif() -> bool:
         return False
     register_heif_opener()
     return True
-
-
-def _check_size(image: Image.Image) -> None:
-    width_px, height_px = image.size
-    size = f"{width_px} x {height_px} px"
-    if width_px * height_px > MAX_PIXELS:
-        raise ImageError("too_many_pixels", f"{size} is more than {MAX_PIXELS:,} pixels")
-    if max(width_px, height_px) > MAX_ASPECT_RATIO * min(width_px, height_px):
-        raise ImageError("too_narrow", f"{size}: the aspect ratio is over {MAX_ASPECT_RATIO}")

@@ -116,7 +116,7 @@ class Worker:
             raise SourceError(f"cannot start an image decoder: {error}", hint="free some memory") from None
         finally:
             theirs.close()
-        self._is_overdue, self._lock = False, threading.Lock()
+        self._lock = threading.Lock()
 
     def is_alive(self) -> bool:
         """Return whether the process is running."""
@@ -132,7 +132,13 @@ class Worker:
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
         """Kill the process and raise ImageError if the body takes longer than `seconds` or fails."""
-        timer = threading.Timer(seconds, self._end_overdue)
+        is_overdue = threading.Event()
+
+        def end() -> None:
+            is_overdue.set()
+            self._process.kill()
+
+        timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
         try:
@@ -140,7 +146,12 @@ class Worker:
         except Exception as error:  # noqa: BLE001  # the answer may be invalid in any way
             log.info("a decoder process ended or was killed: %r", error)
             self.kill()
-            raise self._death_reason(seconds) from None
+            code = self._process.wait()
+            if is_overdue.is_set() or code == -signal.SIGXCPU:
+                limit = f"{seconds:.0f} s" if is_overdue.is_set() else f"{CPU_SECONDS} s of CPU time"
+                raise ImageError("too_slow", f"decoding took more than {limit}") from None
+            name = signal.Signals(-code).name if -code in {*signal.Signals} else f"code {code}"
+            raise ImageError("decoder_died", f"the decoder ended with {name}") from None
         finally:
             timer.cancel()
 
@@ -160,19 +171,6 @@ class Worker:
         if not isinstance(header, dict):
             raise TypeError("a header is not a JSON object")
         return header
-
-    def _end_overdue(self) -> None:
-        self._is_overdue = True
-        self._process.kill()
-
-    def _death_reason(self, seconds: float) -> ImageError:
-        code = self._process.wait()
-        if self._is_overdue:
-            return ImageError("too_slow", f"decoding took more than {seconds:.0f} s")
-        if code == -signal.SIGXCPU:
-            return ImageError("too_slow", f"decoding took more than {CPU_SECONDS} s of CPU time")
-        name = signal.Signals(-code).name if -code in {*signal.Signals} else f"code {code}"
-        return ImageError("decoder_died", f"the decoder ended with {name}")
 
 
 def stated_reason(header: dict[str, Any]) -> ImageError | None:

@@ -10,7 +10,6 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 from PIL import ImageOps
 
@@ -69,7 +68,8 @@ def _strip_jpeg(data: bytes) -> Iterator[bytes]:
         elif kind == 0xE1 and not has_orientation:  # EXIF or XMP: write the orientation only once
             has_orientation = True
             if (orientation := _orientation(data)) != 1:
-                yield _jpeg_exif(orientation)
+                exif = b"Exif\0\0" + _tiff_orientation(orientation)
+                yield b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
         elif kind == 0xEE and content.startswith(b"Adobe") and len(content) >= 12:
             yield b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0" + content[11:12]  # color transform
         elif (kind == 0xE2 and content.startswith(_ICC_PROFILE)) or not (
@@ -86,12 +86,6 @@ def _strip_jpeg(data: bytes) -> Iterator[bytes]:
                 raise ValueError("no end of image")
             yield data[start : marker.start()]
             start = marker.start()
-
-
-def _jpeg_exif(orientation: int) -> bytes:
-    """Return an EXIF segment that holds only an orientation."""
-    content = b"Exif\0\0" + _tiff_orientation(orientation)
-    return b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
 
 
 def _tiff_orientation(orientation: int) -> bytes:
@@ -148,8 +142,7 @@ def _encode(data: bytes) -> bytes:
             upright = upright.convert("RGBA")
         elif upright.mode not in _PNG_MODES:
             upright, profile = upright.convert("RGB"), None  # the profile may be for CMYK
-        info = upright.info.items()
-        transparency: dict[Any, Any] = {name: value for name, value in info if name == "transparency"}
+        transparency = {name: upright.info[name] for name in upright.info.keys() & {"transparency"}}
         upright.info = transparency  # encoders would write comments from this dict
         # A lossless WebP has a chunk of this name.
         is_lossy = image.format in _LOSSY_FORMATS and b"VP8L" not in data

@@ -20,8 +20,7 @@ from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 from pipeline.types import ImageKind
 
 HASH_BITS = 256
-WORD_BITS = 64
-WORDS = HASH_BITS // WORD_BITS
+WORDS = HASH_BITS // 64
 # Recompressed, halved, brightened, gray and mirrored copies are at most this far apart
 # (docs/measurements.md).
 MAX_COPY_BITS = 24
@@ -78,13 +77,12 @@ def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
     return np.add(flipped, others, dtype=np.uint16)
 
 
-def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_] | None = None) -> NearPairs:
+def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_]) -> NearPairs:
     """Return the near pairs of hashes, which are sorted best first.
 
     Each hash is paired with at most MAX_NEIGHBORS better ones, so that many similar images fit in memory.
     Pairs with a page of a deck (`is_page`) are all returned, since decks are near if they share enough pages.
     """
-    is_page = np.zeros(len(hashes), np.bool_) if is_page is None else is_page
 
     def compare(start: int) -> NearPairs:
         block = hashes[start : start + BLOCK_HASHES]

@@ -77,8 +77,7 @@ def choose_image_kind(config: Config) -> ImageKind | None:
 
 def holds_decks(config: Config) -> bool:
     """Return whether the samples are decks, judged by the settings alone."""
-    tasks = config.tasks or find_source(config.source).default_tasks(config)
-    return asks_about_decks(tasks)
+    return asks_about_decks(config.tasks or find_source(config.source).default_tasks(config))
 
 
 def open_source(config: Config) -> Source:

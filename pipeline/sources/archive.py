@@ -23,7 +23,7 @@ from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import SourceSpec, as_text, check_samples, refuse_roles, require_columns
 from pipeline.sources.source_files import UNREAD_SUFFIXES, find_source_files
-from pipeline.sources.splits import describe_held_out, read_split, split_of_path, stored_split
+from pipeline.sources.splits import describe_held_out, group_by_split, read_split, split_of_path, stored_split
 from pipeline.sources.text_files import decode_text, parse_json
 from pipeline.sources.texts import (
     MAX_TEXT_CHARACTERS,
@@ -303,10 +303,8 @@ def _open(config: Config, path: str) -> Source:
         hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
         raise SourceError(f"no archive at {path}", hint=hint)
     license, columns, split = config.license or UNKNOWN, config.context, config.source_split
-    names_by_split: dict[str | None, list[str]] = {}
-    for name in archives:
-        names_by_split.setdefault(split_of_path(name), []).append(name)
-    names = [name for name in archives if split in (None, split_of_path(name))]
+    names_by_split = group_by_split(archives)
+    names = archives if split is None else names_by_split.get(split, [])
     if not names:
         hint = f"name the archives of this split like {split}-0.tar"
         raise SourceError(f"no archive is named after the split {split}", hint=hint)

@@ -29,7 +29,7 @@ from pipeline.sources.source_files import (
 )
 from pipeline.storage.untrusted import TOO_LARGE, UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import UNKNOWN, RawSample, Rejected, Sample, Source
+from pipeline.types import UNKNOWN, RawSample, Rejected, Source
 
 FRAME_SECONDS = 5.0  # default interval between frames
 MAX_PDF_BYTES = 500_000_000  # a document is held in memory
@@ -87,17 +87,12 @@ def _open(kind: Kind, config: Config, path: str, *, decks: bool = False) -> Sour
         except OSError as error:
             yield Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
 
-    def read(start: int) -> Iterator[Sample | Rejected]:
-        return check_samples(
-            islice(chain(unreadable, chain.from_iterable(map(read_file, files))), start, None)
-        )
-
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
     contents = [[row_name(file, root), digest_or_fault(file, bound, max_bytes=None)] for file in files]
     return Source(
         name=kind,
         revision=digest([*contents, *renderer]),
-        read=read,
+        read=lambda start: check_samples(islice(chain(unreadable, *map(read_file, files)), start, None)),
         messages=tuple(describe_unread(content, others)),
         decks=decks,
     )

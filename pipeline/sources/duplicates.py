@@ -1,6 +1,6 @@
 """Remove duplicate images from a source. Each image is kept once, with the texts of all its rows."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 from pipeline.digests import canonical
 from pipeline.sources.splits import most_held_out
 from pipeline.tables import LISTED_SAMPLE, REFERENCE_QA, REFERENCES
-from pipeline.types import Rejected
 
 POSITION = "position"  # row index in the source, from 0
 IS_COPY = "is_copy"  # whether an earlier sample has the same image
@@ -45,14 +44,13 @@ class DuplicateImages:
         # If one copy is held out, the image is held out.
         self.kept[sample_id] = most_held_out(row["split"], self.kept[sample_id])
         self.later.setdefault(sample_id, []).append({name: row[name] for name in (REFERENCES, REFERENCE_QA)})
-        copy = Rejected(source_row=row["source_row"], reason=REPEATED, detail=sample_id)
-        self.copies.append(asdict(copy))
+        self.copies.append({"source_row": row["source_row"], "reason": REPEATED, "detail": sample_id})
         return True
 
     def apply(self, samples: pa.Table) -> pa.Table:
         """Return the samples (LISTED_SAMPLE) with the values and texts of their copies merged in.
 
-        The questions are null for all samples if no row has a question, and never null otherwise.
+        If no row has a question, all questions are null. Otherwise, samples without a question get [].
         """
         if any(sample_id in self.later for sample_id in samples["sample_id"].to_pylist()):
             rows = [row | self._merged(row) for row in samples.to_pylist()]

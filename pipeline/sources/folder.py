@@ -7,7 +7,7 @@ Prompts may use `folder`, `file_name` and other columns of these files as contex
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,8 @@ class FolderTexts:
         if not rows:
             self._messages.append(f"{file} was not used: no row has a file_name")
         elif not columns & {*self._columns, *CAPTION_COLUMNS, QUESTION}:
-            known = (
-                f"they are read from {', '.join(CAPTION_COLUMNS)}, and it has {', '.join(map(str, rows[0]))}"
-            )
+            names = ", ".join(map(str, rows[0]))
+            known = f"they are read from {', '.join(CAPTION_COLUMNS)}, and it has {names}"
             self._messages.append(f"{file} has no captions: {known}")
         try:
             splits = [read_split(row.get(SPLIT)) for row in rows]
@@ -192,7 +191,9 @@ class FolderTexts:
 
     def _add_splits_of_folders(self) -> None:
         """Set the split of images whose folder is named after a split, unless a file states their split."""
-        folders = _first_folders(self._images)
+        shared = os.path.commonpath(self._images) if len(self._images) > 1 else ""
+        paths = {name: name.removeprefix(f"{shared}/").rpartition("/")[0] for name in self._images}
+        folders = {name: path.partition("/")[0] for name, path in paths.items()}
         splits = splits_of_names(folders)
         for name, split in splits.items():
             self._texts[name].split = self._texts[name].split or split
@@ -205,12 +206,6 @@ class FolderTexts:
         if names:
             message = f"{file} lists {len(names):,} images that do not exist: {first_names(names)}"
             self._messages.append(message)
-
-
-def _first_folders(names: Collection[str]) -> dict[str, str]:
-    """Return the first folder in each path, relative to the innermost folder of all images, or ""."""
-    shared = os.path.commonpath(names) if len(names) > 1 else ""
-    return {name: name.removeprefix(f"{shared}/").rpartition("/")[0].partition("/")[0] for name in names}
 
 
 def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:

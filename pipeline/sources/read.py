@@ -6,7 +6,6 @@ If the source and the files of the step have not changed, the next run uses the 
 
 import secrets
 import time
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -116,9 +115,7 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
     if not all(revisions):
         return secrets.token_hex(32)
     settings = config.model_dump(mode="json", include={*READ_SETTINGS})
-    limit: int | None = None
-    if find_source(config.source).is_endless:
-        limit = config.limit
+    limit = config.limit if find_source(config.source).is_endless else None
     compared = [config.keeps_human_texts, choose_image_kind(config), list(config.exclude)]
     captions = [file_digest(path) for path in config.captions if path.exists()]
     facts = [source.name, source.license, revisions, settings, captions, limit, compared, has_heif()]
@@ -269,8 +266,7 @@ class SourceReader:
         """Write the kept samples, the near-duplicates and all rejected rows."""
         kind = choose_image_kind(self.config)
         if kind is None:
-            for name in (IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE):
-                self.dataset.step_file("read", name).unlink(missing_ok=True)
+            self.dataset.step_file("read", IMAGE_GROUPS_FILE).unlink(missing_ok=True)
         groups = IMAGE_GROUPS.empty_table() if kind is None else self._compare(parts, kind)
         near_groups = groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()
         near = {row["sample_id"]: row for row in near_groups}
@@ -298,9 +294,8 @@ class SourceReader:
             near_file.unlink(missing_ok=True)
         write_table(self.dataset.step_file("read"), samples(is_near=False), LISTED_SAMPLE)
         rejected = [row for position, row in parts.rejected if position < self._num_rows]
-        rejected = sorted(
-            [*rejected, *self._images.copies, *near_rejected], key=lambda row: row["source_row"]
-        )
+        rejected += [*self._images.copies, *near_rejected]
+        rejected.sort(key=lambda row: row["source_row"])
         table = pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)
         write_table(self.dataset.step_file("read", "rejected"), [table], SOURCE_REJECTED)
 
@@ -319,13 +314,12 @@ class SourceReader:
         described = list(describe_rejected(self.dataset))
         for text in described if is_new else ():
             self.progress.message(text)
-        if open_table(self.dataset.step_file("read")).metadata.num_rows:
+        kept, reasons = count_rows(self.dataset, "read")
+        if kept:
             return
-        rejected = read_table(self.dataset.step_file("read", "rejected"), ["reason"])
-        reasons = Counter(rejected["reason"].to_pylist())
         hint = "fix the files, or choose another source; steps/read/rejected.parquet lists every row"
         if reasons:
-            hint = ADVICE.get(reasons.most_common(1)[0][0], hint)
+            hint = ADVICE.get(next(iter(reasons)), hint)  # the most common one
         problem = f"no image of {self.config.source} can be used; {'; '.join(described) or 'it is empty'}"
         raise SourceError(problem, hint=hint)
 
@@ -392,12 +386,12 @@ class SourceParts:
             self.store.add([images])
             added = [row for row in self._samples if row[POSITION] < self.num_rows]
             samples = pa.Table.from_pylist(added, schema=READ_SAMPLE)
-            write_table(self._samples_path(self._count), [samples], READ_SAMPLE)
+            write_table(self._path(self._count, ".parquet"), [samples], READ_SAMPLE)
             new = range(self._first_row, self.num_rows)
             rejected = [[position, row] for position, row in self.rejected if position in new]
             record = {"key": self.key, "rows": self.num_rows, "last_row": self.last_row, "rejected": rejected}
-            sha256 = file_digest(self._samples_path(self._count))
-            write_json(self._record_path(self._count), record | {"sha256": sha256})
+            sha256 = file_digest(self._path(self._count, ".parquet"))
+            write_json(self._path(self._count, ".json"), record | {"sha256": sha256})
             self._count, self._first_row = self._count + 1, self.num_rows
             self._samples, self._images, self._num_bytes = [], {}, 0
         self._written_at = time.monotonic()
@@ -406,7 +400,7 @@ class SourceParts:
         """Yield the samples (READ_SAMPLE) in source order, in tables of the same size for any parts."""
         table = READ_SAMPLE.empty_table().select(columns)
         for number in range(self._count):
-            part = open_parquet(self._samples_path(number)).read(list(columns))
+            part = open_parquet(self._path(number, ".parquet")).read(list(columns))
             table = pa.concat_tables([table, part])
             for _ in range(table.num_rows // PART_ROWS):
                 yield table.slice(0, PART_ROWS).combine_chunks()
@@ -416,22 +410,19 @@ class SourceParts:
     def _read_record(self, number: int) -> dict[str, Any] | None:
         """Return the record of a part, or None if the part is missing or unusable."""
         try:
-            record = read_json(self._record_path(number))
-            sha256 = file_digest(self._samples_path(number))
+            record = read_json(self._path(number, ".json"))
+            sha256 = file_digest(self._path(number, ".parquet"))
             is_valid = record["key"] == self.key and record["sha256"] == sha256
             if not is_valid or record["rows"] <= self.num_rows:
                 return None
-            samples = open_parquet(self._samples_path(number)).read(["sample_id", POSITION, IS_COPY])
+            samples = open_parquet(self._path(number, ".parquet")).read(["sample_id", POSITION, IS_COPY])
             ids = without_copies(samples)["sample_id"].to_pylist()
             return None if self.store.find_missing(ids) else record
         except (OSError, ValueError, LookupError, TypeError, SynthError):
             return None
 
-    def _samples_path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.parquet"
-
-    def _record_path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.json"
+    def _path(self, number: int, suffix: str) -> Path:
+        return self.folder / f"{number:05d}{suffix}"
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:

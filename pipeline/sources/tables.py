@@ -65,10 +65,6 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
     def split_of(value: object) -> str | None:
         return SPLIT_OF_WORD.get(str(value).strip().casefold())
 
-    def is_in_split(value: object) -> bool:
-        # A row with an unknown split is rejected, whichever split is read.
-        return split_of(value) == split or not (split_of(value) or _is_missing(value))
-
     def count() -> int:
         if split is None or not split_column:
             return tables.count(split)
@@ -91,8 +87,14 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
 
     def row_number(column: str, start: int) -> int:
         """Return the index of the table row that follows the first `start` rows in the requested split."""
-        rows = enumerate((row for _, _, row in tables.rows([column])), 1)
-        numbers = (n for n, row in rows if isinstance(row, Rejected) or is_in_split(row[column]))
+        numbers = (
+            number
+            for number, (_, _, row) in enumerate(tables.rows([column]), 1)
+            # A row with an unknown split is rejected, whichever split is read.
+            if isinstance(row, Rejected)
+            or split_of(row[column]) == split
+            or not (split_of(row[column]) or _is_missing(row[column]))
+        )
         return next(islice(numbers, start - 1, None), tables.count()) if start else 0
 
     def read(start: int) -> Iterator[Sample | Rejected]:

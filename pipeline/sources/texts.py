@@ -133,8 +133,7 @@ def extract_texts(
 ) -> list[str]:
     """Return the human texts in a value, which is a string, a list, or an object with one of TEXT_KEYS.
 
-    `text_of` returns the text of another value. Values that are nested more than `max_depth` levels deep are
-    not texts.
+    `text_of` returns the text of a value of another type. Values below `max_depth` levels are not texts.
     """
     if isinstance(value, str) and (items := parse_list(value)) is not None:
         value = items
@@ -276,7 +275,7 @@ def match_images(
     A name matches an image's path, or else its file name if that is unique among the images and the names.
     """
     unmatched, matched = list(texts), dict[str, ImageTexts]()
-    for key_of in (normalize_path, _file_name):
+    for key_of in (normalize_path, lambda name: normalize_path(name).rpartition("/")[2]):
         image_of, name_of = _unique(images, key_of), _unique(unmatched, key_of)
         for key, name in name_of.items():
             if key in image_of:
@@ -295,7 +294,3 @@ def _unique(names: Sequence[str], key_of: Callable[[str], str]) -> dict[str, str
 def normalize_path(name: str) -> str:
     """Return a path with forward slashes in Unicode form NFC. Windows and macOS write other forms."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
-
-
-def _file_name(name: str) -> str:
-    return normalize_path(name).rpartition("/")[2]

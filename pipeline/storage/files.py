@@ -165,7 +165,10 @@ def open_writer(
 
     With `by_content`, pages end at content-defined boundaries, which inserted rows do not move.
     """
-    leaves = _leaf_columns(schema)
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), empty)
+    columns = pq.ParquetFile(pa.BufferReader(empty.getvalue())).schema
+    leaves = [columns.column(n).path for n in range(len(columns))]  # such as captions.list.element.text
     pixels = (*PIXELS, "images")  # columns of versions, and the column of the store and of exports
     texts = [path for path in leaves if path.split(".")[0] not in pixels]
     return pq.ParquetWriter(
@@ -177,14 +180,6 @@ def open_writer(
         write_page_checksum=True,
         use_content_defined_chunking=by_content,
     )
-
-
-def _leaf_columns(schema: pa.Schema) -> list[str]:
-    """Return the paths of all Parquet leaf columns, such as `captions.list.element.text`."""
-    buffer = pa.BufferOutputStream()
-    pq.write_table(schema.empty_table(), buffer)
-    columns = pq.ParquetFile(pa.BufferReader(buffer.getvalue())).schema
-    return [columns.column(n).path for n in range(len(columns))]
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

@@ -83,8 +83,20 @@ def lease(
     holder_id = uuid4().hex
     _acquire(path, holder_id, timeout_s, say)
     ended = threading.Event()
-    interval_s = timeout_s / HEARTBEATS_PER_TIMEOUT
-    renewing = threading.Thread(target=_renew, args=(path, holder_id, interval_s, ended), daemon=True)
+
+    def renew() -> None:
+        for beats in count(1):
+            if ended.wait(timeout_s / HEARTBEATS_PER_TIMEOUT):
+                return
+            try:
+                if not _is_holder(path, holder_id):
+                    log.warning("the lease of %s was taken over: this process was paused", path.parent)
+                    return
+                path.write_bytes(_beat(holder_id, beats))
+            except Exception as error:  # noqa: BLE001  # the next heartbeat may succeed
+                log.warning("the lease of %s was not renewed: %s", path.parent, error)
+
+    renewing = threading.Thread(target=renew, daemon=True)
     renewing.start()
 
     def check() -> None:
@@ -116,19 +128,6 @@ def _acquire(path: Path, holder_id: str, timeout_s: float, say: Callable[[str], 
     if not _is_holder(path, holder_id):
         hint = "wait for it, or use another --out"
         raise StoreError(f"another command is writing to {path.parent}", hint=hint)
-
-
-def _renew(path: Path, holder_id: str, interval_s: float, ended: threading.Event) -> None:
-    for beats in count(1):
-        if ended.wait(interval_s):
-            return
-        try:
-            if not _is_holder(path, holder_id):
-                log.warning("the lease of %s was taken over: this process was paused too long", path.parent)
-                return
-            path.write_bytes(_beat(holder_id, beats))
-        except Exception as error:  # noqa: BLE001  # the next heartbeat may succeed
-            log.warning("the lease of %s was not renewed: %s", path.parent, error)
 
 
 def _is_holder(path: Path, holder_id: str) -> bool:

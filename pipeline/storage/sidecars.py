@@ -58,9 +58,8 @@ def images_without_text(images: Sequence[Path]) -> list[Path]:
     for image in images:
         target = image.with_suffix(".txt")
         if target == image or target in targets:
-            problem = f"two images would have the text file {target}"
-            if target == image:
-                problem = f"{image} has the same name as its text file"
+            same = f"{image} has the same name as its text file"
+            problem = same if target == image else f"two images would have the text file {target}"
             raise ConfigError(problem, hint="rename an image, or choose another --out")
         targets[target] = image
     return [image for target, image in targets.items() if not os.path.lexists(target)]

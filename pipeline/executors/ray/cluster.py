@@ -113,6 +113,7 @@ def map_on_workers(
     import ray.exceptions as lost
     from ray.util import ActorPool
 
+    deaths = (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError)
     options: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
     worker: Any = ray.remote(max_restarts=-1, max_task_retries=MAX_DEATHS, **options)(_Worker)
     actors = [worker.remote(work) for _ in range(min(workers.workers, count))]
@@ -127,12 +128,7 @@ def map_on_workers(
         while pool.has_next():
             try:
                 index, result, error = pool.get_next_unordered()
-            except (
-                lost.RayActorError,
-                lost.WorkerCrashedError,
-                lost.OutOfMemoryError,
-                lost.NodeDiedError,
-            ) as died:
+            except deaths as died:
                 hint = "look for out-of-memory kills, then run the same command to resume"
                 error = ClusterError(f"workers died repeatedly: {one_line(died)}", hint=hint)
             if error:

@@ -27,8 +27,8 @@ from pipeline.executors.ray.cluster import (
 from pipeline.executors.ray.shards import (
     ShardedImageStore,
     ShardedRun,
+    exclusive_shard,
     named_files,
-    run_exclusively,
     scratch_root,
 )
 from pipeline.executors.ray.workers import ShardWorker, add_fill_results, read_filled
@@ -158,9 +158,8 @@ def open_executor(
         workers = plan_workers(options.workers, loads_model=bool(local), own_server="vllm" in local)
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
         _forget_local_run(dataset)
-        kinds, files = {name: engine.name for name, engine in plan.engines.items()}, named_files(plan)
-        run = ShardedRun(plan, Path.cwd(), shard_count, kinds, digest(files))
-        yield RayExecutor(replace(run, filled=_filled_folders(run)), workers, stats, progress, check)
+        run = _open_run(plan, shard_count, {name: engine.name for name, engine in plan.engines.items()})
+        yield RayExecutor(run, workers, stats, progress, check)
 
 
 def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> RayExecutor:
@@ -169,26 +168,21 @@ def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> 
     The caller must hold the lock of the dataset folder. `check` raises an error if the lock is lost.
     """
     plan = replace(plan, dataset=DatasetDir(plan.dataset.path.absolute()))
-    shard_count = _count_shards(plan.dataset, None)
-    run = ShardedRun(plan, Path.cwd(), shard_count, {}, digest(named_files(plan)))
-    run = replace(run, filled=_filled_folders(run))
+    run = _open_run(plan, _count_shards(plan.dataset, None), {})
     return RayExecutor(run, None, RequestStats(), progress, check, is_filled=True)
 
 
-def _filled_folders(run: ShardedRun) -> tuple[str, ...]:
-    """Return the folder name of each shard below `shards` in an object store, or () on a disk."""
-    if not is_remote(run.root):
-        return ()
-    return tuple(read_filled(run, n).get("folder", f"{n:05d}") for n in range(run.shard_count))
+def _open_run(plan: Plan, shard_count: int, engines: dict[str, str]) -> ShardedRun:
+    run = ShardedRun(plan, Path.cwd(), shard_count, engines, digest(named_files(plan)))
+    shards = range(shard_count if is_remote(run.root) else 0)
+    return replace(run, filled=tuple(read_filled(run, n).get("folder", f"{n:05d}") for n in shards))
 
 
 def _apply_to_shard(run: ShardedRun, works: Sequence[ShardWork], index: int) -> None:
-    def apply() -> None:
-        services = Services(run.shard(index), _no_engine, RequestStats(), NullProgress())
+    with exclusive_shard(run, index) as shard:
+        services = Services(shard, _no_engine, RequestStats(), NullProgress())
         for work in works:
-            work(run.shard(index), services)
-
-    run_exclusively(run, index, apply)
+            work(shard, services)
 
 
 def _no_engine(_: str) -> Engine:
@@ -199,20 +193,17 @@ def _no_engine(_: str) -> Engine:
 
 def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: Path, index: int) -> T:
     """Write the rows of a shard to a folder with a new name, which no abandoned worker writes to."""
-
-    def write() -> T:
+    with exclusive_shard(run, index) as shard:
         name = f"{index:05d}-{uuid4().hex[:8]}"
         path = (run.scratch if is_remote(draft) else draft) / name
         path.mkdir(parents=True)
-        written = work(run.shard(index), path)
+        written = work(shard, path)
         if is_remote(draft):
             upload_folder(path, draft / name)
             remove(path)
             assert isinstance(written, RowWriter)
             return replace(written, path=draft / name)
         return written
-
-    return run_exclusively(run, index, write)
 
 
 def _forget_local_run(dataset: DatasetDir) -> None:

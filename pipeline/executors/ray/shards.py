@@ -2,12 +2,12 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import is_remote
 from pipeline.tasks.prompts import prompt_texts
 
-T = TypeVar("T")
 # Number of leading hexadecimal digits of a sample id that select the shard.
 HEX_DIGITS = 8
 _CHECKED_FILES = set[str]()
@@ -152,8 +151,9 @@ def scratch_root(root: Path) -> Path:
     return folder / digest(str(root))[:16]
 
 
-def run_exclusively(run: ShardedRun, index: int, work: Callable[[], T]) -> T:
-    """Call `work` while no other worker works on the same shard.
+@contextmanager
+def exclusive_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
+    """Yield the folder of a shard while no other worker works on the shard.
 
     Object stores have no locks. There, an abandoned worker and its replacement write equal files, or files
     with different names.
@@ -161,4 +161,4 @@ def run_exclusively(run: ShardedRun, index: int, work: Callable[[], T]) -> T:
     run.enter()
     shard = run.shard(index)
     with translate_disk_errors(shard.path), nullcontext() if is_remote(shard.path) else shard.lock(wait=True):
-        return work()
+        yield shard

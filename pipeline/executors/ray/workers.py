@@ -24,7 +24,7 @@ import pyarrow as pa
 from pipeline.dataset.directory import DatasetDir, read_samples
 from pipeline.dataset.records import count_rows, is_done, write_record
 from pipeline.errors import EngineError
-from pipeline.executors.ray.shards import ShardedRun, run_exclusively
+from pipeline.executors.ray.shards import ShardedRun, exclusive_shard
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engines
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
@@ -77,18 +77,18 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 
     def __init__(self, run: ShardedRun, works: Sequence[Callable[[DatasetDir, Services], None]]) -> None:
         self.run, self.works = run, works
+        self._stack = ExitStack()
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def __call__(self, index: int) -> FillResult:
         """Fill a shard, unless it is already filled."""
-        return run_exclusively(self.run, index, lambda: self._fill_once(index))
+        with exclusive_shard(self.run, index) as shard:
+            return self._fill_in_store(index) if is_remote(self.run.root) else self._fill(index, shard)
 
-    def _fill_once(self, index: int) -> FillResult:
+    def _fill_in_store(self, index: int) -> FillResult:
         run = self.run
-        if not is_remote(run.root):
-            return self._fill(index, run.shard(index))
         record = read_filled(run, index)
         if record.get("key") == run.key:
             forget_scratch(scratch_folder(run, index))
@@ -122,10 +122,6 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
     @cached_property
     def _engine(self) -> Callable[[str], Engine]:
         return self._stack.enter_context(open_engines(self._choose_engine))
-
-    @cached_property
-    def _stack(self) -> ExitStack:
-        return ExitStack()
 
     def _choose_engine(self, name: str) -> EngineChoice:
         run = self.run
@@ -185,7 +181,7 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
 
 
 def scratch_folder(run: ShardedRun, index: int) -> DatasetDir:
-    """Return the folder on this node for a shard of an object store, which has the images."""
+    """Return the folder on this node for the steps of a shard. Its images stay in the object store."""
     return DatasetDir(run.scratch / "shards" / f"{index:05d}", run.root)
 
 

@@ -192,7 +192,10 @@ def test_near_pairs_in_tiles_equal_those_of_a_plain_comparison(
     bits = image_distances(hashes, hashes, mirrored=kind == "photos")
     near = np.argwhere(MAX_NEAR_BITS[kind] >= bits.T)
     expected = [(first, second, bits[first, second]) for second, first in near if first < second]
-    assert list(zip(*near_hashes(hashes, kind), strict=True)) == expected and len(expected) > 1000
+    assert (
+        list(zip(*near_hashes(hashes, kind, np.zeros(len(hashes), np.bool_)), strict=True)) == expected
+        and len(expected) > 1000
+    )
 
 
 def test_mirrored_photo_is_a_copy_and_the_larger_one_is_kept(photos: list[Image.Image]) -> None:

@@ -2,8 +2,7 @@
 
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,6 +24,7 @@ from pipeline.storage.object_store import local_copy, parse_dataset_path
 from pipeline.types import Reply
 from tests.plans import request_plan
 from tests.step_runs import plan_of
+from tests.whole.conftest import wait_until
 
 REQUESTS = list(build_requests("a" * 64, request_plan(resolve(source="scenes"))))
 
@@ -66,13 +66,6 @@ def stored(run: ShardedRun) -> int:
     return max(counts)
 
 
-def wait_for(is_true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 300
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_replies_are_uploaded_before_their_shard_is_complete(
     run: ShardedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +81,7 @@ def test_replies_are_uploaded_before_their_shard_is_complete(
     monkeypatch.setattr(workers, "upload", fail_twice)
     with scratch_shard(run, 2) as folder:
         keep(folder, 0)
-        wait_for(lambda: stored(run) == 1)
+        wait_until(lambda: stored(run) == 1, "the reply is stored")
         keep(folder, 1)
     assert stored(run) == 2
     assert not folder.journal.exists()
