@@ -20,7 +20,7 @@ import aiohttp
 from pipeline.config.sections import ServerConfig, address_of
 from pipeline.errors import EngineError
 from pipeline.inference import protocol
-from pipeline.inference.protocol import PLAIN, Dialect
+from pipeline.inference.protocol import MAX_SHOWN_CHARACTERS, PLAIN, Dialect
 from pipeline.text.escape import without_passwords
 
 POLL_SECONDS = 1.0  # interval for checking servers that are down
@@ -29,7 +29,6 @@ KEEPALIVE_SECONDS = 4  # uvicorn closes idle connections after 5 s
 KEY = "SYNTH_API_KEY"  # environment variable, like the next one
 OPENAI_KEY = "OPENAI_API_KEY"  # sent only to OpenAI's own servers
 MIN_KEY_CHARACTERS = 8  # a shorter value may be an ordinary word, and is not removed from messages
-MAX_SHOWN_CHARACTERS = 200
 PAYMENT_REQUIRED = 402
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI and LiteLLM

@@ -38,6 +38,7 @@ MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_LOGPROB_BYTES = 2048  # for a token with its bytes and log-probability
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
+MAX_SHOWN_CHARACTERS = 200  # of a message, address or model name from a server
 MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the server decodes on one thread
 JPEG_QUALITY = 92
 OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # left out for servers that refuse them
