@@ -127,13 +127,9 @@ class Dialect:
 
     def after_refusal(self, message: str) -> "Dialect | None":
         """Return the dialect without the fields that a refusal message names, or None if it names none."""
-        names = {
-            name
-            for name in OPTIONAL_FIELDS
-            if name not in self.left_out and re.search(rf"\b{name}\b", message)
-        }
-        if names:
-            return replace(self, left_out=self.left_out | names)
+        named = {name for name in OPTIONAL_FIELDS if re.search(rf"\b{name}\b", message)}
+        if named - self.left_out:
+            return replace(self, left_out=self.left_out | named)
         if self.limit_name == LIMIT_FIELDS[0] and LIMIT_FIELDS[1] in message:
             return replace(self, limit_name=LIMIT_FIELDS[1])
         return None
@@ -142,7 +138,13 @@ class Dialect:
 PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 
 
-# --- request bodies
+# --- requests
+
+
+def request_headers(key: str) -> dict[str, str]:
+    """Return the headers of a request. An empty key adds no authorization."""
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    return headers | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
