@@ -141,9 +141,7 @@ class GrammarChooser(LogitsProcessor):
 
     def __init__(self, requests: list[Request], matchers: list[LLMatcher]) -> None:
         self._matchers = matchers
-        self._rngs = [
-            np.random.default_rng([int(request.id[:16], 16), request.attempt]) for request in requests
-        ]
+        self._rngs = [np.random.default_rng([int(one.id[:16], 16), one.attempt]) for one in requests]
         self._temperatures = torch.tensor([request.sampling.temperature for request in requests])
         self._done = [False] * len(requests)
 
