@@ -11,19 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline import rules
 from pipeline.config.sections import ANY_LANGUAGE, FilterConfig
-from pipeline.rules import (
-    CAPTION_RULES,
-    MIN_WORDS_FOR_REPETITION,
-    RECORD_RULES,
-    RULES,
-    RULES_BY_STYLE,
-    TEXT_RULES,
-    Grams,
-    RuleInput,
-    Scores,
-    Words,
-)
+from pipeline.rules import Grams, RuleInput, Scores, Words
 from pipeline.tables import FILTERED, HUMAN_PROMPTS, append_columns, require_columns, with_reason
 from pipeline.tasks import BUILT_IN, TASKS, Tasks
 from pipeline.tasks.base import texts_in
@@ -143,8 +133,8 @@ def _judge(
         row = RuleInput(
             scores, words, config, prompt_grams, texts, style or "", answer_type, is_built_in, caption_words
         )
-        rules = RULES_BY_STYLE.get(row.style, CAPTION_RULES) if row.is_caption else RULES
-        return scores, next((name for name, rejects in rules.items() if rejects(row)), None)
+        applied = rules.RULES_BY_STYLE.get(row.style, rules.CAPTION_RULES) if row.is_caption else rules.RULES
+        return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 
     cached = lru_cache(CACHED_TEXTS)(judge)
     return lambda text, *others: judge(text, *others) if text is not None else cached(text, *others)
@@ -167,8 +157,8 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams, *, is_
         **_measure(joined, words, config.language),
     )
     row = RuleInput(scores, words, config, prompt_grams, tuple((part, words_of(part)) for part in parts))
-    rules = {} if record == NOTHING else TEXT_RULES if is_text else RECORD_RULES
-    return scores, next((name for name, rejects in rules.items() if rejects(row)), None)
+    applied = {} if record == NOTHING else rules.TEXT_RULES if is_text else rules.RECORD_RULES
+    return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 
 
 def _redact_within(value: Any) -> tuple[Any, int]:
@@ -191,7 +181,7 @@ def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
 
 
 def _measure(text: str, words: Words, language_code: str | None) -> dict[str, Any]:
-    is_long = len(words) >= MIN_WORDS_FOR_REPETITION
+    is_long = len(words) >= rules.MIN_WORDS_FOR_REPETITION
     detected, score = language.detect_language(text, words) if language_code else (None, 0.0)
     trigrams = set(zip(words, words[1:], words[2:], strict=False))
     return {

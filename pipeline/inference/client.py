@@ -22,14 +22,7 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
 from pipeline.images.decode import PATCH_PX
 from pipeline.inference import protocol
-from pipeline.inference.endpoints import (
-    Endpoint,
-    Endpoints,
-    cancel_tasks,
-    named_endpoints,
-    raise_for_access,
-    request_headers,
-)
+from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks, named_endpoints, raise_for_access
 from pipeline.inference.probing import probe_server
 from pipeline.inference.protocol import RequestImages, RetryState, ServerBusyError, ServerFaultError
 from pipeline.inference.vllm import Server, VllmCommand, run_servers
@@ -209,7 +202,7 @@ class Client:
         self._served_name = launches[0].name if launches else self.model
         if launches:
             self._servers = await stack.enter_async_context(run_servers(launches, self.progress))
-            headers = request_headers(launches[0].api_key)  # all servers have the same key
+            headers = protocol.request_headers(launches[0].api_key)  # all servers have the same key
             endpoints = [
                 Endpoint(f"{server.root}/v1", headers, dialect=protocol.VLLM, socket_path=server.socket)
                 for server in self._servers

@@ -58,24 +58,19 @@ class EmbeddedEngine:
         return {"reply tokens": f"{self._tokens:,}"}
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        """The processor and the model, in float32."""
+    def _loaded(self) -> tuple[Any, Any, Any]:
+        """The processor, the model in float32, and the tokenizer of grammars."""
         disable_progress_bar()
         processor = AutoProcessor.from_pretrained(self._folder, local_files_only=True)
         model = AutoModelForImageTextToText.from_pretrained(
             self._folder, dtype=torch.float32, local_files_only=True
         )
-        return processor, model.eval()
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        """The tokenizer of grammars."""
-        processor, model = self._loaded
         vocab_size = model.config.get_text_config().vocab_size
-        return llguidance.hf.from_tokenizer(processor.tokenizer, n_vocab=vocab_size)
+        tokenizer = llguidance.hf.from_tokenizer(processor.tokenizer, n_vocab=vocab_size)
+        return processor, model.eval(), tokenizer
 
     def _answer(self, requests: list[Request]) -> list[Reply]:
-        processor, model = self._loaded
+        processor, model, _ = self._loaded
         images = [
             [prepare_image(image, request.max_pixels, for_model=True) for image in request.images]
             for request in requests
@@ -115,7 +110,8 @@ class EmbeddedEngine:
                 grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
             else:
                 grammar = LLMatcher.grammar_from_regex(PLAIN_TEXT)
-            self._prototypes[schema] = LLMatcher(self._tokenizer, grammar)
+            _, _, tokenizer = self._loaded
+            self._prototypes[schema] = LLMatcher(tokenizer, grammar)
         return self._prototypes[schema].deep_copy()
 
 
@@ -145,9 +141,7 @@ class GrammarChooser(LogitsProcessor):
 
     def __init__(self, requests: list[Request], matchers: list[LLMatcher]) -> None:
         self._matchers = matchers
-        self._rngs = [
-            np.random.default_rng([int(request.id[:16], 16), request.attempt]) for request in requests
-        ]
+        self._rngs = [np.random.default_rng([int(one.id[:16], 16), one.attempt]) for one in requests]
         self._temperatures = torch.tensor([request.sampling.temperature for request in requests])
         self._done = [False] * len(requests)
 

@@ -20,7 +20,7 @@ import aiohttp
 from pipeline.config.sections import ServerConfig, address_of
 from pipeline.errors import EngineError
 from pipeline.inference import protocol
-from pipeline.inference.protocol import PLAIN, Dialect
+from pipeline.inference.protocol import MAX_SHOWN_CHARACTERS, PLAIN, Dialect
 from pipeline.text.escape import without_passwords
 
 POLL_SECONDS = 1.0  # interval for checking servers that are down
@@ -29,7 +29,6 @@ KEEPALIVE_SECONDS = 4  # uvicorn closes idle connections after 5 s
 KEY = "SYNTH_API_KEY"  # environment variable, like the next one
 OPENAI_KEY = "OPENAI_API_KEY"  # sent only to OpenAI's own servers
 MIN_KEY_CHARACTERS = 8  # a shorter value may be an ordinary word, and is not removed from messages
-MAX_SHOWN_CHARACTERS = 200
 PAYMENT_REQUIRED = 402
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI and LiteLLM
@@ -87,10 +86,7 @@ class Endpoint:
         self.rests_until = max(self.rests_until, time.monotonic() + pause_s)
 
     def delay_s(self) -> float:
-        """Return the seconds until another request should be sent.
-
-        This is infinity while a single request tests whether the server works again.
-        """
+        """Return the seconds until the next request, or infinity while one tests whether the server works."""
         is_tested = self.failures and self.outstanding
         return math.inf if is_tested else max(0.0, self.rests_until - time.monotonic())
 
@@ -235,9 +231,7 @@ def no_server(endpoints: list[Endpoint]) -> EngineError:
     if proxy := next((endpoint.proxy for endpoint in endpoints if endpoint.proxy), None):
         urls = f"{urls} through the proxy {without_passwords(proxy)}"
         hint = "list hosts to reach without a proxy in NO_PROXY"
-    faults = dict.fromkeys(
-        endpoint.fault.replace(" ssl:default", "") for endpoint in endpoints if endpoint.fault
-    )
+    faults = dict.fromkeys(one.fault.replace(" ssl:default", "") for one in endpoints if one.fault)
     if any("[SSL" in fault for fault in faults):
         hint = "check http:// or https://; for your own certificates, set SSL_CERT_FILE"
     return EngineError(f"no server answers at {urls}{': ' if faults else ''}{'; '.join(faults)}", hint=hint)
@@ -288,7 +282,7 @@ def named_endpoints(urls: Sequence[str], server: ServerConfig) -> list[Endpoint]
         default = OPENAI_KEY if is_openai and KEY not in os.environ and OPENAI_KEY in os.environ else KEY
         name = server.key_env or default
         key = os.environ.get(name, "").strip()
-        headers = request_headers(key)
+        headers = protocol.request_headers(key)
         for header, value in server.headers.items():
             if value.startswith("$") and value[1:] not in os.environ:
                 problem = f"the header {header} uses {value}, but this environment variable is not set"
@@ -296,9 +290,3 @@ def named_endpoints(urls: Sequence[str], server: ServerConfig) -> list[Endpoint]
             headers[header] = os.environ[value[1:]].strip() if value.startswith("$") else value
         endpoints.append(Endpoint(address, headers, name))
     return endpoints
-
-
-def request_headers(key: str) -> dict[str, str]:
-    """Return the headers of a request. An empty key adds no authorization."""
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-    return headers | ({"Authorization": f"Bearer {key}"} if key else {})

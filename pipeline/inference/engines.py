@@ -163,9 +163,8 @@ def _find_weights(model: str, progress: Progress, *, decks: bool = False) -> tup
 def download_model(model: str, commit: str, progress: Progress) -> Path:
     """Return the folder of a Hub model in the local cache. An interrupted download resumes.
 
-    A server loads the model after that, because its start has a time limit.
-
-    Raises EngineError if the Hub does not answer, the model has no safetensors, or the disk is too small.
+    A server loads the model after that, because its start has a time limit. Raises EngineError if the Hub
+    does not answer, the model has no safetensors, or the disk is too small.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE

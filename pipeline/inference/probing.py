@@ -13,13 +13,7 @@ from pipeline.config.sections import ServerConfig
 from pipeline.digests import digest
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import protocol
-from pipeline.inference.endpoints import (
-    MAX_SHOWN_CHARACTERS,
-    Endpoint,
-    named_endpoints,
-    no_server,
-    raise_for_access,
-)
+from pipeline.inference.endpoints import Endpoint, named_endpoints, no_server, raise_for_access
 from pipeline.inference.protocol import CONNECTION_ERRORS, MAX_BODY_BYTES, ServerFaultError, read_body
 from pipeline.progress import Progress
 
@@ -113,7 +107,7 @@ def _served_model(model: dict[str, Any]) -> ServedModel:
 
 def shown_models(models: Iterable[str]) -> str:
     """Return the first MAX_SHOWN_MODELS names, for a message."""
-    names = [name[:MAX_SHOWN_CHARACTERS] for name in models]
+    names = [name[: protocol.MAX_SHOWN_CHARACTERS] for name in models]
     num_more = len(names) - MAX_SHOWN_MODELS
     return ", ".join(names[:MAX_SHOWN_MODELS]) + (f" and {num_more} more" if num_more > 0 else "")
 

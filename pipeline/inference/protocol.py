@@ -38,6 +38,7 @@ MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_LOGPROB_BYTES = 2048  # for a token with its bytes and log-probability
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
+MAX_SHOWN_CHARACTERS = 200  # of a message, address or model name from a server
 MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the server decodes on one thread
 JPEG_QUALITY = 92
 OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # left out for servers that refuse them
@@ -126,13 +127,9 @@ class Dialect:
 
     def after_refusal(self, message: str) -> "Dialect | None":
         """Return the dialect without the fields that a refusal message names, or None if it names none."""
-        names = {
-            name
-            for name in OPTIONAL_FIELDS
-            if name not in self.left_out and re.search(rf"\b{name}\b", message)
-        }
-        if names:
-            return replace(self, left_out=self.left_out | names)
+        named = {name for name in OPTIONAL_FIELDS if re.search(rf"\b{name}\b", message)}
+        if named - self.left_out:
+            return replace(self, left_out=self.left_out | named)
         if self.limit_name == LIMIT_FIELDS[0] and LIMIT_FIELDS[1] in message:
             return replace(self, limit_name=LIMIT_FIELDS[1])
         return None
@@ -141,7 +138,13 @@ class Dialect:
 PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 
 
-# --- request bodies
+# --- requests
+
+
+def request_headers(key: str) -> dict[str, str]:
+    """Return the headers of a request. An empty key adds no authorization."""
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    return headers | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:

@@ -293,9 +293,8 @@ def ask_all(
 ) -> Iterator[Engine]:
     """Send requests until each has a usable reply or `max_attempts` unusable ones.
 
-    `engine` is called only if a request must be sent. Yields the engine after each group of replies.
-
-    Raises BudgetError if the budget is used up, and EngineError if too many replies are unusable.
+    `engine` is called only if a request must be sent. Yields the engine after each group of replies. Raises
+    BudgetError if the budget is used up, and EngineError if too many replies are unusable.
     """
     queue = RequestQueue(chunks, plan, servers, journal, counts)
     while queue.has_work():

@@ -57,12 +57,10 @@ class RequestPlan:
     @classmethod
     def of(cls, config: Config, tasks: Tasks, revision: str) -> "RequestPlan":
         """Return the plan for the settings of a run."""
-        fills = config.human_texts == "fill"
+        fill = config.human_texts == "fill"
         language, context, seed = config.filter.language, config.context, config.seed
         pages = find_source(config.source).image_kind == "graphics"
-        return cls(
-            tasks, config.generate, config.prompt_dirs, context, language, seed, fills, revision, pages
-        )
+        return cls(tasks, config.generate, config.prompt_dirs, context, language, seed, fill, revision, pages)
 
     def models_of(self, task: str) -> tuple[str, ...]:
         """Return the names of the models of a task. The next one is asked about what the last one failed."""

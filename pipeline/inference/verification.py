@@ -87,10 +87,7 @@ def claim_checks(claim: str) -> list[Check]:
 
 
 def rule_checks(caption: str) -> list[list[Check]]:
-    """Return one question for each claim of a caption about a drawn scene, which decides about the claim.
-
-    Rules find the claims.
-    """
+    """Return the one question that decides each claim, for claims that rules find in a caption of a scene."""
     from pipeline.scenes.claims import extract_claims  # compiles large patterns
 
     pairs = [(one.question, one.expected) for one in extract_claims(caption)]

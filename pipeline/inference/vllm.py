@@ -25,15 +25,7 @@ from tempfile import TemporaryDirectory
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
-from pipeline.inference.memory import (
-    BATCHED_TOKENS,
-    GIB,
-    MAX_UTILIZATION,
-    ModelShape,
-    choose_utilization,
-    needed_gib,
-    plan_memory,
-)
+from pipeline.inference import memory
 from pipeline.progress import Progress
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.tasks.boxes import PROCESSOR_PIXELS
@@ -118,7 +110,7 @@ def plan_servers(
     plan = partial(
         plan_vllm_command, python, f"{Path(model).name}@{revision}", folder, server, api_key,
         max_pixels=max_pixels, decks=decks, cores=max(1, len(os.sched_getaffinity(0)) // len(groups)),
-        memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / len(groups),
+        memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / memory.GIB / len(groups),
     )  # fmt: skip
     others = (log.with_name(f"{log.stem}-{number}{log.suffix}") for number in range(2, len(groups) + 1))
     return [plan(file, gpus=group) for file, group in zip((log, *others), groups, strict=True)]
@@ -173,7 +165,7 @@ def plan_vllm_command(
         # With the CPU default of 128 tokens per block, requests hardly share prefixes. Threads that are bound
         # to cores spin, and are 8 times slower.
         options["--block-size"] = "32"
-        options["--kv-cache-memory-bytes"] = str(max(1, int(memory_gib // 8)) * GIB)
+        options["--kv-cache-memory-bytes"] = str(max(1, int(memory_gib // 8)) * memory.GIB)
         switches.append("--enforce-eager")
         environment |= {
             "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(CPU_STEP_TIMEOUT_S),
@@ -211,7 +203,8 @@ def _plan_limits(
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        shape = ModelShape.of(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+        weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        shape = memory.ModelShape.of(config, weights_bytes)
         text = config.get("text_config") or config
         context = int(text.get("max_position_embeddings") or MIN_TOKENS)
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
@@ -219,16 +212,16 @@ def _plan_limits(
         raise EngineError(problem, hint="copy the model again") from None
     context = min(context, MAX_DECK_TOKENS if decks else MAX_TOKENS)
     if shape is None or gpu_gib is None:
-        utilization = choose_utilization(*gpu_gib) if gpu_gib else MAX_UTILIZATION
-        return shape is not None, utilization, BATCHED_TOKENS[0], GPU_SEQS, context
+        utilization = memory.choose_utilization(*gpu_gib) if gpu_gib else memory.MAX_UTILIZATION
+        return shape is not None, utilization, memory.BATCHED_TOKENS[0], GPU_SEQS, context
     # Each GPU of a group holds a share of the weights and of the cache.
     gpus, pixels = count_gpus(flags), max_pixels or PROCESSOR_PIXELS
     share = shape._replace(
         weights_bytes=shape.weights_bytes // gpus, kv_token_bytes=shape.kv_token_bytes // gpus
     )
-    plan = plan_memory(share, *gpu_gib, pixels, context)
+    plan = memory.plan_memory(share, *gpu_gib, pixels, context)
     if not plan.fits and not _USER_MEMORY.search(" ".join(flags)):
-        needed = f"{needed_gib(share, pixels):g} GiB of free memory on each GPU"
+        needed = f"{memory.needed_gib(share, pixels):g} GiB of free memory on each GPU"
         hint = "free memory, or pass a model with FP8 or AWQ weights: --model"
         problem = f"{name.partition('@')[0]} needs {needed}, but {gpu_gib[1]:.1f} GiB are free"
         raise EngineError(problem, hint=hint)
@@ -359,23 +352,17 @@ class Server:
         from pipeline.inference.endpoints import status_of  # imports aiohttp
 
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
+        argv = (self.launch.python, *self.launch.arguments, "--uds", str(self.socket))
         # Put vLLM's own sockets into the folder too, since a killed process leaves them behind.
-        environment = {"VLLM_RPC_BASE_PATH": str(self.socket.parent)} | os.environ | self.launch.environment
+        env = {"VLLM_RPC_BASE_PATH": str(self.socket.parent)} | os.environ | self.launch.environment
+        env["VLLM_API_KEY"] = self.launch.api_key
         self._process = None
         self.socket.unlink(missing_ok=True)
         with open_log(self.launch.log) as log:
             self._log_start = log.tell()
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    self.launch.python,
-                    *self.launch.arguments,
-                    "--uds",
-                    str(self.socket),
-                    env=environment | {"VLLM_API_KEY": self.launch.api_key},
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
+                    *argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
             except OSError as error:
                 raise cannot_run(self.launch.python, error) from None

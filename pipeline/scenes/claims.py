@@ -25,9 +25,8 @@ _THERE = re.compile(r"there (?:is|are) ", re.IGNORECASE)
 _NO_NOUN = r"(?:are|is|was|were|has|have|on|in|at|of|with|that|which|who|near|by|from|to|one|more|\w+ing)\b"
 _NOUN = rf"(?!{_NO_NOUN})[\w-]+"
 _COUNTED = re.compile(rf"({_NUMBER}) ({_NOUN}(?: {_NOUN}){{0,3}}?)(?: {_NO_NOUN}.*)?", re.IGNORECASE)
-_WHERE = r"(?P<where>(?:at|in|on) the [\w -]+)"
-_THING_WORDS = rf"(?P<size>{_SIZE}) (?P<color>{_COLOR}) (?P<shape>{_SHAPE})"
-_DRAWN = re.compile(rf"an? {_THING_WORDS}(?: is {_WHERE})?", re.IGNORECASE)
+_WHERE = r"(?:at|in|on) the [\w -]+"
+_DRAWN = re.compile(rf"an? ({_SIZE}) ({_COLOR}) ({_SHAPE})(?: is ({_WHERE}))?", re.IGNORECASE)
 _THING = re.compile(r"(an?) (.+)", re.IGNORECASE)
 _IS = re.compile(
     r" (?:is|are) (?=(?:at|in|on|near|by|behind|under|over|above|below|beside|next|between|\w+ing)\b)"
@@ -67,22 +66,17 @@ def _claims(part: str) -> Iterator[Claim]:
         expected = "0" if number == "no" else normalize_answer(number)
         yield Claim(f"How many {counted_things} are there?", expected)
     elif shape_match := _DRAWN.fullmatch(part):
-        attributes = shape_match.groupdict(default="").items()
-        yield from _attribute_claims(**{name: value.lower() for name, value in attributes})
+        size, color, shape, where = map(str.lower, shape_match.groups(default=""))
+        if where:
+            for attribute, value in (("color", color), ("shape", shape), ("size", size)):
+                yield Claim(f"What {attribute} is the object {where}?", value)
+        else:
+            yield Claim(f"What shape is the {size} {color} object?", shape)
+            yield Claim(f"What size is the {color} {shape}?", size)
     elif (thing := _THING.fullmatch(part)) and (_IS.search(part) or not _OTHER_VERB.search(part)):
         yield Claim(f"Is there {thing[1].lower()} {_IS.sub(' ', thing[2], count=1)}?", "yes")
     elif part:
         yield Claim(f"Is it true that {part[0].lower()}{part[1:]}?", "yes")
-
-
-def _attribute_claims(size: str, color: str, shape: str, where: str) -> Iterator[Claim]:
-    """Yield the claims about the attributes of a drawn shape."""
-    if where:
-        for attribute, value in (("color", color), ("shape", shape), ("size", size)):
-            yield Claim(f"What {attribute} is the object {where}?", value)
-    else:
-        yield Claim(f"What shape is the {size} {color} object?", shape)
-        yield Claim(f"What size is the {color} {shape}?", size)
 
 
 def pluralize(thing: str) -> str:

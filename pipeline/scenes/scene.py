@@ -110,23 +110,19 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     frame = tuple(level // 2 for level in ground)
     pen.rectangle((0, 0, canvas.width - 1, canvas.height - 1), outline=frame, width=FRAME_PX * OVERSAMPLE)
     for thing in scene.objects:
-        _draw_thing(pen, thing, rng)
+        row, column = divmod(PLACES.index(thing.place), 3)
+        radius_px = rng.uniform(*RADIUS_PX[thing.size])
+        x_px = (column + 0.5) * CELL_PX + rng.uniform(-JITTER_PX, JITTER_PX)
+        y_px = (row + 0.5) * CELL_PX + rng.uniform(-JITTER_PX, JITTER_PX)
+        fill = _tone(COLOR_RGB[thing.color], rng, JITTER_RGB)
+        x, y, r = (length_px * OVERSAMPLE for length_px in (x_px, y_px, radius_px))
+        if thing.shape == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif thing.shape == "ring":
+            pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(r * 0.42))
+        else:
+            pen.polygon([(x + r * dx, y + r * dy) for dx, dy in OUTLINES[thing.shape]], fill=fill)
     return canvas.reduce(OVERSAMPLE)
-
-
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, rng: random.Random) -> None:
-    row, column = divmod(PLACES.index(thing.place), 3)
-    radius_px = rng.uniform(*RADIUS_PX[thing.size])
-    x_px = (column + 0.5) * CELL_PX + rng.uniform(-JITTER_PX, JITTER_PX)
-    y_px = (row + 0.5) * CELL_PX + rng.uniform(-JITTER_PX, JITTER_PX)
-    fill = _tone(COLOR_RGB[thing.color], rng, JITTER_RGB)
-    x, y, r = (length_px * OVERSAMPLE for length_px in (x_px, y_px, radius_px))
-    if thing.shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-    elif thing.shape == "ring":
-        pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(r * 0.42))
-    else:
-        pen.polygon([(x + r * dx, y + r * dy) for dx, dy in OUTLINES[thing.shape]], fill=fill)
 
 
 def _tone(rgb: tuple[int, int, int], rng: random.Random, jitter: int) -> tuple[int, int, int]:
@@ -134,25 +130,17 @@ def _tone(rgb: tuple[int, int, int], rng: random.Random, jitter: int) -> tuple[i
     return red, green, blue
 
 
-def _star(points: int, inner: float) -> list[Point]:
-    turns = [math.pi * k / points for k in range(2 * points)]
-    radii = [1.0, inner] * points
-    return [(radius * math.sin(t), -radius * math.cos(t)) for radius, t in zip(radii, turns, strict=True)]
-
-
-def _cross(arm: float) -> list[Point]:
-    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]  # from the top arm to the right one
-    corners = []
-    for _ in range(4):
-        corners += quarter
-        quarter = [(-y, x) for x, y in quarter]
-    return corners
-
-
+# Half the width of an arm of the cross.
+_A = 0.34
+# Angle and radius of each corner of the star.
+_STAR = [(math.pi * k / 5, 0.42 if k % 2 else 1.0) for k in range(10)]
 # Corners in units of the radius. The y axis points down.
 OUTLINES: dict[str, list[Point]] = {
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],
-    "cross": _cross(arm=0.34),
-    "star": _star(5, 0.42),
+    "cross": [
+        *((_A, -1.0), (_A, -_A), (1.0, -_A), (1.0, _A), (_A, _A), (_A, 1.0)),
+        *((-_A, 1.0), (-_A, _A), (-1.0, _A), (-1.0, -_A), (-_A, -_A), (-_A, -1.0)),
+    ],
+    "star": [(radius * math.sin(turn), -radius * math.cos(turn)) for turn, radius in _STAR],
 }

@@ -10,12 +10,10 @@ def caption(scene: Scene, style: str) -> str:
     """Describe a scene. `brief` is one sentence without places, and `detailed` states each object's place."""
     names = [f"{thing.size} {thing.color} {thing.shape}" for thing in scene.objects]
     if style == "brief":
-        return f"{_list([f'a {name}' for name in names]).capitalize()} on a {scene.background} background."
+        *first, last = [f"a {name}" for name in names]
+        listed = f"{', '.join(first)} and {last}" if first else last
+        return f"{listed.capitalize()} on a {scene.background} background."
     count = f"{NUMBER_WORDS[len(names)].capitalize()} {'object' if len(names) == 1 else 'objects'}"
     pairs = zip(names, scene.objects, strict=True)
     sentences = [f"A {name} is at the {thing.place}." for name, thing in pairs]
     return " ".join([f"{count} on a {scene.background} background.", *sentences])
-
-
-def _list(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

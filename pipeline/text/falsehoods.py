@@ -7,21 +7,15 @@ from pipeline.text.normalize import words_of
 
 _COLORS = "red orange yellow green blue purple pink black white gray brown"
 _NUMBERS = ("two three four five six", "2 3 4 5 6")
-_OPPOSITES = """
-left right
-above below
-under over
-inside outside
-open closed
-standing sitting
-day night
-small large
-"""
+_OPPOSITES = (
+    *("left right", "above below", "under over", "inside outside"),
+    *("open closed", "standing sitting", "day night", "small large"),
+)
 GROUPS = {
     "object": [line.split()[1:] for line in WORDS["objects"].strip().splitlines()],
     "color": [_COLORS.split()],
     "number": [line.split() for line in _NUMBERS],
-    "relation": [line.split() for line in _OPPOSITES.strip().splitlines()],
+    "relation": [pair.split() for pair in _OPPOSITES],
 }
 
 

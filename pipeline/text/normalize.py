@@ -19,9 +19,7 @@ _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff\u00ad]")
 _NOISE = re.compile(r"[\W_]+")
 # Tables that map ASCII letters to lower case, and punctuation to spaces. They are faster than the patterns.
-_KEY = bytes(
-    ord(chr(code).lower()) if chr(code).isalnum() and code < 128 else ord(" ") for code in range(256)
-)
+_KEY = bytes(ord(chr(n).lower()) if chr(n).isalnum() and n < 128 else ord(" ") for n in range(256))
 _WORDS = _KEY[: ord("_")] + b"_" + _KEY[ord("_") + 1 :]
 # Unicode blocks with combining marks (vowel signs, tones). Other texts can use the faster patterns.
 _MAY_HAVE_MARKS = re.compile(

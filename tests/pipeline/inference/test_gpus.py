@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
-from pipeline.inference import vllm
+from pipeline.inference import memory, vllm
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.inference.memory import QWEN_3B, MemoryPlan, ModelShape, plan_memory
 from pipeline.inference.vllm import VllmCommand, plan_servers, visible_gpus
@@ -99,7 +99,7 @@ def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
         return plan_memory(shape, *limits)
 
     monkeypatch.setattr(ModelShape, "of", lambda config, weights_bytes: QWEN_3B)
-    monkeypatch.setattr(vllm, "plan_memory", plan_share)
+    monkeypatch.setattr(memory, "plan_memory", plan_share)
     monkeypatch.setattr(vllm, "gpu_memory_gib", lambda gpus: (24.0, 24.0))
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4"))
     commands = plan(tmp_path, *flags)
