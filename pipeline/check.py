@@ -78,12 +78,10 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
     state = check_journal(path)
     if state.is_intact:
         return Checked(str(path), f"{state.replies:,} replies")
-    problem = (
-        state.problem or f"{len(state.damaged):,} of {state.replies:,} replies do not match their checksums"
-    )
     if state.problem:
         hint = f"restore a backup, or copy the readable rows: sqlite3 {path} .recover | sqlite3 NEW"
-        return Checked(str(path), problem, False, hint)
+        return Checked(str(path), state.problem, False, hint)
+    problem = f"{len(state.damaged):,} of {state.replies:,} replies do not match their checksums"
     if not repair:
         hint = f"`synth check {dataset.path} --repair` removes them; the next run requests them again"
         return Checked(str(path), problem, False, hint)

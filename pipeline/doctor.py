@@ -27,7 +27,6 @@ EXTRAS = {
     "train": ("torch", "transformers", "tokenizers", "safetensors"),
 }
 _VLLM_VERSION = "import vllm, torch; print(vllm.__version__, 'on torch', torch.__version__)"
-_VLLM_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def _vllm() -> Finding:
         return Finding("vllm", False, "not installed", f"pip install vllm, or set {VLLM_PYTHON}")
     command = [python, "-c", _VLLM_VERSION]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_VLLM_TIMEOUT_S)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding("vllm", False, f"cannot run {python}: {error}", f"check {VLLM_PYTHON}")
     if done.returncode == 0:

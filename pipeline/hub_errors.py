@@ -53,10 +53,8 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
             hint = f"accept them at {page}, then run `hf auth login` with the same account"
             return f"{repo} is gated: its owner requires you to accept terms first", hint
         case errors.RevisionNotFoundError():
-            return (
-                f"{repo} has no revision {revision}",
-                "pass a branch, a tag or a commit; default: the newest commit",
-            )
+            hint = "pass a branch, a tag or a commit; default: the newest commit"
+            return f"{repo} has no revision {revision}", hint
         case errors.RepositoryNotFoundError():
             hint = "check the name; run `hf auth login` if it is private"
             return f"no {kind} {repo} at {ENDPOINT}, or no access to it", hint
@@ -73,10 +71,8 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
             return f"the token has no access to {repo}", "use a token with access; a push needs write access"
         case errors.HfHubHTTPError():
             answer = f"{error.response.status_code}): {error.server_message or 'no message'}"
-            return (
-                f"the Hub refused {name} ({answer}",
-                "check the name and the revision, or try again later: finished transfers are kept",
-            )
+            hint = "check the name and the revision, or try again later: finished transfers are kept"
+            return f"the Hub refused {name} ({answer}", hint
         case OSError():
             hint = "check that the disk is writable and has free space, then try again"
             return f"cannot read or write files of {name}: {one_line(error)}", hint

@@ -36,13 +36,11 @@ def caption(
     from trainer.runtime.checkpoint_folder import require_prompt
 
     if question is not None and not question.strip():
-        raise BadParameter(
-            "the question is empty; leave out --question to get captions", param_hint="--question"
-        )
+        problem = "the question is empty; leave out --question to get captions"
+        raise BadParameter(problem, param_hint="--question")
     if style and question:
-        raise BadParameter(
-            "--style and --question exclude each other: an answer has no style", param_hint="--style"
-        )
+        problem = "--style and --question exclude each other: an answer has no style"
+        raise BadParameter(problem, param_hint="--style")
     folder = find_checkpoint(captioner)
     paths = find_images(images)
     require_prompt(folder, None if style == "all" else style, question or "")
@@ -90,9 +88,8 @@ def serve_captioner(
     If SYNTH_API_KEY is set, all requests need this key.
     """
     folder = find_checkpoint(captioner)
-    title = name or (
-        Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0]
-    )
+    path = Path(captioner)
+    title = name or (path.resolve().name if path.exists() else captioner.partition("@")[0])
     from concurrent.futures import ThreadPoolExecutor
 
     from trainer.server import CaptionServer, is_loopback, listen

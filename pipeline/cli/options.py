@@ -89,19 +89,16 @@ def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
 
 
 def open_data(name: str | None, images: str | None) -> "Version":
-    """Open a version, local or on the Hub, with its images or those in `--images`."""
+    """Open a version, local or on the Hub, with its images or those in `--images`.
+
+    A dataset without a version stands for its newest complete one.
+    """
+    from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
     from pipeline.sources.join import with_pixels
 
-    return with_pixels(open_version(name), images)
-
-
-def open_version(name: str | None) -> "Version":
-    """Open a version, local or on the Hub. A dataset without a version stands for its newest complete one."""
-    from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
-
     if name and is_hub_name(name):
-        return pull_version(name)
+        return with_pixels(pull_version(name), images)
     path = dataset_path(name)
     version = open_or_download(path, previews=False)
     note_previews(version, path)
-    return version
+    return with_pixels(version, images)

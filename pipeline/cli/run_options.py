@@ -75,9 +75,8 @@ def _only_source(names: list[str]) -> str:
     """Return the one source. Raises ConfigError for several: all but the last would be ignored."""
     if len(names) > 1:
         hint = "run once for each with its own --out, or put the images into one folder"
-        raise ConfigError(
-            f"a dataset has one source, but {len(names)} are given: {', '.join(names)}", hint=hint
-        )
+        problem = f"a dataset has one source, but {len(names)} are given: {', '.join(names)}"
+        raise ConfigError(problem, hint=hint)
     return names[0]
 
 

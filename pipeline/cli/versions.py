@@ -45,9 +45,8 @@ def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
         versions = dataset.versions() or [dataset.version()]
         rows, pushes = [version.summary() for version in versions], dataset.pushed()
     for row, version in zip(rows, versions, strict=True):
-        row["pushed"] = [
-            f"{push['repo']}@{push['commit']}" for push in pushes if push["version"] == version.name
-        ]
+        own_pushes = (push for push in pushes if push["version"] == version.name)
+        row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in own_pushes]
         row["preview"] = version.is_preview
     if as_json:
         echo(json.dumps(rows))

@@ -242,11 +242,6 @@ class Config(Section):
         return tuple(dict.fromkeys(name for name in names if name))
 
     @property
-    def published_context(self) -> tuple[str, ...]:
-        """The columns of `context` that versions contain."""
-        return () if self.drop_context else self.context
-
-    @property
     def keeps_human_texts(self) -> bool:
         """Whether human texts become captions and questions of the dataset."""
         return self.human_texts != "compare"

@@ -59,10 +59,6 @@ AnySection = TypeVar("AnySection", bound="Section")
 Item = TypeVar("Item")
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _require_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError("named twice")
@@ -75,11 +71,12 @@ def _require_known_language(code: str) -> str:
     return code
 
 
+_as_list = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 _fix_norwegian = BeforeValidator(lambda code: "no" if code is False else code)  # YAML reads `no` as false
 Language = Annotated[str, _fix_norwegian, Field(pattern=LANGUAGE), AfterValidator(_require_known_language)]
 Distinct = Annotated[tuple[Item, ...], AfterValidator(_require_distinct)]
 # One model, or several that are asked one after another until a text passes all checks.
-Ladder = Annotated[Distinct[ModelName], BeforeValidator(_as_list), Field(min_length=1)]
+Ladder = Annotated[Distinct[ModelName], _as_list, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -111,10 +108,6 @@ def address_of(url: str) -> str:
 # --- tasks
 
 
-def _as_pairs(values: Any) -> Any:
-    return tuple(values.items()) if isinstance(values, dict) else values
-
-
 def _as_json(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("this is neither a JSON schema nor the path of a file that ends in .json")
@@ -125,7 +118,8 @@ PromptText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
 # A condition such as `row.width_px >= 256`, which tasks/conditions.py reads. Conditions are pairs and output
 # schemas are strings, since settings of prompts must be hashable for caches.
 Expression = Annotated[str, Field(pattern=r"\S", max_length=1000)]
-Conditions = Annotated[tuple[tuple[str, Expression], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)]
+_as_pairs = BeforeValidator(lambda values: tuple(values.items()) if isinstance(values, dict) else values)
+Conditions = Annotated[tuple[tuple[str, Expression], ...], _as_pairs, PlainSerializer(dict)]
 # A JSON schema, whose fields keep their order.
 OutputSchema = Annotated[str, BeforeValidator(_as_json), PlainSerializer(json.loads)]
 BoxUnit = Literal["pixels", "thousandths"]  # pixels of the resized image, or thousandths of its sides
@@ -168,9 +162,7 @@ def _require_order(min_name: str, least: int | None, max_name: str, most: int | 
 
 def task_names(tasks: Any) -> Any:
     """Return the names of custom tasks, with None for each task that has no name."""
-    return [
-        task.get("name") if isinstance(task, dict) else getattr(task, "name", None) for task in tasks or ()
-    ]
+    return [one.get("name") if isinstance(one, dict) else getattr(one, "name", None) for one in tasks or ()]
 
 
 # --- sections
@@ -243,9 +235,8 @@ def _require_valid_judge(judge: str) -> str:
 
 def _refuse_key(variable: str) -> str:
     if _LIKE_A_KEY.match(variable):
-        raise ValueError(
-            "this looks like an API key; set an environment variable to the key, and give its name here"
-        )
+        problem = "this looks like an API key; set an environment variable to the key, and give its name here"
+        raise ValueError(problem)
     return variable
 
 

@@ -13,7 +13,6 @@ from pipeline.tables import MODEL, REJECTED, RUBRIC, Extras
 from pipeline.tasks import Tasks, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
-from pipeline.tasks.custom import own_columns
 from pipeline.tasks.prompts import prompt_texts
 
 LOCAL_SOURCES = ("folder", "archive", "parquet", "pdf", "pdf-pages", "video")
@@ -61,7 +60,9 @@ def row_extras(config: Config, tasks: Tasks, writers: Sequence[str] = ()) -> Ext
         REJECTED.name: config.select.pairs,
     }
     added = tuple(name for name, measured in is_measured.items() if measured)
-    return Extras(added, config.published_context, tuple(own_columns(tasks.custom)))
+    context = () if config.drop_context else config.context
+    own = tuple(column for task in tasks.custom if (column := task.column))
+    return Extras(added, context, own)
 
 
 def describe_provenance(

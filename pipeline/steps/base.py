@@ -316,9 +316,8 @@ def compare_shards(
             local = (part.set_column(0, ROW, pc.subtract(part["row"], first)) for part in parts)
             write_table(shard.step_file(step.name, "compared"), local, schema)
         if findings.take_until(np.iinfo(np.int64).max).num_rows:
-            raise TableError(
-                f"the step {step.name} returned the number of a row that does not exist", hint=BUG_HINT
-            )
+            problem = f"the step {step.name} returned the number of a row that does not exist"
+            raise TableError(problem, hint=BUG_HINT)
 
 
 def judge_shard(
@@ -378,9 +377,8 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
         totals = journal.totals()
         # An estimate may have added requests to the journal, and a killed run did not record its cost.
         if stats.asked > asked or totals["asked"] != dataset.read_cost().get("asked", 0):
-            read_tokens, written_tokens = map(
-                sum, zip((0, 0), *journal.likely_tokens().values(), strict=True)
-            )
+            by_model = journal.likely_tokens().values()
+            read_tokens, written_tokens = map(sum, zip((0, 0), *by_model, strict=True))
             tokens = {"prompt_tokens": read_tokens, "reply_tokens": written_tokens}
             asking_s = dataset.read_cost().get("asking_s", 0.0) + stats.asking_s - earlier_s
             write_json(dataset.cost, {**totals, **tokens, "asking_s": round(asking_s, 3)})

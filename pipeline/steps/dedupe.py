@@ -23,14 +23,8 @@ from pipeline.text.content_keys import content_keys
 # Scores that decide which of two equal annotations is kept, in order of precedence.
 SCORES = ("agreement", "alignment", "hedge_count")
 IDS = ("annotation_id", "sample_id", "task")
-TEXTS = pa.schema(
-    [
-        ROW,
-        *fields(STRING, *IDS, "content_key"),
-        *fields(BOOL, "is_caption", "is_human"),
-        *fields(FLOAT64, *SCORES),
-    ]
-)
+NAMES = fields(STRING, *IDS, "content_key")
+TEXTS = pa.schema([ROW, *NAMES, *fields(BOOL, "is_caption", "is_human"), *fields(FLOAT64, *SCORES)])
 # Equal annotations have the same hash in the column `words`.
 QUERY = """
 WITH hashed AS (

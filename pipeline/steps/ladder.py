@@ -109,9 +109,8 @@ def read_escalated(plan: Plan, shard: DatasetDir) -> list[Escalated]:
     """Return the pairs for the second and further models about the samples of a shard."""
     if plan.requests.num_rungs == 1:
         return []
-    ids = {
-        one for part in read_batches(shard.step_file("read"), ["sample_id"]) for one in part[0].to_pylist()
-    }
+    parts = read_batches(shard.step_file("read"), ["sample_id"])
+    ids = {sample_id for part in parts for sample_id in part[0].to_pylist()}
     by_rung: dict[int, dict[str, set[Pair]]] = defaultdict(lambda: defaultdict(set))
     for row in _read(plan.dataset).to_pylist():
         if row["sample_id"] in ids:

@@ -63,9 +63,8 @@ def read_texts(rows: AllRows, values: Collection[str], column: str, *more: str) 
     if not values:
         return []
     value_set = pa.array(sorted(values), STRING)
-    tables = (
-        table.filter(pc.is_in(table[column], value_set)) for table in rows.batches(*TEXT_COLUMNS, *more)
-    )
+    batches = rows.batches(*TEXT_COLUMNS, *more)
+    tables = (table.filter(pc.is_in(table[column], value_set)) for table in batches)
     return [row for table in tables for row in table.to_pylist()]
 
 

@@ -33,8 +33,6 @@ ADDS = pa.schema([*fields(STRING, "stated_split", "split_group"), *fields(pa.lis
 # The last number in a name. The group is the rest of the name, if it has a word.
 _LAST_NUMBER = re.compile(r"(?<!\d)\d++(?:\W*+$|(\D*+)$)")
 _SEPARATORS_AT_END = re.compile(r"(?<![\W_])[\W_]++$")
-# The settings, and the seed of the run.
-SplitSettings = tuple[SplitConfig, int]
 QUERY = f"""
 WITH grouped AS (
     SELECT row, source_split, coalesce(split_group, image_group) AS split_group
@@ -136,10 +134,11 @@ def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {group: root(key) for group, key in key_of_group.items()}
 
 
-def split_annotations(table: pa.Table, settings: SplitSettings) -> pa.Table:
+def split_annotations(table: pa.Table, settings: tuple[SplitConfig, int]) -> pa.Table:
     """Append `split`: the stated split, or else a split by the hash of the group. No row is rejected.
 
-    If the hash chooses a split that the source already has, the image is assigned to train.
+    If the hash chooses a split that the source already has, the image is assigned to train. `settings` also
+    has the seed of the run.
     """
     require_columns(table, "image_group", *ADDS.names)
     groups = pc.coalesce(table["split_group"], table["image_group"])

@@ -44,11 +44,6 @@ from pipeline.tasks.conditions import is_dropped
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
 IMAGES = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
-COUNT_GROUPS = """
-SELECT count(*) FROM (
-    SELECT image_group FROM images GROUP BY image_group HAVING count(DISTINCT sample_id) > 1
-)
-"""
 
 
 def write_rows(
@@ -154,7 +149,8 @@ def publish_shards(
     all_rows = AllRows([shard.step_file("review") for shard in shards])
     with open_database(plan.dataset.path) as db:
         load(db, "images", all_rows.batches("image_group", "sample_id"), IMAGES)
-        ((group_count,),) = db.sql(COUNT_GROUPS).fetchall()
+        shared = "FROM images SELECT image_group GROUP BY image_group HAVING count(DISTINCT sample_id) > 1"
+        group_count = len(db.sql(shared))
         parts = (part for shard in shards for part in read_batches(shard.step_file(NAME, "digests")))
         load(db, "digests", parts, DIGESTS)
         digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])

@@ -5,7 +5,6 @@ has the task's name. Until a version is written, its values are JSON in `record`
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
@@ -115,7 +114,10 @@ class CustomTask(Task):
                 item = item | {self.box_field: [round(side) for side in box]}
             fields = self.item.dump_python(self.item.validate_python(item), mode="json", by_alias=True)
         except ValidationError as error:
-            return {}, _reason(error)
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            names = [part for part in first["loc"] if isinstance(part, str)]
+            reason = "_".join([*names, _ERROR_WORDS.get(first["type"], first["type"])])
+            return {}, reason if names else "off_schema"
         coordinates = self.settings.coordinates
         if self.box_field and frame and (flaw := place_box(fields, self.box_field, frame, coordinates)):
             return {}, flaw
@@ -156,11 +158,6 @@ def _is_in_pixels(box: list[Any]) -> bool:
     return bool(box) and are_numbers and max(box) >= 2
 
 
-def own_columns(tasks: Sequence[CustomTask]) -> list[OwnColumn]:
-    """Return the columns that custom tasks fill, in the order of the tasks."""
-    return [column for task in tasks if (column := task.column)]
-
-
 @lru_cache(256)
 def build_task(settings: TaskConfig) -> CustomTask:
     """Return the task with these settings. Raises ConfigError if the settings contradict each other."""
@@ -175,9 +172,8 @@ def _build(settings: TaskConfig) -> CustomTask:
     kind = settings.kind
     schema = json.loads(settings.output) if settings.output else _default_output(settings)
     if settings.output and settings.labels:
-        raise UnusableSchemaError(
-            "labels cannot be combined with output: write an enum in the output instead"
-        )
+        problem = "labels cannot be combined with output: write an enum in the output instead"
+        raise UnusableSchemaError(problem)
     whole = without_null(output_schema.close_schema(schema))
     if whole["type"] != "object":
         raise UnusableSchemaError("output must be an object")
@@ -269,9 +265,8 @@ def _field_of(settings: TaskConfig, item: Schema) -> str | None:
     if settings.kind in names or len(names) == 1:
         return settings.kind if settings.kind in names else next(iter(names))
     example = next(reversed(names))
-    raise UnusableSchemaError(
-        f"output has several fields: set the field of the {settings.kind}, as in `field: {example}`"
-    )
+    problem = f"output has several fields: set the field of the {settings.kind}, as in `field: {example}`"
+    raise UnusableSchemaError(problem)
 
 
 def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
@@ -304,15 +299,8 @@ def _box_field(settings: TaskConfig, names: Schema) -> str:
     box = names[corners[0]] if len(corners) == 1 else {}
     is_box = box.get("type") == "array" and (box.get("minItems"), box.get("maxItems")) == (4, 4)
     if not is_box or (settings.output and not settings.rows):
-        raise UnusableSchemaError(
-            f"boxes need rows with one list of four integers named {' or '.join(BOX_FIELDS)}"
-        )
+        problem = f"boxes need rows with one list of four integers named {' or '.join(BOX_FIELDS)}"
+        raise UnusableSchemaError(problem)
     if box["items"].get("type") != "integer":
         raise UnusableSchemaError("the corners of a box must be integers: their unit is pixels")
     return corners[0]
-
-
-def _reason(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    names = [part for part in first["loc"] if isinstance(part, str)]
-    return "_".join([*names, _ERROR_WORDS.get(first["type"], first["type"])]) if names else "off_schema"

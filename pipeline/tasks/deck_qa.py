@@ -44,13 +44,11 @@ class DeckQAPair(Output):
         if info.context and self.evidence_pages[-1] > info.context["pages"]:
             raise PydanticCustomError("evidence_outside_deck", "the deck does not have this evidence page")
         if self.answer_type == "arithmetic" and not equals_rounded(self.expression, self.answer):
-            raise PydanticCustomError(
-                "expression_disagrees", "the expression does not evaluate to the answer"
-            )
+            problem = "the expression does not evaluate to the answer"
+            raise PydanticCustomError("expression_disagrees", problem)
         if self.answer_type != "arithmetic" and self.expression:
-            raise PydanticCustomError(
-                "expression_not_asked_for", "only arithmetic questions may have an expression"
-            )
+            problem = "only arithmetic questions may have an expression"
+            raise PydanticCustomError("expression_not_asked_for", problem)
         return self
 
 

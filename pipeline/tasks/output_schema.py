@@ -143,9 +143,8 @@ def _close_object(schema: Schema, position: _Position) -> Schema:
     if not isinstance(required, list):
         raise UnusableSchemaError(f"{path} has a `required` that is not a list of fields")
     if odd := [name for name in properties if name == "_type" or not _NAME.fullmatch(str(name))]:
-        raise UnusableSchemaError(
-            f"{path} has a field {str(odd[0])[:40]!r}, which is not a valid column name"
-        )
+        problem = f"has a field {str(odd[0])[:40]!r}, which is not a valid column name"
+        raise UnusableSchemaError(f"{path} {problem}")
     if unknown := [name for name in required if name not in properties]:
         raise UnusableSchemaError(f"{path} requires {unknown[0]!r}, which is not one of its fields")
     closed = {}
@@ -174,9 +173,8 @@ def _without_null(schema: Schema, path: str) -> tuple[Schema, bool]:
             forms = schema[keyword] if isinstance(schema[keyword], list) else []
             choices = [form for form in forms if form != {"type": "null"}]
             if len(choices) != 1:
-                raise UnusableSchemaError(
-                    f"{path} needs exactly one alternative in {keyword}: a column has one type"
-                )
+                problem = f"needs exactly one alternative in {keyword}: a column has one type"
+                raise UnusableSchemaError(f"{path} {problem}")
             return choices[0], len(choices) < len(forms)
     return schema, False
 

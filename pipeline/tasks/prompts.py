@@ -60,13 +60,7 @@ class Values:
     __repr__ = __str__
 
 
-_DEFAULTS: dict[str, Any] = {
-    "draw": 0,
-    "words": None,
-    "language": "",
-    "row": Values({}),
-    "results": Values({}),
-}
+_DEFAULTS: dict[str, Any] = {"draw": 0, "words": None, "language": ""}
 RENDER_ERRORS = (  # errors that expressions in templates may raise
     TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError, RecursionError,
     MemoryError,
@@ -186,9 +180,8 @@ def check_names(task: Task, folders: Folders, columns: Sequence[str]) -> None:
         raise ConfigError(problem, unknown=f"row.{unknown[0]}", known=known, hint=hint)
     if unneeded := sorted(results - {*task.needs}):
         hint = f"write `needs: [{', '.join([*task.needs, unneeded[0]])}]`"
-        raise ConfigError(
-            f"the prompt {name} uses results.{unneeded[0]}, which is not in the needs of its task", hint=hint
-        )
+        problem = f"the prompt {name} uses results.{unneeded[0]}, which is not in the needs of its task"
+        raise ConfigError(problem, hint=hint)
     if unused := [need for need in task.needs if need not in results]:
         hint = f"use it in the prompt as {{{{ results.{unused[0]} }}}}, or remove it from needs"
         raise ConfigError(f"the task {task.name} needs {unused[0]}, which its prompt does not use", hint=hint)
@@ -247,9 +240,8 @@ def _compiled(source: str) -> Template:
 def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
     """Raise ConfigError if a prompt folder is missing, has unknown prompts, or has no prompt for `tasks`."""
     if not folder.is_dir():
-        raise ConfigError(
-            f"the prompt folder {folder} does not exist", hint="correct generate.prompt_dir, or leave it out"
-        )
+        hint = "correct generate.prompt_dir, or leave it out"
+        raise ConfigError(f"the prompt folder {folder} does not exist", hint=hint)
     system = {f"{name}.j2" for name in (SYSTEM, TEXT_SYSTEM)}
     known = system | {f"{task.prompt}.j2" for task in TASKS.values()}
     used = system | {f"{task.prompt}.j2" for task in tasks if not task.own_prompt}

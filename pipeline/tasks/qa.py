@@ -8,13 +8,11 @@ from pydantic_core import PydanticCustomError
 from pipeline.tasks.base import MAX_QA_PAIRS, Line, Output, Task, check_question, tidy_texts
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 
-AnswerType = Literal["yes/no", "number", "other"]
-
 
 class QAPair(Output):
     """One question with its answer. The type comes first, so that the model plans the question."""
 
-    answer_type: AnswerType
+    answer_type: Literal["yes/no", "number", "other"]
     question: Line
     answer: Line
 
@@ -23,13 +21,11 @@ class QAPair(Output):
         check_question(self.question, self.answer)
         is_yes_or_no = self.answer.casefold() in YES_OR_NO
         if self.answer_type == "yes/no" and not is_yes_or_no:
-            raise PydanticCustomError(
-                "answer_not_yes_or_no", "the answer to a yes/no question is neither yes nor no"
-            )
+            problem = "the answer to a yes/no question is neither yes nor no"
+            raise PydanticCustomError("answer_not_yes_or_no", problem)
         if self.answer_type == "number" and is_yes_or_no:
-            raise PydanticCustomError(
-                "answer_not_a_number", "the answer to a number question is not a number"
-            )
+            problem = "the answer to a number question is not a number"
+            raise PydanticCustomError("answer_not_a_number", problem)
         return self
 
 

@@ -15,7 +15,6 @@ MAX_BRACES = 32  # number of opening braces at which parsing is tried
 _DECODER = json.JSONDecoder()
 _COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression", "record")
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
-_NOT_PLAIN = ("```", "<think>")
 _QUOTES = (('"', '"'), ("\u201c", "\u201d"))
 _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
 
@@ -128,7 +127,7 @@ def _is_plain(text: str, *, may_be_code: bool) -> bool:
     """Return whether a reply is the text alone. Text that is read from an image may be code."""
     from pipeline.text.artifacts import opens_chat
 
-    if not text or text.startswith(_NOT_PLAIN) or opens_chat(text):
+    if not text or text.startswith(("```", "<think>")) or opens_chat(text):
         return False
     return may_be_code or not (text.startswith("{") or isinstance(_parse(text), dict | list))
 
