@@ -27,10 +27,9 @@ def translate_hub_errors(
     try:
         yield
     except Exception as error:
-        problem_and_hint = _explain(error, name, kind)
-        if problem_and_hint is None:
+        if (explained := _explain(error, name, kind)) is None:
             raise
-        problem, hint = problem_and_hint
+        problem, hint = explained
         prefix = f"{name} is not a local folder; " if or_folder else ""
         raise error_type(f"{prefix}{problem}", hint=hint or offline) from None
 
@@ -53,10 +52,8 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
             hint = f"accept them at {page}, then run `hf auth login` with the same account"
             return f"{repo} is gated: its owner requires you to accept terms first", hint
         case errors.RevisionNotFoundError():
-            return (
-                f"{repo} has no revision {revision}",
-                "pass a branch, a tag or a commit; default: the newest commit",
-            )
+            hint = "pass a branch, a tag or a commit; default: the newest commit"
+            return f"{repo} has no revision {revision}", hint
         case errors.RepositoryNotFoundError():
             hint = "check the name; run `hf auth login` if it is private"
             return f"no {kind} {repo} at {ENDPOINT}, or no access to it", hint
@@ -72,11 +69,9 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
         case errors.HfHubHTTPError() if error.response.status_code == 403:
             return f"the token has no access to {repo}", "use a token with access; a push needs write access"
         case errors.HfHubHTTPError():
-            answer = f"{error.response.status_code}): {error.server_message or 'no message'}"
-            return (
-                f"the Hub refused {name} ({answer}",
-                "check the name and the revision, or try again later: finished transfers are kept",
-            )
+            hint = "check the name and the revision, or try again later: finished transfers are kept"
+            status, message = error.response.status_code, error.server_message or "no message"
+            return f"the Hub refused {name} ({status}): {message}", hint
         case OSError():
             hint = "check that the disk is writable and has free space, then try again"
             return f"cannot read or write files of {name}: {one_line(error)}", hint
