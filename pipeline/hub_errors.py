@@ -27,10 +27,9 @@ def translate_hub_errors(
     try:
         yield
     except Exception as error:
-        problem_and_hint = _explain(error, name, kind)
-        if problem_and_hint is None:
+        if (explained := _explain(error, name, kind)) is None:
             raise
-        problem, hint = problem_and_hint
+        problem, hint = explained
         prefix = f"{name} is not a local folder; " if or_folder else ""
         raise error_type(f"{prefix}{problem}", hint=hint or offline) from None
 
@@ -70,9 +69,9 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
         case errors.HfHubHTTPError() if error.response.status_code == 403:
             return f"the token has no access to {repo}", "use a token with access; a push needs write access"
         case errors.HfHubHTTPError():
-            answer = f"{error.response.status_code}): {error.server_message or 'no message'}"
             hint = "check the name and the revision, or try again later: finished transfers are kept"
-            return f"the Hub refused {name} ({answer}", hint
+            status, message = error.response.status_code, error.server_message or "no message"
+            return f"the Hub refused {name} ({status}): {message}", hint
         case OSError():
             hint = "check that the disk is writable and has free space, then try again"
             return f"cannot read or write files of {name}: {one_line(error)}", hint

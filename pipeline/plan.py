@@ -204,7 +204,7 @@ def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
     A run with only new thresholds or splits needs no reply. Otherwise the first request raises the error.
     """
     config, dataset = plan.config, plan.dataset
-    of_model, log = config.of_model(name), dataset.server_log
+    of_model, log = config.of_model(name), dataset.path / "vllm.log"
     try:
         return choose_engine(of_model, log if of_model is config else log.with_stem(f"vllm-{name}"), progress)
     except EngineError as error:

@@ -156,9 +156,8 @@ def wrong_shares(verdicts: Iterable[Verdict]) -> dict[TextName, float]:
 
 
 def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:
-    counts = {
-        name: sum(getattr(rate, name) for rate in rates) for name in ("texts", "reviewed", "cannot_tell")
-    }
+    summed = ("texts", "reviewed", "cannot_tell")
+    counts = {name: sum(getattr(rate, name) for rate in rates) for name in summed}
     entry: dict[str, Any] = {"task": task, "style": style, **counts, "wrong": None}
     if measured := [rate for rate in rates if rate.trials]:
         share, low, high = combine_rates([(rate.texts, rate.wrong, rate.trials) for rate in measured])

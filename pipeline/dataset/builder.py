@@ -138,19 +138,17 @@ def _redact(value: Any) -> Any:
 def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.ListType) -> pa.ListArray:
     """Return one list per sample. It holds the annotations of the sample that `mask` selects."""
     selected = annotations.filter(pa.array(mask))
-    fields = [_final_values(selected, item) for item in kind.value_type]
+    is_edited = pc.equal(final_column(selected, "prompt_id", pa.string()), REVIEWED)
+    fields = []
+    for item in kind.value_type:
+        values = final_column(selected, ADDED_FROM.get(item.name, item.name), item.type)
+        # Scores rate the original text, so edited texts get none.
+        if item.name in ADDED_FIELDS:
+            values = pc.if_else(pc.fill_null(is_edited, False), pa.scalar(None, item.type), values)
+        fields.append(values.combine_chunks())
     offsets = np.r_[0, np.cumsum(np.bincount(owner[mask], minlength=count))]
     values = pa.StructArray.from_arrays(fields, fields=list(kind.value_type))
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
-
-
-def _final_values(annotations: pa.Table, item: pa.Field) -> pa.Array:
-    """Return the final values of a field. Edited texts get no scores, since scores rate the original text."""
-    if item.name not in ADDED_FIELDS:
-        return final_column(annotations, item.name, item.type).combine_chunks()
-    scores = final_column(annotations, ADDED_FROM.get(item.name, item.name), item.type)
-    is_edited = pc.equal(final_column(annotations, "prompt_id", pa.string()), REVIEWED)
-    return pc.if_else(pc.fill_null(is_edited, False), pa.scalar(None, item.type), scores).combine_chunks()
 
 
 def row_digest(row: dict[str, Any]) -> str:

@@ -226,10 +226,7 @@ def _rounded(**values: float) -> dict[str, Any]:
 
 
 def checks_in_words(manifest: Mapping[str, Any]) -> list[str]:
-    """Return a line for each check: the corrected share of true texts, and the errors of the check.
-
-    A line for each check with a condition has the number of texts that it skipped.
-    """
+    """Return a line for each check with its errors, and for each check with a condition, what it skipped."""
     lines = [
         f"{check['check']}: {_true_in_words(check)}; {_errors_in_words(check)}"
         + (f"; {manifest['model']['name']} judges its own texts" if check["judges_itself"] else "")

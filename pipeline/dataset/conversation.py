@@ -53,14 +53,9 @@ def turns(
 
 def value_prompts(manifest: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Return the prompt and the kind of each column of a custom task. Jinja templates are not shown."""
-    prompts = {task["name"]: task["prompt"].strip() for task in manifest["config"].get("custom_tasks", ())}
-    return {
-        name: (
-            prompt if (prompt := prompts.get(name)) and "{" not in prompt else f"Write {name} of this image.",
-            column["kind"],
-        )
-        for name, column in manifest.get("own_columns", {}).items()
-    }
+    tasks, own = manifest["config"].get("custom_tasks", ()), manifest.get("own_columns", {})
+    prompts = {task["name"]: task["prompt"].strip() for task in tasks if "{" not in task["prompt"]}
+    return {name: (prompts.get(name) or f"Write {name} of this image.", own[name]["kind"]) for name in own}
 
 
 def value_turns(row: dict[str, Any], prompts: dict[str, tuple[str, str]]) -> Iterator[tuple[str, str]]:

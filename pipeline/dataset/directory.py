@@ -19,11 +19,11 @@ from pipeline.config import Config
 from pipeline.dataset.images import BATCH_SAMPLES, ImageStore
 from pipeline.dataset.version import DATA, MANIFEST, Version, read_version
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import open_table, read_json, read_table, write_json
+from pipeline.storage.files import open_table, read_json, write_json
 from pipeline.storage.lock import lease, lock_file
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError
-from pipeline.tables import LISTED_SAMPLE, NUM_PAGES
+from pipeline.tables import LISTED_SAMPLE
 from pipeline.types import SampleBatch
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,10 @@ _DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileE
 
 @dataclass(frozen=True, slots=True)
 class DatasetDir:
-    """A dataset folder, or a shard of one, on disk or in an object store.
-
-    `image_folder` is the folder with the image store, by default `path`.
-    """
+    """A dataset folder, or a shard of one, on disk or in an object store."""
 
     path: Path
-    image_folder: Path | None = None
+    image_folder: Path | None = None  # the folder with the image store, by default `path`
 
     @property
     def run_file(self) -> Path:
@@ -62,11 +59,6 @@ class DatasetDir:
     def journal(self) -> Path:
         """The journal of replies to the requests that this machine sent."""
         return self.path / "journal" / "local.sqlite"
-
-    @property
-    def server_log(self) -> Path:
-        """The output of the vLLM server that `synth` started."""
-        return self.path / "vllm.log"
 
     def step_file(self, name: str, which: str = "kept") -> Path:
         """Return the path of a step's file, by default the file with the rows that the step kept."""
@@ -229,17 +221,6 @@ def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
     for start in range(0, len(sample_ids), BATCH_SAMPLES):
         ids = sample_ids.slice(start, BATCH_SAMPLES).to_pylist()
         yield SampleBatch(ids, partial(read_images, ids))
-
-
-def page_counts(shard: DatasetDir) -> Iterator[int]:
-    """Yield the number of pages of each sample."""
-    for batch in read_samples(shard, [NUM_PAGES]):
-        yield from batch[NUM_PAGES].to_pylist()
-
-
-def read_exclusions(dataset: DatasetDir) -> pa.Table:
-    """Return the excluded images (tables.EXCLUSIONS)."""
-    return read_table(require_file(dataset.step_file("read", "exclusions")))
 
 
 def require_file(path: Path) -> Path:

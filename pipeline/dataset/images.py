@@ -146,9 +146,8 @@ class ImageStore:
 
 def missing_error(sample_ids: Sequence[str], folder: Path) -> StoreError:
     """Return the error to raise when the store of a dataset folder lacks the images of some samples."""
-    problem = (
-        f"the images of {len(sample_ids)} samples are not in {folder / FOLDER}: {sample_ids[0][:12]}, ..."
-    )
+    count, first = len(sample_ids), sample_ids[0][:12]
+    problem = f"the images of {count} samples are not in {folder / FOLDER}: {first}, ..."
     return StoreError(problem, hint=f"restore the whole dataset folder, or {READ_AGAIN}")
 
 

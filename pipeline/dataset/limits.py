@@ -1,9 +1,6 @@
 """Show how many texts a limit keeps, and the share of the reviewed texts among them that are wrong.
 
 The shares are not weighted, so they may differ from those of an audit (audit.py), and have no interval.
-
-A curve lists possible limits of a score. After a limit is changed, the new version is compared with the
-previous one.
 """
 
 from bisect import bisect_left

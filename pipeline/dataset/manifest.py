@@ -45,10 +45,7 @@ def asked_tasks(config: Config, tasks: Tasks) -> tuple[Task, ...]:
 
 
 def row_extras(config: Config, tasks: Tasks, writers: Sequence[str] = ()) -> Extras:
-    """Return the scores, context columns and custom task columns that the rows of a run have.
-
-    `writers` are the names of the models that write texts. If there are several, each text has the name.
-    """
+    """Return the scores, context columns and custom task columns of rows with texts by these writers."""
     checks = config.verify.checks
     # For drawn scenes, claims are found by rules, which yields no precision.
     is_measured = {

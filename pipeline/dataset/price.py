@@ -72,8 +72,7 @@ def price_in_words(manifest: Mapping[str, Any], asking_s: float = 0.0) -> list[s
     lines = [f"{one['texts']}: {_amounts_in_words([one], manifest)}" for one in entries if one["kept"]]
     kept = sum(entry["kept"] for entry in entries)
     if len(entries) > 1 and kept:
-        has_checks = any(entry["texts"] == CHECKS for entry in entries)
-        checks = " with their checks" if has_checks else ""
+        checks = " with their checks" if any(entry["texts"] == CHECKS for entry in entries) else ""
         lines.append(f"all texts{checks}: {_amounts_in_words(entries, manifest)}")
     if asking_s and kept:
         lines.append(f"all requests in this folder: {_plain(asking_s / kept)} s per kept text")

@@ -52,7 +52,6 @@ from pipeline.tables import (
     row_schema,
 )
 
-FIRST = "v1.0.0"
 SAME_COLUMNS = "a source must fill a column for all samples, or for none"
 PIXEL_BATCH_ROWS = 16  # number of rows with images in memory at once
 
@@ -208,9 +207,7 @@ def next_version(
     """
     numbers = [parse_version(name) for name in pushed if VERSION_NAME.fullmatch(name)]
     numbers += [parent.number] if parent else []
-    if not numbers:
-        return FIRST
-    major, minor, patch = max(numbers)
+    major, minor, patch = max(numbers, default=(0, 0, 0))
     if parent is None or parent.schema != schema:
         return f"v{major + 1}.0.0"
     is_old = pc.is_in(sample_ids, pa.array(parent.sample_ids(), pa.string()))

@@ -22,7 +22,6 @@ LEFTOVERS = (
     f"images/{TEMPORARY_FILES}",
 )
 
-
 Removed = list[tuple[Path, int]]  # the removed files and folders with their sizes in bytes
 
 

@@ -48,8 +48,8 @@ FEATURES, PUSHED, LOCK = "features", ".push", "lock"
 TRIAL = ".trial"  # subfolder of a dataset folder that a running preview uses
 MAX_NAME_CHARACTERS = 240  # file systems allow 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
-
-SplitBatch = tuple[str, pa.RecordBatch]  # a split and some of its rows
+# Exceptions that may be raised when a damaged manifest is read.
+INVALID = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +128,8 @@ class Version:
         batch_rows: int = 1024,
         splits: Iterable[str] = SPLITS,
         sample_ids: Collection[str] | None = None,
-    ) -> Iterator[SplitBatch]:
-        """Yield rows in batches, with images. `sample_ids` selects the rows of some samples.
+    ) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Yield splits with batches of their rows and images. `sample_ids` selects the rows of some samples.
 
         Raises StoreError if any rows or images are missing or damaged.
         """
@@ -253,15 +253,7 @@ def read_version(folder: Path) -> Version:
                 require_regular(path, root)
     except UnsafeFileError as error:
         raise StoreError(str(error), hint=error.hint) from None
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        ConfigError,
-    ) as error:
+    except INVALID as error:
         hint = f"pass a dataset folder or one of its versions; if it was a version, move {folder} away"
         raise StoreError(f"not a version: {folder} ({error})", hint=hint) from None
     return Version(folder, manifest)

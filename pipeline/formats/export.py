@@ -4,7 +4,7 @@ An export is written to a hidden folder next to its destination, and renamed whe
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,13 @@ MAX_COUNTED = 1000  # captions in which phrases are counted
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The folder of an export, the number of exported images, and the number of images `without_text`.
-
-    `phrases` has the shares of phrases that most captions of a LoRA have in common. `has_opening` states
-    whether a caption had the opening to remove.
-    """
+    """The folder of an export with facts about it."""
 
     folder: Path
-    images: int
-    without_text: int
-    phrases: Mapping[str, float] = field(default_factory=dict)
-    has_opening: bool = False
+    images: int  # number of exported images
+    without_text: int  # number of images left out
+    phrases: Mapping[str, float]  # that most captions of a LoRA have in common, with their shares
+    has_opening: bool  # whether a caption had the opening to remove
 
 
 def export_version(

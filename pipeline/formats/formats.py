@@ -214,8 +214,7 @@ class ShareGpt(Format):
         return True
 
     def close(self) -> None:
-        names = ("role", "content", "user", "assistant")
-        tags = {f"{name}_tag": name for name in names}
+        tags = {f"{name}_tag": name for name in ("role", "content", "user", "assistant")}
         plain = {"columns": {"messages": "messages", "images": "images"}, "tags": tags}
         columns = {"messages": "prompt", "images": "images", "chosen": "better", "rejected": "worse"}
         ranked = {"columns": columns, "tags": tags, "ranking": True}

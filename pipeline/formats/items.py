@@ -131,8 +131,7 @@ def read_items(
         raise ConfigError(f"{version.name} consists of decks, which this format does not support", hint=hint)
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
     prompts = value_prompts(version.manifest)
-    unused = ("pages", "source", "context")
-    names = [name for name in columns if name not in unused]
+    names = [name for name in columns if name not in ("pages", "source", "context")]
     counts = Counter[str]()  # of file names in lower case, since some file systems ignore case
     for _, batch in version.batches(["source_row"]) if source_names else ():
         counts.update(file_name_of(row).casefold() for row in batch["source_row"].to_pylist())

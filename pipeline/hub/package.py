@@ -34,18 +34,14 @@ CHECKPOINT_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The files to upload for a dataset version or a model.
-
-    `name` is the tag, and `title` is the commit message. `files` maps repository paths to local files or
-    content. `manifest` has the digests and sizes of the files. `has_unknown_license` refers to the images.
-    """
+    """The files to upload for a dataset version or a model."""
 
     kind: Literal["dataset", "model"]
-    name: str
-    title: str
-    manifest: dict[str, Any]
-    files: dict[str, Path | bytes]
-    has_unknown_license: bool
+    name: str  # the tag
+    title: str  # the commit message
+    manifest: dict[str, Any]  # with the digests and sizes of the files
+    files: dict[str, Path | bytes]  # local files or content, by path in the repository
+    has_unknown_license: bool  # of the images
 
     def bytes(self) -> dict[str, int]:
         """Return the size of each file."""

@@ -49,18 +49,15 @@ def pull_version(name: str) -> Version:
         if revision is None:
             hint = "pass a folder made by `synth generate`, or a commit on the Hub: ORG/NAME@COMMIT"
             raise StoreError(f"{repo} is not a local folder, and the Hub has no version of it", hint=hint)
-        options = {"repo_type": "dataset", "revision": revision, "allow_patterns": DOWNLOAD_PATTERNS}
-        fetch = partial(snapshot_download, repo, **options)
+        fetch = partial(snapshot_download, repo, repo_type="dataset", allow_patterns=DOWNLOAD_PATTERNS)
         try:
-            version = read_version(Path(fetch()))
-            damage = find_damage(version)
-            # A normal download would reuse the damaged files in the cache.
-            if damage:
-                version = read_version(Path(fetch(force_download=True)))
-                damage = find_damage(version)
+            # Without force, a second download would reuse the damaged files in the cache.
+            for force in (False, True):
+                version = read_version(Path(fetch(revision=revision, force_download=force)))
+                if not (damage := find_damage(version)):
+                    break
         except errors.RevisionNotFoundError:
-            versions = ", ".join(_tags(repo)) or "none"
-            hint = f"versions there: {versions}"
+            hint = f"versions there: {', '.join(_tags(repo)) or 'none'}"
             raise StoreError(f"{repo} has no version {requested}", hint=hint) from None
     if damage:
         hint = "do not use the dataset: a second download was damaged too, so the copy on the Hub is damaged"

@@ -105,10 +105,8 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
     if is_new:
         message = f"digest {package.manifest['digest']}"
         api.create_tag(repo, repo_type=package.kind, tag=name, revision=commit, tag_message=message)
-    warning = ""
-    if not is_new and (changed := _changed_statements(package, remote)):
-        keys = ", ".join(changed)
-        warning = f"the published {name} has other values of {keys}: {_TAG_HINT}"
+    changed = "" if is_new else ", ".join(_changed_statements(package, remote))
+    warning = f"the published {name} has other values of {changed}: {_TAG_HINT}" if changed else ""
     return PushResult(repo, str(created), commit, name, is_new, is_private, warning)
 
 
@@ -130,9 +128,8 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
     is_dataset = package.kind == "dataset"
     if remote and is_dataset and parse_version(remote["version"]) > parse_version(package.name):
         hint = "push the newest version, or push to another repository"
-        raise PushError(
-            f"{repo} already has {remote['version']}, which is newer than {package.name}", hint=hint
-        )
+        problem = f"{repo} already has {remote['version']}, which is newer than {package.name}"
+        raise PushError(problem, hint=hint)
     if not remote and files - {*NEW_REPO_FILES}:
         hint = "push to a new or an empty repository"
         raise PushError(f"{repo} has files that synth did not push", hint=hint)
@@ -191,8 +188,7 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
         if isinstance(entry, RepoFile):
             fetch = partial(hf_hub_download, repo, entry.path, repo_type=package.kind, revision=commit)
             actual[entry.path] = entry.lfs.sha256 if entry.lfs else file_digest(Path(fetch()))
-    damaged = sorted(name for name, sha256 in expected.items() if actual.get(name) != sha256)
-    if damaged:
+    if damaged := sorted(name for name, sha256 in expected.items() if actual.get(name) != sha256):
         problem = f"{package.name} in {repo} is damaged: {', '.join(damaged)} does not match its manifest"
         raise PushError(problem, hint="tags never move: push to a new repository")
     return manifest

@@ -94,9 +94,8 @@ def write_report(version: Version, folder: Path) -> Path:
 
 def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:
     """Yield rows with thumbnails instead of images. Held-out splits come first."""
-    chosen_ids = None
-    if num_shown < version.num_rows:
-        chosen_ids = set(nsmallest(num_shown, version.sample_ids()))
+    is_sample = num_shown < version.num_rows
+    chosen_ids = set(nsmallest(num_shown, version.sample_ids())) if is_sample else None
     max_bytes = SMALL_REPORT_THUMBNAIL_BYTES if num_shown <= SMALL_REPORT_IMAGES else THUMBNAIL_BYTES
 
     def with_thumbnails(row: dict[str, Any]) -> dict[str, Any]:

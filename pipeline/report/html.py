@@ -22,7 +22,6 @@ THUMBNAIL_PIXELS = 320 * 320
 PIXELS_PER_BYTE = 12  # upper bound for WebP photos, which sets the first size to try
 QUALITY = 70
 
-
 _PAGES = Environment(
     loader=PackageLoader("pipeline.report", ""),
     undefined=StrictUndefined,

@@ -168,8 +168,7 @@ def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[st
     if raw := {name: text for name, text in fields.items() if shown[name] != text}:
         # The editor on the page starts from this text.
         entry["raw"] = {name: text[:MAX_SHOWN_CHARACTERS] for name, text in raw.items()}
-    scores = {name: annotation[name] for name in SCORE_NAMES if annotation.get(name) is not None}
-    if scores:
+    if scores := {name: annotation[name] for name in SCORE_NAMES if annotation.get(name) is not None}:
         entry["scores"] = {name: round(score, 3) for name, score in scores.items()}
     if annotation.get("evidence_pages"):
         entry["evidence_pages"] = annotation["evidence_pages"]

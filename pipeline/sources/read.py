@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import Config
-from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, read_exclusions
+from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, require_file
 from pipeline.dataset.images import FILE_BYTES, ImageStore
 from pipeline.dataset.records import count_rows, is_done, read_record, write_record
 from pipeline.digests import digest, file_digest
@@ -242,9 +242,10 @@ class SourceReader:
         """
         _ = self._excluded  # writes the table that is read next
         kind = choose_image_kind(self.config)
-        self._exclusion_index = ExclusionIndex(read_exclusions(self.dataset), kind)
+        exclusions = require_file(self.dataset.step_file("read", "exclusions"))
+        self._exclusion_index = ExclusionIndex(read_table(exclusions), kind)
         folder = self.dataset.step_file("read").with_name(PARTS_FOLDER)
-        key = digest([self._key, file_digest(self.dataset.step_file("read", "exclusions"))])
+        key = digest([self._key, file_digest(exclusions)])
         parts = SourceParts(folder, key, self._store)
         rows = self._rows_from(max(0, parts.num_rows - 1))
         if parts.num_rows:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.config.sections import Servers
-from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
+from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.digests import digest
 from pipeline.inference.journal import Journal
@@ -17,7 +17,7 @@ from pipeline.plan import Plan
 from pipeline.steps.base import Services, Step, Work, ask_once, record_cost
 from pipeline.steps.ladder import Escalated, read_escalated
 from pipeline.storage.files import write_table
-from pipeline.tables import ANNOTATION
+from pipeline.tables import ANNOTATION, NUM_PAGES
 from pipeline.tasks.human import has_texts, human_annotations
 from pipeline.types import Engine, Request, Sample, SampleInfo, SourceTexts
 
@@ -55,9 +55,9 @@ class AskSettings:
         results = read_results(sample.id, self.requests, journal, inputs)
         return list(build_requests(sample.id, self.requests, inputs, results))
 
-    def sample_info(self, row: Mapping[str, Any], pages: int) -> SampleInfo:
-        """Return the properties of a sample (a row of tables.SAMPLE) that its annotations depend on."""
-        human: tuple[dict[str, Any], ...] = ()
+    def sample_info(self, row: Mapping[str, Any]) -> SampleInfo:
+        """Return the properties of a sample (tables.LISTED_SAMPLE) that its annotations depend on."""
+        pages, human = row[NUM_PAGES], tuple[dict[str, Any], ...]()
         if self.keeps_human_texts:
             deck = pages if self.has_decks else None
             human = human_annotations(row["sample_id"], row["references"], row["reference_qa"] or (), deck)
@@ -119,9 +119,8 @@ def write_annotations(shard: DatasetDir, settings: AskSettings, texts: Sequence[
     Return the requests and tokens that they needed (Journal.spent).
     """
     names = ["references", "reference_qa"] if settings.keeps_human_texts else []
-    batches = read_samples(shard, ["sample_id", "split", *IMAGE_SIZE, *names])
-    pages = page_counts(shard)
-    infos = ([settings.sample_info(row, next(pages)) for row in batch.to_pylist()] for batch in batches)
+    batches = read_samples(shard, ["sample_id", "split", NUM_PAGES, *IMAGE_SIZE, *names])
+    infos = ([*map(settings.sample_info, batch.to_pylist())] for batch in batches)
     with Journal(shard.journal) as journal:
         annotations = read_annotations(infos, settings.requests, journal, *texts)
         write_table(shard.step_file(NAME), annotations, ANNOTATION)
