@@ -45,7 +45,7 @@ def main() -> None:
     for count in options.hashes:
         hashes, planted = plant(count)
         start = time.process_time()
-        pairs = near_hashes(hashes, "photos")
+        pairs = near_hashes(hashes, "photos", np.zeros(count, bool))
         seconds = time.process_time() - start
         assert planted.keys() <= set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
