@@ -96,6 +96,10 @@ class Journal:
         text, finish_reason, flaw, *counts = _require_intact(self._path, row)[6:_NUM_REQUIRED]
         return Reply(request_id, row[1], text, finish_reason, *counts, *row[-2:]), flaw
 
+    def damage(self, problem: str) -> StoreError:
+        """Return an error about damage to the journal."""
+        return _damage_error(self._path, problem)
+
     def record_sent(self, requests: Iterable[Request]) -> None:
         """Record that these requests are about to be sent."""
         upsert = "INSERT INTO asked VALUES (?, 1) ON CONFLICT (request_id) DO UPDATE SET times = times + 1"
@@ -234,11 +238,14 @@ def _is_intact(row: Sequence[Any]) -> bool:
 
 def _require_intact(path: Path, row: Sequence[Any]) -> Sequence[Any]:
     if not _is_intact(row):
-        command = f"synth check {path.parents[1]} --repair"
-        hint = f"run `{command}`: it removes damaged replies, and the next run requests them again"
-        problem = f"{path} is damaged: the reply to {str(row[0])[:12]} does not match its checksum"
-        raise StoreError(problem, hint=hint)
+        raise _damage_error(path, f"the reply to {str(row[0])[:12]} does not match its checksum")
     return row
+
+
+def _damage_error(path: Path, problem: str) -> StoreError:
+    command = f"synth check {path.parents[1]} --repair"
+    hint = f"run `{command}`: it removes damaged replies, and the next run requests them again"
+    return StoreError(f"{path} is damaged: {problem}", hint=hint)
 
 
 def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:

@@ -366,9 +366,10 @@ def _read_rung(
 
 
 def last_reply(request: Request, journal: Journal) -> Reply:
-    """Return the last reply to a request, and count its tokens. The journal must have a reply."""
+    """Return the last reply to a request, and count its tokens. Raises StoreError if there is no reply."""
     last = journal.last(request.id)
-    assert last is not None, f"no reply to {request.id}: the engine skipped the request"
+    if last is None:  # all requests were answered, so an index of the journal must be damaged
+        raise journal.damage(f"a reply to {request.id[:12]} was stored, but is not found")
     journal.spend(request, last[0])
     return last[0]
 

@@ -75,6 +75,10 @@ def sound_digests(folder: Path) -> list[str]:
     checked = run(folder, "check", "data")
     assert checked.code == 0, checked.output
     assert left_over(folder) == []
+    return digests(folder)
+
+
+def digests(folder: Path) -> list[str]:
     manifests = sorted(folder.glob("data/versions/v*/manifest.json"))
     return [json.loads(path.read_text())["digest"] for path in manifests]
 
@@ -142,8 +146,12 @@ def test_damaged_journal_is_repaired_or_reported(
         assert outcome.code in (0, 1) and "Traceback" not in outcome.output, outcome
     after = run(folder, *generate)
     assert "Traceback" not in after.output, after
-    assert (after.code == 0) == (outcome.code == 0), (outcome, after)
-    assert after.code or sound_digests(folder) == sound_digests(made)
+    # A journal that cannot be repaired may still have all replies that a run needs.
+    if outcome.code:
+        assert after.code or digests(folder) == digests(made)
+    else:
+        assert after.code == 0, after
+        assert sound_digests(folder) == sound_digests(made)
 
 
 @pytest.mark.parametrize("mode", ["crash", "full"])
