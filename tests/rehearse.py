@@ -35,6 +35,8 @@ ROOT = Path(__file__).parents[1]
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 SIZES = ((640, 480), (1024, 768), (4000, 3000), (56, 56))
 SETTINGS = """
+captions: [human.csv]
+human_texts: keep
 generate: {max_tokens: 64, max_attempts: 2, caption_styles: [plain, ocr]}
 filter: {language: any, min_caption_words: 1, min_question_words: 1, max_answer_words: 100,
   max_duplicate_trigram_frac: 1, min_distinct_word_frac: 0, max_non_latin_frac: 1}
@@ -50,12 +52,18 @@ FLAGS = ("--max-num-batched-tokens", "512", "--max-num-seqs", "4")
 
 
 def write_photos(folder: Path) -> None:
-    """Write pictures with different content."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write pictures with human texts, which the checks are asked about: few random texts are kept."""
+    (folder / "photos").mkdir(parents=True, exist_ok=True)
+    rows = ["image,caption,question,answer"]
     for number, (width, height) in enumerate(SIZES):
         coarse = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        image.save(folder / f"{width}x{height}.jpg", quality=90)
+        name = f"{width}x{height}.jpg"
+        image.save(folder / "photos" / name, quality=90)
+        books = number + 2
+        caption = f"A red cup and {books} green books on a white table."
+        rows.append(f"{name},{caption},How many books are there?,{books}")
+    (folder / "human.csv").write_text("\n".join(rows))
 
 
 def generate(folder: Path, model: Path, minutes: float) -> int | None:
@@ -121,7 +129,7 @@ def main() -> None:
         size = write_model(model, *layers)
         print(f"{size:,} bytes of random weights in {model}")
         assert layers != (LAYERS, VISION_LAYERS) or size == WEIGHTS_BYTES
-    write_photos(folder / "photos")
+    write_photos(folder)
     started = time.monotonic()
     code = generate(folder, model, arguments.minutes)
     print(f"\nexit code {code} after {time.monotonic() - started:.0f} s; vLLM log: {folder / 'd/vllm.log'}")
