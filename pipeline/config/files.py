@@ -154,7 +154,7 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
     if flaw["type"] == "string_pattern_mismatch":
         pattern = str(context["pattern"])
         return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}"
-    message = flaw["msg"].removeprefix("Value error, ")
+    message = flaw["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     close = did_you_mean(str(value), re.findall("'([^']+)'", str(context.get("expected", ""))))
     if isinstance(value, bool):
         shown += "; YAML reads yes, no, on and off as true and false: put a string in quotes"

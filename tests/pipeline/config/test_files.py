@@ -43,6 +43,7 @@ def test_section_with_only_comments_has_the_defaults(file: Path) -> None:
         ("limit: true", "bad value for limit: Input should be a number (True;", "explains limit"),
         ("split: {test_frac: no}", "bad value for split.test_frac: Input should be a number", "settings.md"),
         ("generate: {caption_styles: [A b]}", "bad value for generate.caption_styles", "docs"),
+        ("captions: a.csv", "bad value for captions: Input should be a list ('a.csv')", "explains captions"),
         ("filter: [a]", "bad value for filter: Input should be a valid dictionary", "explains filter"),
         ("split: {validation_frac: 0.9, test_frac: 0.9}", "bad value for split", "explains split"),
         ("tasks: []", "no texts would be made", "docs/settings.md"),
