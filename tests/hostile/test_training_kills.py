@@ -113,8 +113,8 @@ def test_killed_training_resumes_to_same_files(
     steps: list[int] = []
     progress = Progress(lambda step, done: steps.append(done) if step == "train" else None)
     train_captioner(version, config, out, resume=is_saved, progress=progress)
-    lost = reached - (steps[0] - 1)
-    assert 0 <= lost <= (SAVE_EVERY if number == KILL else 0), (reached, steps[0])
+    first = steps[0] if steps else 16  # a signal at step 14 may arrive after the last step
+    assert 0 <= reached - (first - 1) <= (SAVE_EVERY if number == KILL else 0), (reached, first)
     logged = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line and "step" in line]
     assert logged == list(range(1, 16))
     for name in ("model.safetensors", "metrics.json", "config.json", "tokenizer.json"):
