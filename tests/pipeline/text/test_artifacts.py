@@ -1,5 +1,6 @@
 """Artifacts: markup, labels, placeholders, runs and unfinished ends, and good texts that resemble them."""
 
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -127,32 +128,53 @@ def test_markup_and_labels_are_detected_but_not_punctuation(
     assert detects(text) == expected
 
 
-def _matches(tree: Any) -> list[str]:
-    """Return the texts that a parsed pattern matches, with each repeated part once or not at all."""
-    texts = [""]
+def _draw_match(tree: Any, draw: random.Random) -> str:
+    """Return a random text that a parsed pattern matches, except for its conditions."""
+    text = ""
     for kind, argument in tree:
         match str(kind):
             case "LITERAL":
-                parts = [chr(argument)]
+                text += chr(argument)
             case "IN":
-                parts = [chr(value) if str(name) == "LITERAL" else " " for name, value in argument]
+                text += draw.choice([chr(code) if str(name) == "LITERAL" else " " for name, code in argument])
             case "MAX_REPEAT":
-                parts = [*_matches(argument[2]), *([] if argument[0] else [""])]
+                text += "".join(
+                    _draw_match(argument[2], draw) for _ in range(draw.randint(*argument[:2]) % 9)
+                )
             case "SUBPATTERN":
-                parts = _matches(argument[3])
+                text += _draw_match(argument[3], draw)
             case "BRANCH":
-                parts = [text for branch in argument[1] for text in _matches(branch)]
-            case _:
-                parts = [""]  # a condition
-        texts = [text + part for text in texts for part in parts]
-    return texts
+                text += _draw_match(draw.choice(argument[1]), draw)
+    return text
 
 
-def test_every_phrase_has_one_of_the_words_that_are_looked_up_first() -> None:
-    for text in _matches(re._parser.parse(PHRASES["hedge"].pattern)):  # type: ignore[attr-defined]
-        assert not {*WORDS["hedging"].split()}.isdisjoint(words_of(text)), text
-    for text in _matches(re._parser.parse(expression("cut_off"))):  # type: ignore[attr-defined]
-        assert is_cut_off(f"A man and {text}", words_of(text)), text
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (PHRASES["hedge"].pattern, "hedging"), (expression("chat"), "chat"),
+        (expression("refusal_start"), "refusing"), (expression("elsewhere"), "referring"),
+        # "The image is a plain" begins good captions.
+        (expression("refusal").replace("|plain|", "|"), "refusing"),
+    ],
+)  # fmt: skip
+def test_match_has_one_of_the_words_that_are_looked_up_first(pattern: str, words: str) -> None:
+    tree, draw = re._parser.parse(pattern), random.Random(0)  # type: ignore[attr-defined]
+    matches, hints = [_draw_match(tree, draw) for _ in range(3000)], {*WORDS[words].split()}
+    assert [text for text in matches if hints.isdisjoint(words_of(text))] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "detects"),
+    [
+        ("cut_off", lambda text: is_cut_off(f"A man and {text}", words_of(text))),
+        ("markup", lambda text: has_markup(text) or not re.search(expression("markup"), text)),
+    ],
+)
+def test_match_has_one_of_the_characters_that_are_looked_up_first(
+    name: str, detects: Callable[[str], bool]
+) -> None:
+    tree, draw = re._parser.parse(expression(name)), random.Random(0)  # type: ignore[attr-defined]
+    assert [text for text in (_draw_match(tree, draw) for _ in range(2000)) if not detects(text)] == []
 
 
 def test_placeholder_is_detected() -> None:
