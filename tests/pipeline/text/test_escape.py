@@ -17,14 +17,11 @@ from pipeline.text.escape import (
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("A cat.", "A cat."),
-        ("\x1b[31mred", "[U+001B][31mred"),
-        ("abc\u202edcba", "abc[U+202E]dcba"),
-        ("line\nline", "line[U+000A]line"),
-        ("lone \ud800 half", "lone [U+D800] half"),
+        ("A cat.", "A cat."), ("\x1b[31mred", "[U+001B][31mred"), ("abc\u202edcba", "abc[U+202E]dcba"),
+        ("line\nline", "line[U+000A]line"), ("lone \ud800 half", "lone [U+D800] half"),
         ("👩\u200d🚀", "👩\u200d🚀"),
     ],
-)
+)  # fmt: skip
 def test_control_characters_are_visible(text: str, shown: str) -> None:
     assert visible(text) == shown
 
@@ -39,13 +36,11 @@ def test_long_text_is_cut_and_shows_its_length() -> None:
     [
         ("Überschrift 漢字 👩‍🚀", "Überschrift 漢字 👩‍🚀"),
         ("two\nlines\tand a tab", "two\nlines\tand a tab"),
-        ("\x1b]52;c;cGF3bmVk\x07", r"\x1b]52;c;cGF3bmVk\x07"),
-        ("\x9b31m", r"\x9b31m"),
-        ("back\rspace\x08", r"back\rspace\x08"),
-        ("turned \u202e round", r"turned \u202e round"),
+        ("\x1b]52;c;cGF3bmVk\x07", r"\x1b]52;c;cGF3bmVk\x07"), ("\x9b31m", r"\x9b31m"),
+        ("back\rspace\x08", r"back\rspace\x08"), ("turned \u202e round", r"turned \u202e round"),
         ("half \ud800", r"half \ud800"),
     ],
-)
+)  # fmt: skip
 def test_terminal_controls_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
 
