@@ -46,13 +46,8 @@ def redact(text: str) -> tuple[str, int]:
         return text, 0
     count = 0
     for name, (pattern, is_valid) in _KINDS.items():
-
-        def hide(match: re.Match[str], name: str = name, is_valid: Callable[[str], bool] = is_valid) -> str:
-            nonlocal count
-            if not is_valid(match[0]):
-                return match[0]
+        # The last match first, since a replacement moves the matches after it.
+        for match in reversed([match for match in pattern.finditer(text) if is_valid(match[0])]):
+            text = f"{text[: match.start()]}[{name}]{text[match.end() :]}"
             count += 1
-            return f"[{name}]"
-
-        text = pattern.sub(hide, text)
     return text, count
