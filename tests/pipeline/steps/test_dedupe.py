@@ -71,18 +71,10 @@ def test_caption_is_kept_for_a_limited_number_of_images() -> None:
     ] * 4 + [None]
 
 
-def test_human_caption_is_preferred_to_equal_model_caption() -> None:
-    by_model: dict[str, Any] = {"sample_id": "s", "clean_text": "A red ring", "agreement": 1.0}
-    by_person: dict[str, Any] = {"sample_id": "s", "clean_text": "a red ring!", "prompt_id": "human"}
-    for rows in ([by_model, by_person], [by_person, by_model]):
-        marked = deduped(table(*rows)).to_pylist()
-        kept = [row["prompt_id"] for row in marked if row["reason"] is None]
-        assert kept == ["human"]
-
-
 @pytest.mark.parametrize(
     ("better", "worse"),
     [
+        ({"prompt_id": "human"}, {"agreement": 1.0}),
         ({"agreement": 1.0}, {"agreement": 0.5}),
         ({"alignment": 0.3}, {"alignment": 0.2}),
         ({"hedge_count": 0}, {"hedge_count": 1}),

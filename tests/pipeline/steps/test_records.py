@@ -302,24 +302,6 @@ def test_changed_code_reruns_all_steps(
     assert ran == [*all_steps(photos)]
 
 
-def write_review(path: Path, dataset: DatasetDir) -> None:
-    """Write a review that rejects the first text."""
-    sample_id, content = text_name(read_table(dataset.step_file("split")).to_pylist()[0])
-    review = Review(sample_id=sample_id, content=content, verdict="bad", reason="not_true")
-    path.write_text(format_lines([review]))
-
-
-def test_next_run_applies_reviews(copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str]) -> None:
-    photos, _ = copied
-    dataset = DatasetDir(tmp_path / "d")
-    dataset.reviews.parent.mkdir()
-    write_review(dataset.reviews, dataset)
-    marked = run(photos, dataset.path, ran)
-    assert ran == ["review", "write"]
-    assert marked.is_new and marked.funnel[-2].rejected == {"reviewed_not_true": 1}
-    assert run(photos, dataset.path, ran).version.name == marked.version.name and ran == []
-
-
 def test_run_after_adding_near_duplicates_equals_run_in_a_new_folder(
     photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
@@ -350,16 +332,22 @@ def test_key_of_verify_step_changes_with_clip_weights_and_judge(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("step", ["read", "ask", "split"])
-def test_reviews_of_unfinished_run_are_refused_and_not_kept(
+def test_reviews_of_unfinished_run_are_refused_and_those_of_a_finished_run_applied(
     step: str, copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str]
 ) -> None:
     photos, _ = copied
     dataset = DatasetDir(tmp_path / "d")
     reviews = tmp_path / "reviews.jsonl"
-    write_review(reviews, dataset)
+    sample_id, first = text_name(read_table(dataset.step_file("split")).to_pylist()[0])
+    review = Review(sample_id=sample_id, content=first, verdict="bad", reason="not_true")
+    reviews.write_text(format_lines([review]))
     (dataset.path / "steps" / step / "done.json").unlink()
     with pytest.raises(ConfigError, match="has no finished run to review"):
         apply_reviews(dataset, [reviews])
     assert not dataset.reviews.exists() or dataset.reviews.read_text() == ""
     run(photos, dataset.path, ran)
-    assert apply_reviews(dataset, [reviews]).funnel[-2].rejected == {"reviewed_not_true": 1}
+    ran.clear()
+    applied = apply_reviews(dataset, [reviews])
+    assert ran == ["review", "write"] and applied.is_new
+    assert applied.funnel[-2].rejected == {"reviewed_not_true": 1}
+    assert run(photos, dataset.path, ran).version.name == applied.version.name and ran == []

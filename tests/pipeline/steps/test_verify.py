@@ -219,11 +219,6 @@ def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str,
     assert verify._keeps_other_claims(subject, {"clean_text": after}) == is_kept
 
 
-def checker_of(**settings: Any) -> verify.AnnotationChecker:
-    stub: Any = SimpleNamespace(is_calibrated=True, splits_claims=True, seed=0, **settings)
-    return verify.AnnotationChecker(stub, stub, stub)
-
-
 @pytest.mark.parametrize(
     ("foreign", "is_used"), [("A red ring.", False), ("The ring is red", False), ("A blue car.", True)]
 )
@@ -235,7 +230,9 @@ def test_caption_of_another_image_is_not_used_if_it_may_be_true(foreign: str, *,
 
 def test_warning_counts_captions_of_rows_without_known_texts() -> None:
     warnings: list[str] = []
-    checker = checker_of(requests=None, progress=SimpleNamespace(warn=warnings.append))
+    progress = SimpleNamespace(warn=warnings.append)
+    stub: Any = SimpleNamespace(splits_claims=True, requests=None, progress=progress)
+    checker = verify.AnnotationChecker(stub, stub, stub)
     checker.__dict__["_ask"] = lambda *_: {"A caption of another image.": [], "A red ring.": []}
     checker._split([("A caption of another image.", "a")])
     checker._check_claims([CheckedAnnotation(CAPTION | {"sample_id": "a"})])
