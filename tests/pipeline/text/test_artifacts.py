@@ -166,9 +166,9 @@ def _draw_match(tree: Any, draw: random.Random) -> str:
             case "IN":
                 text += draw.choice([chr(code) if str(name) == "LITERAL" else " " for name, code in argument])
             case "MAX_REPEAT":
-                text += "".join(
-                    _draw_match(argument[2], draw) for _ in range(draw.randint(*argument[:2]) % 9)
-                )
+                least, most, part = argument
+                times = draw.randint(least, min(most, least + 2))
+                text += "".join(_draw_match(part, draw) for _ in range(times))
             case "SUBPATTERN":
                 text += _draw_match(argument[3], draw)
             case "BRANCH":
