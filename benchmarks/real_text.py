@@ -1,5 +1,7 @@
 """Count the good texts that the text rules reject, the bad texts that they find, and unwanted phrases.
 
+Print also the CPU time of the filter for short and long captions.
+
     python benchmarks/real_text.py FOLDER [--examples N]
 
 FOLDER contains JSON Lines files (also `.gz`). Most texts in `captions_human` and `captions_vlm` (`text`) and
@@ -27,6 +29,7 @@ from pipeline.text.phrases import PHRASES, phrases_in
 from pipeline.types import Reply, Request, Sampling
 
 BATCH = 10_000
+LENGTHS = {"captions_human": range(10, 15), "captions_vlm": range(110, 151)}  # words of timed captions
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -123,8 +126,11 @@ def main() -> None:
     for name in ("captions_human", "captions_vlm", "vqa"):
         rows = read(options.folder, name)
         print(*lines(name, rows, options.examples), sep="\n")
-        if name != "vqa":
+        if words := LENGTHS.get(name):
             print(*phrase_lines(rows), sep="\n")
+            timed = [row for row in rows if len(row["text"].split()) in words]
+            row_us = min(judge(timed)[1] for _ in range(5)) / len(timed) * 1e6
+            print(f"  {words[0]} to {words[-1]} words, {len(timed):,} captions: {row_us:.1f} us per caption")
     failures = read(options.folder, "failures")
     reasons, _ = judge(failures)
     of_kind: dict[str, list[bool]] = defaultdict(list)

@@ -68,8 +68,9 @@ def filter_annotations(
     ]
     rows = zip(names, *columns, records, styles, types, is_built_in, strict=True)
     judged = [judges.get(name, default)(*row) for name, *row in rows]
-    scores = pa.Table.from_pylist([scores._asdict() for scores, _ in judged], schema=FILTERED)
-    return with_reason(append_columns(table, scores), [reason for _, reason in judged])
+    scores = {name: [scores[n] for scores, _ in judged] for n, name in enumerate(Scores._fields)}
+    columns = pa.table(scores, schema=FILTERED)
+    return with_reason(append_columns(table, columns), [reason for _, reason in judged])
 
 
 @lru_cache(64)

@@ -416,11 +416,7 @@ def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
 
 
 def _checked(step: RowStep, rows: pa.Table, judged: pa.Table) -> pa.Table:
-    if "reason" not in judged.column_names:
-        problem = f"the judge function of the step {step.name} returned a table without the column `reason`"
-        hint = "return with_reason(table, reasons): a reason of None keeps a row, a string rejects it"
-        raise TableError(problem, hint=hint)
-    require_columns(judged, "annotation_id")
+    require_columns(judged, "annotation_id", "reason")
     if not judged["annotation_id"].equals(rows["annotation_id"]):
         change = f"received {rows.num_rows} rows and returned {judged.num_rows}, or different ones"
         raise TableError(f"the step {step.name} {change}", hint=BUG_HINT)

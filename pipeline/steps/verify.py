@@ -223,7 +223,8 @@ class AnnotationChecker:
         if config.repair:
             refuted = (one for one in captions if one.row["prompt_id"] != HUMAN and one.refuted_claims)
             self._repair([caption for caption in refuted if self._is_asked("repair", caption)])
-        self._check_coverage(subjects)
+        if "covers" in config.checks:
+            self._check_coverage([one for one in captions if self._is_asked("covers", one)], questions)
         if self.settings.clip_model:
             self._align([caption for caption in captions if self._is_asked("alignment", caption)])
         if config.judge:
@@ -314,18 +315,15 @@ class AnnotationChecker:
 
     # --- questions
 
-    def _check_coverage(self, subjects: Subjects) -> None:
-        # The distinct questions about each sample.
-        questions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
-        for subject in subjects:
-            if subject.caption is None and not self._is_contradicted(subject):
-                question = subject.row["clean_question"], subject.row["clean_answer"]
-                questions[subject.sample_id][question] = None
-        if "covers" in self.settings.verify.checks:
-            captions = [one for one in subjects if one.caption is not None and self._is_asked("covers", one)]
-            asked = (questions.get(caption.sample_id, ()) for caption in captions)
-            texts = (caption.caption for caption in captions)
-            self._answer(captions, list(map(verification.coverage_checks, texts, asked)))
+    def _check_coverage(self, captions: Subjects, questions: Subjects) -> None:
+        """Ask the distinct questions about the sample of each caption, and show only the caption."""
+        pairs: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # by sample id
+        for one in questions:
+            if not self._is_contradicted(one):
+                pairs[one.sample_id][one.row["clean_question"], one.row["clean_answer"]] = None
+        asked = (pairs.get(caption.sample_id, ()) for caption in captions)
+        texts = (caption.caption for caption in captions)
+        self._answer(captions, list(map(verification.coverage_checks, texts, asked)))
 
     def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
         """Ask the model the questions in `checks` about each subject, and add the answered checks to it."""

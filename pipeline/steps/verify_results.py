@@ -38,10 +38,9 @@ from pipeline.text.language import FUNCTION_WORDS
 from pipeline.text.normalize import words_of
 from pipeline.types import SourceTexts
 
-CLEAN = ("clean_text", "clean_question", "clean_answer", "clean_record")
 COLUMNS = (
-    "sample_id", "task", "style", "prompt_id", *CLEAN, "evidence_pages", "pages",
-    *verification.LOG_PROBABILITIES,
+    "sample_id", "task", "style", "prompt_id", "clean_text", "clean_question", "clean_answer", "clean_record",
+    "evidence_pages", "pages", *verification.LOG_PROBABILITIES,
 )  # fmt: skip
 ALIGNMENT = fields(FLOAT64, "alignment")
 CHECKED = pa.schema(

@@ -177,11 +177,9 @@ def _summarize(rows: int, shards: Sequence[DatasetDir]) -> StepSummary:
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
     """Return the number of reviewed annotations by verdict, or {} without reviews."""
-    counts: Counter[str] = Counter()
-    for shard in shards:
-        for name in OUTPUTS:
-            for table in read_batches(shard.step_file("review", name), ["review"]):
-                counts.update(review["verdict"] for review in table["review"].drop_null().to_pylist())
+    files = (shard.step_file("review", name) for shard in shards for name in OUTPUTS)
+    parts = (part["review"].drop_null() for file in files for part in read_batches(file, ["review"]))
+    counts = Counter(review["verdict"] for part in parts for review in part.to_pylist())
     return {verdict: counts[verdict] for verdict in ("good", "bad", "edited")} if counts else {}
 
 

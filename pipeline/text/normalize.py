@@ -113,8 +113,8 @@ def strip_opening(text: str, *, is_alt: bool = False) -> str:
     Alternative texts also lose "A photo of", since a screen reader announces an image.
     """
     match = OPENINGS.match(text) or (_ALT_OPENING.match(text) if is_alt else None)
-    rest = text[match.end() :] if match else text
-    return rest[0].upper() + rest[1:] if match and words_of(rest) else text
+    rest = text[match.end() :] if match else ""
+    return rest[0].upper() + rest[1:] if _WORD.search(rest) else text
 
 
 def map_distinct(texts: pa.ChunkedArray, function: Callable[[str], str]) -> pa.Array:

@@ -9,8 +9,8 @@ from pipeline.text.normalize import sentences_with
 _DECLINED = pattern("declined", re.IGNORECASE)
 _BEGINS = pattern("refusal_start", before=r"\s*(?:unfortunately,? )?")
 _SAYS = pattern("refusal", before=r"\b")
-# Every match of the last two patterns has one of these words. Few captions have them, so testing for them
-# first makes the search 9 times faster.
+# Nearly every match of the last two patterns has one of these words. Few captions have them, so testing for
+# them first makes the search 9 times faster.
 _HINT_WORDS = frozenset(WORDS["refusing"].split())
 _ON_A_SIGN = ("afraid", "sorry", "please")
 

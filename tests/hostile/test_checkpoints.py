@@ -6,6 +6,8 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,22 @@ from trainer.model.encoder import load_encoder
 from trainer.tokenizer import TargetText, train_tokenizer
 
 
-def config(change: Callable[[dict[str, Any]], Any]) -> Damage:
-    """Return a damage that changes config.json."""
+def config(*path: str, **values: Any) -> Damage:
+    """Return a damage that changes values of config.json, or of the object at a path."""
 
     def damage(folder: Path) -> None:
-        values = json.loads((folder / "config.json").read_text())
-        change(values)
-        (folder / "config.json").write_text(json.dumps(values))
+        whole = json.loads((folder / "config.json").read_text())
+        reduce(getitem, path, whole).update(values)
+        (folder / "config.json").write_text(json.dumps(whole))
 
     return damage
 
 
 def file(name: str, content: bytes) -> Damage:
     return lambda folder: (folder / name).write_bytes(content)
+
+
+ENCODER = ("encoder", "model")  # a path in config.json
 
 
 class Runs:
@@ -50,7 +55,7 @@ def pickled(folder: Path) -> None:
 def remote_code(folder: Path) -> None:
     (folder / "evil.py").write_text("import os; os.system('touch /tmp/synth-was-here')\n")
     evil = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
-    config(lambda c: c["encoder"]["model"].update(auto_map=evil))(folder)
+    config(*ENCODER, auto_map=evil)(folder)
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
@@ -76,54 +81,43 @@ WORDS = {"type": "WordLevel", "vocab": {"a": 4_000_000_000, "<unk>": 0}, "unk_to
 TOKENIZER = json.dumps({"version": "1.0", "model": WORDS})
 DAMAGES: dict[str, Damage] = {
     "processor that is a pipeline": config(
-        lambda c: c["encoder"].update(processor={"image_processor_type": "pipeline", **PROCESSOR})
+        "encoder", processor={"image_processor_type": "pipeline", **PROCESSOR}
     ),
     "processor with another preprocess": config(
-        lambda c: c["encoder"]["processor"].update(preprocess="x", __call__="y", resize=1)
+        "encoder", "processor", preprocess="x", __call__="y", resize=1
     ),
-    "processor of giant images": config(
-        lambda c: c["encoder"]["processor"].update(size={"height": 10**9, "width": 10**9})
-    ),
+    "processor of giant images": config("encoder", "processor", size={"height": 10**9, "width": 10**9}),
     "remote code": remote_code,
-    "a kernel of the Hub": config(
-        lambda c: c["encoder"]["model"].update(attn_implementation="me/evil-kernel")
-    ),
+    "a kernel of the Hub": config(*ENCODER, attn_implementation="me/evil-kernel"),
     "a kernel for the decoder": config(
-        lambda c: c.update(
-            decoder={
-                "language_model": {"model_type": "qwen3", "attn_implementation": "me/evil", "vocab_size": 99}
-            }
-        )
+        decoder={
+            "language_model": {"model_type": "qwen3", "attn_implementation": "me/evil", "vocab_size": 99}
+        }
     ),
     "a backbone of the Hub": config(
-        lambda c: c["encoder"].update(
-            model={"model_type": "timm_wrapper", "architecture": "resnet18", "use_pretrained_backbone": True}
-        )
+        "encoder",
+        model={"model_type": "timm_wrapper", "architecture": "resnet18", "use_pretrained_backbone": True},
     ),
-    "a model that fetches another": config(lambda c: c["encoder"].update(model={"model_type": "edgetam"})),
+    "a model that fetches another": config("encoder", model={"model_type": "edgetam"}),
     "twenty thousand steps": config(
-        lambda c: c["encoder"].update(
-            model={"model_type": "regnet", "depths": [1] * 20_000, "hidden_sizes": [1] * 20_000}
-        )
+        "encoder", model={"model_type": "regnet", "depths": [1] * 20_000, "hidden_sizes": [1] * 20_000}
     ),
-    "a setting in place of a method": config(
-        lambda c: c["encoder"]["model"].update(to_dict=1, get_text_config="x")
-    ),
-    "a model type that is a path": config(lambda c: c["encoder"]["model"].update(model_type="../../evil")),
-    "a billion layers": config(lambda c: c["encoder"]["model"].update(num_hidden_layers=10**9)),
-    "layers without weights": config(lambda c: c["encoder"]["model"].update(num_hidden_layers=900)),
-    "a layer of a terabyte": config(lambda c: c["encoder"]["model"].update(intermediate_size=10**9)),
-    "a width that is negative": config(lambda c: c["decoder"].update(width=-192)),
-    "an unknown key": config(lambda c: c.update(evil=1)),
-    "no prompts": config(lambda c: c.update(prompts=[])),
-    "prompts of an unknown source": config(lambda c: c.update(prompts=[["a stranger", "x"]])),
-    "an end token outside of the vocabulary": config(lambda c: c.update(eos_id=10**9)),
-    "endless captions": config(lambda c: c.update(max_caption_tokens=10**9)),
-    "100,000 beams": config(lambda c: c.update(data={"decoding": {"num_beams": 100_000}})),
-    "beams that are a text": config(lambda c: c.update(data={"decoding": {"num_beams": "many"}})),
-    "a penalty that overflows": config(lambda c: c.update(data={"decoding": {"length_penalty": 2000}})),
-    "n-grams of 2.5 tokens": config(lambda c: c.update(data={"decoding": {"no_repeat_ngram_size": 2.5}})),
-    "heads below zero": config(lambda c: c["decoder"].update(heads=-2)),
+    "a setting in place of a method": config(*ENCODER, to_dict=1, get_text_config="x"),
+    "a model type that is a path": config(*ENCODER, model_type="../../evil"),
+    "a billion layers": config(*ENCODER, num_hidden_layers=10**9),
+    "layers without weights": config(*ENCODER, num_hidden_layers=900),
+    "a layer of a terabyte": config(*ENCODER, intermediate_size=10**9),
+    "a width that is negative": config("decoder", width=-192),
+    "an unknown key": config(evil=1),
+    "no prompts": config(prompts=[]),
+    "prompts of an unknown source": config(prompts=[["a stranger", "x"]]),
+    "an end token outside of the vocabulary": config(eos_id=10**9),
+    "endless captions": config(max_caption_tokens=10**9),
+    "100,000 beams": config(data={"decoding": {"num_beams": 100_000}}),
+    "beams that are a text": config(data={"decoding": {"num_beams": "many"}}),
+    "a penalty that overflows": config(data={"decoding": {"length_penalty": 2000}}),
+    "n-grams of 2.5 tokens": config(data={"decoding": {"no_repeat_ngram_size": 2.5}}),
+    "heads below zero": config("decoder", heads=-2),
     "config that is deep": file("config.json", b"[" * 100_000 + b"]" * 100_000),
     "config that is not JSON": file("config.json", b"\x80\x04K\x01."),
     "config that is a pipe": pipe("config.json"),

@@ -14,7 +14,7 @@ from tests.hostile import bounded_memory
 from tests.hostile.vectors import ALL
 
 GOOD = {"sample_id": "a" * 64, "content": "b" * 16, "verdict": "good"}
-
+EDITED = GOOD | {"verdict": "edited"}
 VERDICT = GOOD | {"verdict": "right", "reviewer": "a", "seed": 0}
 
 
@@ -38,17 +38,11 @@ BAD: dict[str, bytes] = {
     "sample with a line break": lines(GOOD | {"sample_id": "a" * 64 + "\n"}),
     "content of other letters": lines(GOOD | {"content": "z" * 16}),
     "note of a megabyte": lines(GOOD | {"note": "x" * 1_000_000}),
-    "edit of everything": lines(GOOD | {"verdict": "edited", "text": "x", "question": "y", "answer": "z"}),
-    "edit that is a list": lines(GOOD | {"verdict": "edited", "text": ["x"]}),
-    "edit that is a number": lines(GOOD | {"verdict": "edited", "text": 10**400}),
-    "pages that are texts": lines(
-        GOOD | {"verdict": "edited", "question": "x", "answer": "y", "evidence_pages": ["x"]}
-    ),
-    "half a surrogate pair": b'{"sample_id": "'
-    + b"a" * 64
-    + b'", "content": "'
-    + b"b" * 16
-    + b'", "verdict": "\\ud800"}\n',
+    "edit of everything": lines(EDITED | {"text": "x", "question": "y", "answer": "z"}),
+    "edit that is a list": lines(EDITED | {"text": ["x"]}),
+    "edit that is a number": lines(EDITED | {"text": 10**400}),
+    "pages that are texts": lines(EDITED | {"question": "x", "answer": "y", "evidence_pages": ["x"]}),
+    "half a surrogate pair": lines(GOOD | {"verdict": "\ud800"}),
     "verdict without a seed": lines(GOOD | {"verdict": "right", "reviewer": "a"}),
     "verdict of a reviewer with a long name": lines(VERDICT | {"reviewer": "x" * 1_000_000}),
     "verdict with a path": lines(VERDICT | {"seed": "../../x"}),
@@ -81,7 +75,7 @@ def test_path_without_regular_file_is_refused(make: Callable[[Path], object], tm
 
 def test_hostile_notes_and_edits_are_read_without_personal_data(tmp_path: Path) -> None:
     texts = [vector for vector in ALL if vector.isprintable()]
-    reviews = [GOOD | {"verdict": "edited", "text": text, "note": text} for text in texts]
+    reviews = [EDITED | {"text": text, "note": text} for text in texts]
     (tmp_path / "reviews.jsonl").write_bytes(lines(*reviews))
     read_back = [(review.text, review.note) for review in read_stored(tmp_path / "reviews.jsonl", Review)]
     assert read_back == [(redact(text)[0], text) for text in texts]

@@ -4,7 +4,6 @@ from collections import Counter
 from typing import Any
 
 import pyarrow as pa
-import pytest
 
 from pipeline.steps.balance import RARE, STEP
 from pipeline.tables import STRING, fields
@@ -31,17 +30,12 @@ def balance_rows(rows: pa.Table, seed: int = 0, shards: int = 1, **settings: Any
     return [row for row in rows.to_pylist() if row["reason"] is None]
 
 
-@pytest.mark.parametrize(("yes", "no"), [(900, 100), (100, 900), (520, 480)])
-def test_yes_and_no_are_balanced(yes: int, no: int) -> None:
-    rows = table(*questions("Is there a dog?", *["yes"] * yes, *["no"] * no))
-    share = sum(row["clean_answer"] == "yes" for row in balance_rows(rows)) / len(balance_rows(rows))
-    assert 0.45 <= share <= 0.55
-
-
 def test_common_answer_is_cut_to_its_share_and_rare_answers_stay() -> None:
+    rows = balance_rows(table(*questions("Is there a dog?", *["yes"] * 900, *["no"] * 100)))
+    assert 0.45 <= sum(row["clean_answer"] == "yes" for row in rows) / len(rows) <= 0.55
     answers = [*["red"] * 500, *["blue"] * 60, *["green"] * 40, *["mauve"] * 3]
-    rows = table(*questions("What color is the car?", *answers))
-    counts = Counter(row["clean_answer"] for row in balance_rows(rows))
+    rows = balance_rows(table(*questions("What color is the car?", *answers)))
+    counts = Counter(row["clean_answer"] for row in rows)
     assert counts["red"] == 68
     assert counts["red"] <= 0.4 * counts.total()
     assert (counts["blue"], counts["green"], counts["mauve"]) == (60, 40, 3)
@@ -55,13 +49,9 @@ def test_question_types_with_one_answer_or_few_questions_are_not_reduced() -> No
     assert [row["question_type"] for row in rows] == ["is there"] * 60 + [RARE] * 2
 
 
-def test_pair_is_one_question_with_two_answers_about_similar_images() -> None:
-    descriptions = [
-        ("A red bus and a tree.", "2"),
-        ("A red bus and a bush.", "3"),
-        ("A cat on a bed.", "2"),
-        ("A cat on a sofa.", "2"),
-    ]
+def test_pair_is_one_question_with_two_answers_about_similar_images_that_are_no_near_duplicates() -> None:
+    buses = [("A red bus and a tree.", "2"), ("A red bus and a bush.", "3")]
+    descriptions = [*buses, ("A cat on a bed.", "2"), ("A cat on a sofa.", "2")]
     rows: list[dict[str, Any]] = []
     for n, (text, answer) in enumerate(descriptions):
         image = {"sample_id": f"s{n}", "image_group": f"s{n}"}
@@ -72,11 +62,8 @@ def test_pair_is_one_question_with_two_answers_about_similar_images() -> None:
     pairs = [row for row in balance_rows(table(*rows)) if row["pair_id"]]
     assert {row["sample_id"] for row in pairs} == {"s0", "s1"}
     assert len({row["pair_id"] for row in pairs}) == 1
-
-
-def test_near_duplicate_images_are_not_paired() -> None:
-    rows = [{"image_group": "g", **question("Is it?", answer)} for answer in ("yes", "no")]
-    assert [row["pair_id"] for row in balance_rows(table(*rows))] == [None, None]
+    near = [{"image_group": "g", **question("Is it?", answer)} for answer in ("yes", "no")]
+    assert [row["pair_id"] for row in balance_rows(table(*near))] == [None, None]
 
 
 def test_result_depends_on_seed_but_not_on_row_order() -> None:

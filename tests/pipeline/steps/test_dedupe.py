@@ -39,25 +39,24 @@ def test_equal_caption_of_one_image_is_a_duplicate_of_the_first() -> None:
     assert marked["cluster"][0] == marked["cluster"][1] != marked["cluster"][2]
 
 
-def grouped(rows: pa.Table, monkeypatch: pytest.MonkeyPatch, *reasons: str | None) -> list[str | None]:
-    """Return the reasons of rows whose images form one group and have the given reasons."""
-    ids = rows["sample_id"].to_pylist()
-    groups = pa.table([ids, ["g"] * len(ids), list(reasons), [None] * len(ids)], schema=IMAGE_GROUPS)
+NEAR = "near_duplicate_image"
+
+
+@pytest.mark.parametrize(
+    ("texts", "of_images", "reasons"),
+    [
+        (["A red ring.", "A red ring."], [None, None], [None, "duplicate"]),
+        (["A red ring.", "A red ring.", "A blue ring."], [NEAR, None, NEAR], [NEAR, None, NEAR]),
+    ],
+)
+def test_near_duplicates_count_as_one_image_and_a_rejected_image_rejects_only_its_annotations(
+    texts: list[str], of_images: list[str | None], reasons: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, group = captions(*texts), ["g"] * len(texts)
+    groups = pa.table([rows["sample_id"], group, of_images, [None] * len(texts)], schema=IMAGE_GROUPS)
     monkeypatch.setattr("pipeline.steps.dedupe.group_images", lambda dataset: groups)
     marked = deduped(rows)
-    assert marked["image_group"].to_pylist() == ["g"] * len(ids)
-    row_reasons: list[str | None] = marked["reason"].to_pylist()
-    return row_reasons
-
-
-def test_near_duplicate_images_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert grouped(captions("A red ring.", "A red ring."), monkeypatch, None, None) == [None, "duplicate"]
-
-
-def test_rejected_image_rejects_only_its_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = captions("A red ring.", "A red ring.", "A blue ring.")
-    reason = "near_duplicate_image"
-    assert grouped(rows, monkeypatch, reason, None, reason) == [reason, None, reason]
+    assert (marked["image_group"].to_pylist(), marked["reason"].to_pylist()) == (group, reasons)
 
 
 def test_equal_questions_about_different_images_are_kept() -> None:
@@ -72,18 +71,10 @@ def test_caption_is_kept_for_a_limited_number_of_images() -> None:
     ] * 4 + [None]
 
 
-def test_human_caption_is_preferred_to_equal_model_caption() -> None:
-    by_model: dict[str, Any] = {"sample_id": "s", "clean_text": "A red ring", "agreement": 1.0}
-    by_person: dict[str, Any] = {"sample_id": "s", "clean_text": "a red ring!", "prompt_id": "human"}
-    for rows in ([by_model, by_person], [by_person, by_model]):
-        marked = deduped(table(*rows)).to_pylist()
-        kept = [row["prompt_id"] for row in marked if row["reason"] is None]
-        assert kept == ["human"]
-
-
 @pytest.mark.parametrize(
     ("better", "worse"),
     [
+        ({"prompt_id": "human"}, {"agreement": 1.0}),
         ({"agreement": 1.0}, {"agreement": 0.5}),
         ({"alignment": 0.3}, {"alignment": 0.2}),
         ({"hedge_count": 0}, {"hedge_count": 1}),

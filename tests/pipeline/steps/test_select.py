@@ -14,13 +14,7 @@ from pipeline.tables import FLOAT64, HUMAN, INT32, RUBRIC, STRING, fields
 from tests.step_runs import numbered_table, run_step
 
 TEXTS = ("annotation_id", "sample_id", "task", "style", "prompt_id", "clean_text", "clean_question")
-SCHEMA = pa.schema(
-    [
-        *fields(STRING, *TEXTS),
-        *fields(FLOAT64, "alignment"),
-        *fields(INT32, *RUBRIC),
-    ]
-)
+SCHEMA = pa.schema([*fields(STRING, *TEXTS), *fields(FLOAT64, "alignment"), *fields(INT32, *RUBRIC)])
 
 
 def captions(*texts: str, **columns: Any) -> pa.Table:
@@ -29,9 +23,7 @@ def captions(*texts: str, **columns: Any) -> pa.Table:
     for n, text in enumerate(texts):
         values = {name: value[n] if isinstance(value, list) else value for name, value in columns.items()}
         rows.append({"clean_text": text, **values})
-    return numbered_table(
-        SCHEMA, rows, **{"sample_id": "s", "task": "caption", "style": "plain", "prompt_id": "p"}
-    )
+    return numbered_table(SCHEMA, rows, sample_id="s", task="caption", style="plain", prompt_id="p")
 
 
 def selected(rows: pa.Table, by: str = "consistency", shards: int = 1, **settings: Any) -> pa.Table:
@@ -45,14 +37,8 @@ def kept(rows: pa.Table, **settings: Any) -> list[str]:
 
 
 def test_most_consistent_caption_is_kept() -> None:
-    texts = (
-        "A dog on grass.",
-        "A dog runs on grass.",
-        "A dog runs on grass with a red ball.",
-        "A cat sleeps.",
-    )
-    rows = captions(*texts)
-    marked = selected(rows)
+    longest = "A dog runs on grass with a red ball."
+    marked = selected(captions("A dog on grass.", "A dog runs on grass.", longest, "A cat sleeps."))
     assert marked["reason"].to_pylist() == ["not_the_best", None, "not_the_best", "not_the_best"]
     assert marked["rejected_text"].to_pylist() == [None, "A cat sleeps.", None, None]
     # The F1 of its content words {dog, runs, on, grass} with those of each of the others.
@@ -62,15 +48,10 @@ def test_most_consistent_caption_is_kept() -> None:
 
 
 def test_best_caption_is_kept_by_clip_score_or_judge() -> None:
-    rows = captions("A dog here.", "A dog on grass.", "A dog.", alignment=[0.2, 0.1, 0.3])
-    assert kept(rows, by="clip") == ["A dog."]
     marks = {name: [4, 5, 3] for name in RUBRIC} | {"form": [5, 1, 5]}
     assert kept(captions("One.", "Two.", "Three.", **marks), by="judge") == ["One."]
-
-
-def test_caption_without_score_is_not_preferred() -> None:
-    rows = captions("A dog.", "A cat.", "A cow.", alignment=[None, 0.1, -0.2])
-    marked = selected(rows, by="clip")
+    # A caption without a score is not preferred.
+    marked = selected(captions("A dog.", "A cat.", "A cow.", alignment=[None, 0.1, -0.2]), by="clip")
     assert marked["reason"].to_pylist() == ["not_the_best", None, "not_the_best"]
     assert marked["rejected_text"][1].as_py() == "A cow."
     assert kept(captions("One.", "Two."), by="clip") == ["One."]

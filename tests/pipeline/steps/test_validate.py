@@ -20,9 +20,7 @@ def table(*rows: dict[str, Any]) -> pa.Table:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (CAPTION, None),
-        (PAIR, None),
-        (CAPTION | {"text": None, "reply_error": "not_json"}, "not_json"),
+        (CAPTION, None), (PAIR, None), (CAPTION | {"text": None, "reply_error": "not_json"}, "not_json"),
         (CAPTION | {"text": ""}, "caption_string_too_short"),
         (CAPTION | {"text": None}, "caption_string_type"),
         (CAPTION | {"text": "A \x1b[31mred ring."}, "caption_string_pattern_mismatch"),
@@ -32,7 +30,7 @@ def table(*rows: dict[str, Any]) -> pa.Table:
         (PAIR | {"answer": "How many?"}, "answer_repeats_question"),
         (PAIR | {"answer": ""}, "answer_string_too_short"),
     ],
-)
+)  # fmt: skip
 def test_annotation_is_kept_or_rejected_with_reason(row: dict[str, Any], reason: str | None) -> None:
     marked = validate_annotations(table(CAPTION, row))
     assert marked["reason"].to_pylist() == [None, reason]

@@ -19,6 +19,7 @@ from pipeline.steps.verify_results import CheckConditions, CheckedAnnotation, Kn
 from pipeline.storage.files import read_table
 from pipeline.tables import CALIBRATION, CHECK, FLOAT64, INT32, STRING, fields
 from pipeline.tasks import Tasks
+from pipeline.text.falsehoods import GROUPS
 from tests.chat.server import ChatServer, running_chat
 from tests.plans import request_plan
 from tests.step_runs import numbered_table, verify_rows, with_results
@@ -96,14 +97,13 @@ def test_evidence_is_refuting_answers_less_confirming_ones(
 @pytest.mark.parametrize(
     ("condition", "unmet"),
     [
-        ("scores.precision < 0.8", None),
-        ("scores.precision < 0.5", "condition_false"),
+        ("scores.precision < 0.8", None), ("scores.precision < 0.5", "condition_false"),
         ("scores.coverage < 0.5", "condition_without_value"),
         ("scores.alignment < 0.2 and text.style == 'brief'", None),
         ("'lamp' in results.tags and results.brief == 'A red ring.'", None),
         ("results.boxes is null or results.other is not null", "condition_false"),
     ],
-)
+)  # fmt: skip
 def test_condition_of_a_check_reads_scores_and_results(condition: str, unmet: str | None) -> None:
     labels = TaskConfig(name="tags", kind="labels", prompt="What is it?")
     boxes = TaskConfig(name="boxes", kind="boxes", prompt="Where is it?")
@@ -153,11 +153,7 @@ def test_question_answered_blind_is_rejected_only_if_most_images_share_the_answe
 
     assert reasons(*map(asked, ("red", "blue", "red"))) == [None] * 3
     assert reasons(*map(asked, ["red"] * 9 + ["blue"])) == ["answerable_without_image"] * 9 + [None]
-
-
-def test_yes_and_no_answers_are_exempt_from_the_blind_check() -> None:
-    checks = [check("blind", "yes", "yes")]
-    assert reasons(QUESTION | {"clean_answer": "yes", "checks": checks}) == [None]
+    assert reasons(QUESTION | {"clean_answer": "yes", "checks": [check("blind", "yes", "yes")]}) == [None]
 
 
 def test_worst_aligned_captions_of_each_style_are_rejected() -> None:
@@ -223,11 +219,6 @@ def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str,
     assert verify._keeps_other_claims(subject, {"clean_text": after}) == is_kept
 
 
-def checker_of(**settings: Any) -> verify.AnnotationChecker:
-    stub: Any = SimpleNamespace(is_calibrated=True, splits_claims=True, seed=0, **settings)
-    return verify.AnnotationChecker(stub, stub, stub)
-
-
 @pytest.mark.parametrize(
     ("foreign", "is_used"), [("A red ring.", False), ("The ring is red", False), ("A blue car.", True)]
 )
@@ -239,7 +230,9 @@ def test_caption_of_another_image_is_not_used_if_it_may_be_true(foreign: str, *,
 
 def test_warning_counts_captions_of_rows_without_known_texts() -> None:
     warnings: list[str] = []
-    checker = checker_of(requests=None, progress=SimpleNamespace(warn=warnings.append))
+    progress = SimpleNamespace(warn=warnings.append)
+    stub: Any = SimpleNamespace(splits_claims=True, requests=None, progress=progress)
+    checker = verify.AnnotationChecker(stub, stub, stub)
     checker.__dict__["_ask"] = lambda *_: {"A caption of another image.": [], "A red ring.": []}
     checker._split([("A caption of another image.", "a")])
     checker._check_claims([CheckedAnnotation(CAPTION | {"sample_id": "a"})])
@@ -259,9 +252,6 @@ def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:
 def test_repaired_caption_has_the_bounds_of_its_style(style: str, *, is_kept: bool) -> None:
     settings: Any = SimpleNamespace(bounds=FilterConfig(), requests=request_plan(resolve(source="scenes")))
     checker = verify.AnnotationChecker(settings, settings, settings)
-    text = (
-        "An old man in a blue coat sits on a wooden bench beside a brown dog, while two children with red "
-        "kites run along the wet beach toward a small white boat that lies under a gray and cloudy sky."
-    )
+    text = f"A man sees {', '.join(f'a {color} hat, coat and shoe' for color in GROUPS['color'][0][:5])}."
     (row,) = checker._filter([CheckedAnnotation(CAPTION | {"style": style})], [text])
     assert (row is not None) == is_kept

@@ -1,5 +1,6 @@
 """Artifacts: markup, labels, placeholders, runs and unfinished ends, and good texts that resemble them."""
 
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -104,112 +105,104 @@ NO_LABELS = (
 )  # fmt: skip
 
 
-def _is_chat(text: str) -> bool:
-    return is_chat(text, words_of(text))
+PLACEHOLDERS = (
+    "...", "", " - ", "caption", "Your caption here", "null", "N/A", "question?", "Your question?",
+    "A question?",
+)  # fmt: skip
+OPEN_ENDS = ('A book titled "The', "A kite (red.")
+WHOLE_ENDS = (
+    'A book titled "The Kite"', 'A 12" pizza on a table', 'Platform "3" at noon', "A window is open :(",
+    "The seat that he stands in front of.", *(f"{text} boy puts a hat on." for text in ENDS),
+)  # fmt: skip
+NO_STUTTERS = (
+    "A kite that that boy flies", "A very very very long kite",
+    'A card says "ho ho ho" in red over it',
+)  # fmt: skip
+GENERAL = (
+    "An image.", "A photo of something",
+    "The image is a photograph of a scene with several objects and people.",
+)  # fmt: skip
+COUNTED = ("A clock with 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17",)
+RUNS = ("A sign: 000000000000000000", "hahahahahahahahaha", "ABC12ABC12ABC12ABC12")
+
+
+def of_text(detects: Callable[[str, list[str]], bool]) -> Callable[[str], bool]:
+    return lambda text: detects(text, words_of(text))
+
+
+def of_words(detects: Callable[[list[str]], bool]) -> Callable[[str], bool]:
+    return lambda text: detects(words_of(text))
 
 
 @pytest.mark.parametrize(
-    ("detects", "text", "expected"),
+    ("detects", "bad", "good"),
     [
-        *((has_markup, text, True) for text in MARKUP),
-        *((has_markup, text, False) for text in NO_MARKUP),
-        *((has_label, text, True) for text in LABELS),
-        *((has_label, text, False) for text in NO_LABELS),
-        *((has_caption_label, text, True) for text in CAPTION_LABELS),
-        *((has_caption_label, text, False) for text in (*NO_LABELS, *NO_CAPTION_LABELS)),
-        *((_is_chat, text, True) for text in CHATS),
-        *((_is_chat, text, False) for text in NO_CHATS),
+        (has_markup, MARKUP, NO_MARKUP),
+        (has_label, LABELS, NO_LABELS),
+        (has_caption_label, CAPTION_LABELS, (*NO_LABELS, *NO_CAPTION_LABELS)),
+        (of_text(is_chat), CHATS, NO_CHATS),
+        (of_words(is_placeholder), PLACEHOLDERS, ("A caption is on a wall", "7", "red", "No")),
+        (has_run, RUNS, ("A very looooong kite", "1-800-555-0000000")),
+        (of_text(is_cut_off), (*ENDS, *OPEN_ENDS), WHOLE_ENDS),
+        (of_words(counts_on), COUNTED, ("A phone keypad with 0 1 2 3 4 5 6 7 8 9",)),
+        (of_text(stutters), ("The the kite is is red",), NO_STUTTERS),
+        (of_words(is_too_general), GENERAL, ("A photo of a kite", "Two people", "")),
     ],
 )
-def test_markup_and_labels_are_detected_but_not_punctuation(
-    detects: Callable[[str], bool], text: str, *, expected: bool
+def test_bad_texts_are_detected_and_similar_good_texts_are_not(
+    detects: Callable[[str], bool], bad: tuple[str, ...], good: tuple[str, ...]
 ) -> None:
-    assert detects(text) == expected
+    assert [text for text in bad if not detects(text)] == []
+    assert [text for text in good if detects(text)] == []
 
 
-def _matches(tree: Any) -> list[str]:
-    """Return the texts that a parsed pattern matches, with each repeated part once or not at all."""
-    texts = [""]
+def _draw_match(tree: Any, draw: random.Random) -> str:
+    """Return a random text that a parsed pattern matches, except for its conditions."""
+    text = ""
     for kind, argument in tree:
         match str(kind):
             case "LITERAL":
-                parts = [chr(argument)]
+                text += chr(argument)
             case "IN":
-                parts = [chr(value) if str(name) == "LITERAL" else " " for name, value in argument]
+                text += draw.choice([chr(code) if str(name) == "LITERAL" else " " for name, code in argument])
             case "MAX_REPEAT":
-                parts = [*_matches(argument[2]), *([] if argument[0] else [""])]
+                least, most, part = argument
+                times = draw.randint(least, min(most, least + 2))
+                text += "".join(_draw_match(part, draw) for _ in range(times))
             case "SUBPATTERN":
-                parts = _matches(argument[3])
+                text += _draw_match(argument[3], draw)
             case "BRANCH":
-                parts = [text for branch in argument[1] for text in _matches(branch)]
-            case _:
-                parts = [""]  # a condition
-        texts = [text + part for text in texts for part in parts]
-    return texts
-
-
-def test_every_phrase_has_one_of_the_words_that_are_looked_up_first() -> None:
-    for text in _matches(re._parser.parse(PHRASES["hedge"].pattern)):  # type: ignore[attr-defined]
-        assert not {*WORDS["hedging"].split()}.isdisjoint(words_of(text)), text
-    for text in _matches(re._parser.parse(expression("cut_off"))):  # type: ignore[attr-defined]
-        assert is_cut_off(f"A man and {text}", words_of(text)), text
-
-
-def test_placeholder_is_detected() -> None:
-    placeholders = (
-        "...", "", " - ", "caption", "Your caption here", "null", "N/A", "question?", "Your question?",
-        "A question?",
-    )  # fmt: skip
-    assert all(is_placeholder(words_of(text)) for text in placeholders)
-    assert not any(is_placeholder(words_of(text)) for text in ("A caption is on a wall", "7", "red", "No"))
-
-
-def test_run_of_characters_is_detected() -> None:
-    assert all(map(has_run, ("A sign: 000000000000000000", "hahahahahahahahaha", "ABC12ABC12ABC12ABC12")))
-    assert not has_run("A very looooong kite") and not has_run("1-800-555-0000000")
-
-
-@pytest.mark.parametrize("text", ENDS)
-def test_text_with_unfinished_end_is_detected(text: str) -> None:
-    assert is_cut_off(text, words_of(text))
-    for whole in (f"{text} boy puts a hat on.", "The seat that he stands in front of."):
-        assert not is_cut_off(whole, words_of(whole))
+                text += _draw_match(draw.choice(argument[1]), draw)
+    return text
 
 
 @pytest.mark.parametrize(
-    ("text", "is_open"),
+    ("pattern", "words"),
     [
-        ('A book titled "The', True),
-        ("A kite (", True),
-        ('A book titled "The Kite"', False),
-        ('A 12" pizza on a table', False),
-        ('Platform "3" at noon', False),
-        ("A window is open :(", False),
+        (PHRASES["hedge"].pattern, "hedging"), (expression("chat"), "chat"),
+        (expression("refusal_start"), "refusing"), (expression("elsewhere"), "referring"),
+        # "The image is a plain" begins good captions.
+        (expression("refusal").replace("|plain|", "|"), "refusing"),
+    ],
+)  # fmt: skip
+def test_match_has_one_of_the_words_that_are_looked_up_first(pattern: str, words: str) -> None:
+    tree, draw = re._parser.parse(pattern), random.Random(0)  # type: ignore[attr-defined]
+    matches, hints = [_draw_match(tree, draw) for _ in range(3000)], {*WORDS[words].split()}
+    assert [text for text in matches if hints.isdisjoint(words_of(text))] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "detects"),
+    [
+        ("cut_off", lambda text: is_cut_off(f"A man and {text}", words_of(text))),
+        ("markup", lambda text: has_markup(text) or not re.search(expression("markup"), text)),
     ],
 )
-def test_open_quote_or_bracket_is_an_unfinished_end(text: str, *, is_open: bool) -> None:
-    assert is_cut_off(text, words_of(text)) == is_open
-
-
-def test_list_of_consecutive_numbers_is_a_loop() -> None:
-    assert counts_on(words_of(f"A clock with {' '.join(map(str, range(20)))}"))
-    assert not counts_on(words_of(f"A phone keypad with {' '.join(map(str, range(10)))}"))
-
-
-def test_repeated_adjacent_words_outside_of_quotes_are_a_stutter() -> None:
-    texts = (
-        "A kite that that boy flies",
-        "A very very very long kite",
-        'A card says "ho ho ho" in red over it',
-    )
-    assert stutters("The the kite is is red", words_of("The the kite is is red"))
-    assert not any(stutters(text, words_of(text)) for text in texts)
-
-
-def test_caption_that_fits_any_image_is_too_general() -> None:
-    long = "The image is a photograph of a scene with several objects and people."
-    assert all(is_too_general(words_of(text)) for text in ("An image.", "A photo of something", long))
-    assert not any(is_too_general(words_of(text)) for text in ("A photo of a kite", "Two people", ""))
+def test_match_has_one_of_the_characters_that_are_looked_up_first(
+    name: str, detects: Callable[[str], bool]
+) -> None:
+    tree, draw = re._parser.parse(expression(name)), random.Random(0)  # type: ignore[attr-defined]
+    assert [text for text in (_draw_match(tree, draw) for _ in range(2000)) if not detects(text)] == []
 
 
 def test_five_consecutive_words_of_the_prompt_are_an_echo() -> None:

@@ -15,12 +15,10 @@ def rank(word: str) -> float:
     [
         ("Two dogs run.", {"object", "number"}),
         ("The cat on the left is black.", {"object", "color", "relation"}),
-        ("A large umbrella.", {"object", "relation"}),
-        ("Something happens.", set()),
-        ("red", {"color"}),
+        ("A large umbrella.", {"object", "relation"}), ("Something happens.", set()), ("red", {"color"}),
         ("3", {"number"}),
     ],
-)
+)  # fmt: skip
 def test_each_kind_changes_one_word(statement: str, kinds: set[str]) -> None:
     planted = dict(plant_falsehoods(statement, (), rank))
     assert planted.keys() == kinds

@@ -10,19 +10,16 @@ from pipeline.text.normalize import strip_opening, text_key, tidy, words_of
     ("text", "rest"),
     [
         ("The image shows a dog on a beach.", "A dog on a beach."),
-        ("In this photo, we can see two cats.", "Two cats."),
-        ("This is a picture of a boy.", "A boy."),
+        ("In this photo, we can see two cats.", "Two cats."), ("This is a picture of a boy.", "A boy."),
         ("A photo of a boy.", "A photo of a boy."),
         ("A picture of a horse hangs above the bed.", "A picture of a horse hangs above the bed."),
         ("In the picture frame is a cat.", "In the picture frame is a cat."),
         ("In the scene behind them a car burns.", "In the scene behind them a car burns."),
-        ("Here is an illustration that shows a boat.", "A boat."),
-        ("The image shows", "The image shows"),
+        ("Here is an illustration that shows a boat.", "A boat."), ("The image shows", "The image shows"),
         ("The image of a saint hangs on the wall.", "The image of a saint hangs on the wall."),
-        ("A woman takes a picture of a boy.", "A woman takes a picture of a boy."),
-        ("", ""),
+        ("A woman takes a picture of a boy.", "A woman takes a picture of a boy."), ("", ""),
     ],
-)
+)  # fmt: skip
 def test_opening_about_the_image_is_removed(text: str, rest: str) -> None:
     assert strip_opening(text) == rest
 
@@ -35,11 +32,10 @@ def test_opening_about_the_image_is_removed(text: str, rest: str) -> None:
         ("The image shows a very small boat.", "A small boat"),
         ("On a table, a cat sleeps", "A cat sleeps on a table."),
         ("A small red ring and a large blue star", "A large blue star and a small red ring"),
-        ("A man is running in the park", "A man running in a park"),
-        ("Is there a dog?", "Is there the dog"),
+        ("A man is running in the park", "A man running in a park"), ("Is there a dog?", "Is there the dog"),
         ("There is a dog", "A dog"),
     ],
-)
+)  # fmt: skip
 def test_texts_with_the_same_content_share_a_key(text: str, variant: str) -> None:
     assert content_key(text) == content_key(variant)
 
@@ -48,27 +44,20 @@ def test_texts_with_the_same_content_share_a_key(text: str, variant: str) -> Non
     ("text", "variant"),
     [
         ("A large red circle and a small blue square", "A small red circle and a large blue square"),
-        ("A red ring on gray", "A red king on gray"),
-        ("Two dogs run", "Three dogs run"),
-        ("A dog runs", "Dogs run"),
-        ("A cat sits on the table", "A cat sits under the table"),
+        ("A red ring on gray", "A red king on gray"), ("Two dogs run", "Three dogs run"),
+        ("A dog runs", "Dogs run"), ("A cat sits on the table", "A cat sits under the table"),
         ("The cat is under the table", "The table is under the cat"),
         ("A man bites a dog", "A dog bites a man"),
         ("The circle is red and the square is blue", "A blue circle and a red square"),
         ("The man is tall and the dog is small", "A small man and a tall dog"),
-        ("A woman with an umbrella", "A woman without an umbrella"),
-        ("There is a dog", "There is no dog"),
-        ("A star at the left", "A star at the right"),
-        ("A boy in a blue shirt", "A boy in a blue skirt"),
-        ("Bus 11 at the stop", "Bus 12 at the stop"),
-        ("A sign that says zorb", "A sign that says zorp"),
-        ("Is there a window?", "Is this a window?"),
-        ("Are the lights on?", "Are there lights on?"),
-        ("Is there a woman?", "Are there women?"),
-        ("A fireman in a truck", "Firemen in a truck"),
+        ("A woman with an umbrella", "A woman without an umbrella"), ("There is a dog", "There is no dog"),
+        ("A star at the left", "A star at the right"), ("A boy in a blue shirt", "A boy in a blue skirt"),
+        ("Bus 11 at the stop", "Bus 12 at the stop"), ("A sign that says zorb", "A sign that says zorp"),
+        ("Is there a window?", "Is this a window?"), ("Are the lights on?", "Are there lights on?"),
+        ("Is there a woman?", "Are there women?"), ("A fireman in a truck", "Firemen in a truck"),
         ("The shape is a ring", "A shape ring"),
     ],
-)
+)  # fmt: skip
 def test_texts_that_differ_in_a_decisive_word_have_different_keys(text: str, variant: str) -> None:
     assert content_key(text) != content_key(variant)
 
@@ -90,10 +79,6 @@ def test_tidy_text_is_on_one_line(text: str, tidied: str) -> None:
 
 def test_texts_without_content_words_have_different_keys() -> None:
     assert len({content_key(text) for text in ("", " ", "the", "there is", "?", "yes", "no")}) == 7
-
-
-def test_text_key_ignores_case_punctuation_and_spacing() -> None:
-    assert text_key(" What's  that?! ") == text_key("what s that")
 
 
 @pytest.mark.parametrize(

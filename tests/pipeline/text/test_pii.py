@@ -10,16 +10,13 @@ from pipeline.text.pii import redact
     [
         ("Write to jane.doe+news@mail.example.org now", "Write to [email] now"),
         ("See https://example.org/a?b=c.", "See [url]."),
-        ("See www.example.org, please", "See [url], please"),
-        ("Call +49 30 1234 5678!", "Call [phone]!"),
-        ("Call (555) 123-4567", "Call [phone]"),
-        ("Call 555-123-4567.", "Call [phone]."),
-        ("Call 0151 23456789", "Call [phone]"),
-        ("Call +4915112345678", "Call [phone]"),
+        ("See www.example.org, please", "See [url], please"), ("Call +49 30 1234 5678!", "Call [phone]!"),
+        ("Call (555) 123-4567", "Call [phone]"), ("Call 555-123-4567.", "Call [phone]."),
+        ("Call 0151 23456789", "Call [phone]"), ("Call +4915112345678", "Call [phone]"),
         ("IBAN DE89 3704 0044 0532 0130 00 is shown", "IBAN [iban] is shown"),
         ("Card 4111 1111 1111 1111.", "Card [card]."),
     ],
-)
+)  # fmt: skip
 def test_personal_data_is_replaced_by_its_kind(text: str, clean: str) -> None:
     assert redact(text) == (clean, 1)
 

@@ -16,6 +16,7 @@ from pipeline.text.refusals import is_declined, is_refusal
         ("I am afraid of dogs.", False, True), ("More context is needed.", False, True),
         ("Further details are required.", False, True),
         ("Additional information would be necessary.", False, True),
+        ("I am unwilling to describe it.", False, True),
         ("This photo is unreadable.", False, True), ("A sorry sight: a dog in the rain.", False, False),
     ],
 )  # fmt: skip
