@@ -1,6 +1,6 @@
 """Rehearse a run with the default model: its full shape, random weights, and a real vLLM server.
 
-usage: python -m tests.rehearse [--layers 4] [--vision-layers 8] [--folder rehearsal] [--minutes 20]
+usage: python -m tests.rehearse [--layers 4] [--vision-layers 8] [--folder rehearsal] [--minutes 60]
 
 All tasks and checks run on four pictures of photo sizes. The texts are nonsense. The report shows whether
 replies follow their schemas, and whether images take as many tokens as computed. 4 + 8 layers need 2 GB of
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vision-layers", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path("rehearsal"))
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--minutes", type=float, default=60)
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     layers = arguments.layers, arguments.vision_layers
