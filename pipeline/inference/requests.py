@@ -117,9 +117,9 @@ class RequestPlan:
 
     @cached_property
     def largest_max_tokens(self) -> int:
-        """The largest token limit of first replies."""
+        """The largest token limit of first replies, at least `generate.max_tokens`."""
         limits = (self.max_tokens(self.tasks[name], style) for name, style in self.pairs)
-        return max(limits, default=self.generate.max_tokens)
+        return max((self.generate.max_tokens, *limits))
 
     @cached_property
     def dropping(self) -> dict[Pair, Condition]:

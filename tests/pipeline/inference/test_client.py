@@ -132,7 +132,7 @@ def test_started_servers_get_a_quarter_more_requests_than_their_batches(
     monkeypatch.setattr(client, "run_servers", run_servers)
     with (
         running_chat(ChatServer()) as chat,
-        Client("model", "r", config_of().server, 100, launches=[launch, launch]) as asking,
+        Client("model", config_of().server, 100, launches=[launch, launch]) as asking,
     ):
         assert asking.metrics()["in flight"] == "0 of 50"
 

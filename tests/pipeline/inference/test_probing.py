@@ -40,7 +40,7 @@ def run(
     name, revision = model_of(config)
     with Journal(path) as journal, ExitStack() as stack:
         chunks = iter([batch_of(SAMPLES)])
-        engine = lambda: stack.enter_context(client_of(config, name, revision, notes))  # noqa: E731
+        engine = lambda: stack.enter_context(client_of(config, name, notes))  # noqa: E731
         ask(config, chunks, engine, journal, revision=revision)
         table = stored_annotations(config, [sample.id for sample in SAMPLES], journal, revision)
     return table["reply_error"].to_pylist(), notes.texts, revision

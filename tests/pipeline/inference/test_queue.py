@@ -36,8 +36,6 @@ def batch(ids: list[str]) -> SampleBatch:
 class Scripted:
     """An engine that answers in groups of three; it fails on `bad` samples, and dies after some groups."""
 
-    model, revision = "scripted", "1"
-
     def __init__(self, die_after: int | None = None, bad: tuple[str, ...] = ()) -> None:
         self.batches: list[list[tuple[str, int]]] = []
         self.images: dict[str, tuple[bytes, ...]] = {}  # by sample
