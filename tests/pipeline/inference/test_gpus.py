@@ -86,11 +86,7 @@ def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
     ],
 )
 def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
-    flags: tuple[str, ...],
-    groups: list[str],
-    divisor: int,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    flags: tuple[str, ...], groups: list[str], divisor: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shares: set[int] = set()
 
@@ -130,14 +126,10 @@ def test_model_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize(
-    ("memory", "utilization"),
-    [("81559, 81000", "0.92"), ("24564, 14000", "0.54"), ("[N/A], [N/A]", "0.92")],
+    ("memory", "utilization"), [("81559, 81000", "0.92"), ("24564, 14000", "0.54"), ("[N/A], [N/A]", "0.92")]
 )
 def test_flags_follow_the_free_memory_of_the_gpu(
-    memory: str,
-    utilization: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    memory: str, utilization: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\necho '{memory}'\n")

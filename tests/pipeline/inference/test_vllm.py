@@ -110,11 +110,7 @@ Server(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
 @pytest.mark.parametrize(
     ("printed", "what", "hint"),
     [
-        (
-            "ValueError: no such model",
-            "code 3 while it was starting: ValueError: no",
-            "see the log",
-        ),
+        ("ValueError: no such model", "code 3 while it was starting: ValueError: no", "see the log"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory", "quantized model"),
         ("ValueError: Free memory is less than desired GPU memory utilization", "Free", "other programs"),
         ("TimeoutError: RPC call to execute_model timed out.", "timed out", "--max-num-batched-tokens"),
