@@ -136,7 +136,9 @@ def test_reply_at_the_token_limit_is_cut_short(engine: Engine) -> None:
     assert {row["reply_error"] for r in short for row in parse_reply(r, reply_of[r.id])} == {"cut_short"}
 
 
-def test_batch_is_smaller_for_large_images_and_decks() -> None:
+def test_batch_has_one_prompt_and_is_smaller_for_large_images_and_decks() -> None:
+    texts = [{request.text for request in batch} for batch in batch_requests(requests(3))]
+    assert [len(batch) for batch in batch_requests(requests(3))] == [3, 3, 3] and {*map(len, texts)} == {1}
     asked = [replace(request, style="", task="caption") for request in requests(10)]
     cases: tuple[tuple[int | None, tuple[int, int], int, int], ...] = (
         (1_003_520, (2000, 2000), 1, 8),

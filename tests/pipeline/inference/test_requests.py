@@ -28,16 +28,6 @@ def ids(sample_id: str = SAMPLE, revision: str = "r", **settings: Any) -> list[s
     return [request.id for request in build_requests(sample_id, request_plan(config, revision))]
 
 
-def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
-    requests = list(build_requests(SAMPLE, request_plan(resolve(source="scenes"))))
-    assert [(r.task, r.style) for r in requests] == [
-        ("caption", "brief"),
-        ("caption", "detailed"),
-        ("qa", ""),
-    ]
-    assert len({r.id for r in requests}) == 3
-
-
 @pytest.mark.parametrize(
     "changed",
     [
