@@ -50,6 +50,9 @@ def test_task_is_asked_one_round_after_the_tasks_it_needs() -> None:
     rounds = [sorted(name for name, _ in part) for part in plan.rounds]
     assert rounds == [["a", "caption", "caption"], ["b"], ["c"]]
     check_requests(plan, config.verify)
+    config = resolve(source="folder:x", custom_tasks=[need("b", "a") | {"prompt": "Look."}, need("a")])
+    with pytest.raises(ConfigError, match="the task b needs a, which its prompt does not use"):
+        check_requests(request_plan(config), config.verify)
 
 
 def test_tasks_with_keep_if_are_asked_first_and_conditions_before_their_tasks() -> None:

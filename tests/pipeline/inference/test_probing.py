@@ -90,8 +90,16 @@ def test_server_without_model_list_needs_a_model_name(tmp_path: Path) -> None:
         assert "--model" in unnamed.value.hint
         with pytest.raises(EngineError, match="does not exist"):
             other = config_of(chat.url, model="other", server={"enforced_schema": False})
-            with client_of(other, "other"):
-                pass
+            client_of(other, "other").__enter__()
+
+
+def test_second_server_with_another_model_is_refused() -> None:
+    with (
+        running_chat(ChatServer()) as chat,
+        running_chat(ChatServer(model="other")) as second,
+        pytest.raises(EngineError, match=f"{second.url} does not serve model"),
+    ):
+        client_of(config_of(chat.url, second.url)).__enter__()
 
 
 def thinking(tokens: int) -> ServerKind:
@@ -105,8 +113,8 @@ def thinking(tokens: int) -> ServerKind:
     return ServerKind(name="thinks", model_fields={}, extra=think)
 
 
-def refusing(message: str) -> ServerKind:
-    return ServerKind(name="refuses", model_fields={}, extra=lambda body: refuse(message))
+def refusing(message: str, status: int = 400) -> ServerKind:
+    return ServerKind(name="refuses", model_fields={}, extra=lambda body: refuse(message, status))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +123,7 @@ def refusing(message: str) -> ServerKind:
         (refusing("Your credit is too low."), {"enforced_schema": False}, "first request: Your credit is"),
         (refusing("max_tokens is too large: 256. This model allows 100."), {}, "max_tokens"),
         (thinking(1000), {}, "uses more than 400 reasoning tokens"),
+        (refusing("Slow down.", 429), {"startup_timeout_s": 0.1}, "answers 429 to every request"),
     ],
 )
 def test_refused_first_request_ends_the_run_with_the_reason_of_the_server(
