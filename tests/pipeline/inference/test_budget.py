@@ -143,9 +143,8 @@ def test_breaker_stops_a_run_if_too_many_of_the_last_replies_are_unusable() -> N
 def test_resumed_run_stops_again_if_replies_are_still_unusable(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
         config = config_of(chat.url, tasks=["caption"])
-        samples = [
-            (f"{n:064x}", SAMPLES[n % 20].images) for n in range(WINDOW_REPLIES * 11 // 20)
-        ]  # two captions each
+        count = WINDOW_REPLIES * 11 // 20  # two captions each
+        samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(count)]
 
         def run_again() -> None:
             with Journal(tmp_path / "j") as journal, client_of(config) as engine:

@@ -59,7 +59,6 @@ def value_of(command: VllmCommand, flag: str) -> str:
 def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("5", "7"))
     monkeypatch.setattr(vllm, "vllm_python", lambda: "python")
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
 
 
 def plan(tmp_path: Path, *flags: str) -> list[VllmCommand]:
@@ -68,7 +67,7 @@ def plan(tmp_path: Path, *flags: str) -> list[VllmCommand]:
 
 
 @pytest.mark.usefixtures("fake_vllm")
-def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
+def test_each_gpu_runs_a_server_with_its_own_log(tmp_path: Path) -> None:
     first, second = plan(tmp_path)
     assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in (first, second)] == ["5", "7"]
     assert [one.log.name for one in (first, second)] == ["vllm.log", "vllm-2.log"]

@@ -254,7 +254,7 @@ def test_key_and_headers_from_the_environment_are_sent_only_to_the_configured_se
     assert openai.headers["Authorization"] == "Bearer of-openai" and "Authorization" not in other.headers
 
 
-def test_servers_of_another_model_get_neither_the_general_key_nor_headers(
+def test_servers_of_another_model_get_their_own_key_and_headers_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
@@ -275,11 +275,7 @@ def test_servers_of_another_model_get_neither_the_general_key_nor_headers(
         monkeypatch.setenv(f"SYNTH_{name.upper()}_API_KEY", f"of-{name}")
         for address in (writer, other):
             assert headers_for(address, name) == (f"Bearer of-{name}", None)
-
-
-def test_model_has_its_own_key_variable_and_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXAMPLE_KEY", "of-example")
-    own = {"base_url": ["https://a/v1"], "key_env": "EXAMPLE_KEY", "headers": {"X-Team": "a"}}
-    config = config_of("http://localhost:1/v1", model="m", models={"small": own})
-    (endpoint,) = endpoints_of(config.of_model("small"))
-    assert endpoint.headers["Authorization"] == "Bearer of-example" and endpoint.headers["X-Team"] == "a"
+    own = {"base_url": [other], "key_env": "EXAMPLE_KEY", "headers": {"X-All": "own"}}
+    (endpoint,) = endpoints_of(config_of(writer, model="m", models={"small": own}).of_model("small"))
+    assert (endpoint.headers["Authorization"], endpoint.headers["X-All"]) == ("Bearer of-example", "own")

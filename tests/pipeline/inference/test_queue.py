@@ -58,17 +58,11 @@ class Scripted:
                     raise KeyboardInterrupt
                 self.images |= {request.sample_id: request.images for request in requests}
                 self.batches.append([(request.id, request.attempt) for request in requests])
-                yield [
-                    Reply(
-                        request_id=r.id,
-                        attempt=r.attempt,
-                        text="{]" if r.sample_id in self.bad and r.attempt < 2 else REPLIES[r.task],
-                        finish_reason="stop",
-                        prompt_tokens=1,
-                        reply_tokens=2,
-                    )
-                    for r in requests
-                ]
+                is_bad = (one.sample_id in self.bad and one.attempt < 2 for one in requests)
+                texts = (
+                    "{]" if bad else REPLIES[one.task] for one, bad in zip(requests, is_bad, strict=True)
+                )
+                yield [one.reply(text, "stop", 1, 2) for one, text in zip(requests, texts, strict=True)]
 
 
 CONFIG = resolve(source="scenes")

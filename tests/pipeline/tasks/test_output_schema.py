@@ -80,19 +80,10 @@ def test_validator_checks_all_keywords() -> None:
     for value in (GOOD, {key: value for key, value in GOOD.items() if value is not None}):
         assert check.dump_python(check.validate_python(value), mode="json", by_alias=True) == GOOD
     for wrong in (
-        {"view": "back"},
-        {"kind": "whole"},
-        {"count": -1},
-        {"count": "many"},
-        {"count": 2**70},
-        {"size": 10},
-        {"size": float("inf")},
-        {"note": "ABC"},
-        {"note": "abcdef"},
-        {"parts": [{"class": "a"}] * 3},
-        {"parts": [{"class": "a", "more": 1}]},
-        {"other": 1},
-    ):
+        {"view": "back"}, {"kind": "whole"}, {"count": -1}, {"count": "many"}, {"count": 2**70}, {"size": 10},
+        {"size": float("inf")}, {"note": "ABC"}, {"note": "abcdef"}, {"parts": [{"class": "a"}] * 3},
+        {"parts": [{"class": "a", "more": 1}]}, {"other": 1},
+    ):  # fmt: skip
         with pytest.raises(ValidationError):
             check.validate_python(GOOD | wrong)
     assert check.validate_python(GOOD | {"count": "3"}).f1 == 3  # from a server without schemas

@@ -18,7 +18,7 @@ BRIEF, _, QA = build_requests("a" * 64, request_plan(resolve(source="scenes")))
 
 
 def reply(text: str) -> Reply:
-    return Reply(request_id="r", attempt=0, text=text, finish_reason="stop", prompt_tokens=1, reply_tokens=1)
+    return Reply("r", 0, text, "stop", 1, 1)
 
 
 @pytest.mark.parametrize(
