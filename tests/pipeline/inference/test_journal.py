@@ -1,6 +1,5 @@
 """Journal: replies survive a crash, damage is detected, and repair keeps the intact replies."""
 
-import hashlib
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -111,9 +110,7 @@ def test_import_copies_claims_replies_of_given_samples_and_all_blind_replies(tmp
 
 def filled(path: Path, count: int = 300) -> list[Request]:
     """Write a journal of `count` replies."""
-    requests = [
-        replace(REQUESTS[0], id=hashlib.sha256(bytes([n % 256, n // 256])).hexdigest()) for n in range(count)
-    ]
+    requests = [replace(REQUESTS[0], id=f"{number:064x}") for number in range(count)]
     with Journal(path) as journal:
         journal.record_sent(requests)
         journal.keep([(one, one.reply(f"reply {one.id}" * 4, "stop", 5, 7), None) for one in requests])

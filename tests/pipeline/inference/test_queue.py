@@ -15,7 +15,7 @@ from pipeline.inference import queue
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, read_annotations, read_results
 from pipeline.inference.requests import build_requests
-from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
+from pipeline.types import Engine, Reply, Request, RequestSource, SampleBatch, SampleInfo
 from tests.plans import ask, request_plan, stored_annotations
 
 PNG = b64decode(
@@ -58,11 +58,11 @@ class Scripted:
                     raise KeyboardInterrupt
                 self.images |= {request.sample_id: request.images for request in requests}
                 self.batches.append([(request.id, request.attempt) for request in requests])
-                is_bad = (one.sample_id in self.bad and one.attempt < 2 for one in requests)
-                texts = (
-                    "{]" if bad else REPLIES[one.task] for one, bad in zip(requests, is_bad, strict=True)
-                )
-                yield [one.reply(text, "stop", 1, 2) for one, text in zip(requests, texts, strict=True)]
+                yield list(map(self._reply, requests))
+
+    def _reply(self, request: Request) -> Reply:
+        is_bad = request.sample_id in self.bad and request.attempt < 2
+        return request.reply("{]" if is_bad else REPLIES[request.task], "stop", 1, 2)
 
 
 CONFIG = resolve(source="scenes")
