@@ -68,7 +68,7 @@ def test_teacher_is_accurate_on_unseen_scenes(engine: Engine) -> None:
     """Catch a broken teacher; benchmarks/teacher.py measures more scenes."""
     rows = annotations(engine, requests(SCENES))
     captions, answers = score_annotations(rows, scenes_by_id(scene_samples(SCENES, SEED)))
-    assert (captions.keys(), answers.keys()) == ({"brief", "detailed"}, {"yes/no", "number", "other"})
+    assert ({*captions}, {*answers}) == ({"brief", "detailed"}, {"yes/no", "number", "other"})
     assert all(min(c.precision, c.recall) > 0.93 for c in captions.values())
     assert all(a.accuracy > 0.85 for a in answers.values())
     assert all(1 - a.accuracy < (1 - a.majority) / 2 for a in answers.values())

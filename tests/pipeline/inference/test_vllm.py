@@ -207,8 +207,5 @@ def test_reaper_kills_the_engine_after_sigkill() -> None:
 
 
 def is_running(pid: int) -> bool:
-    return bool(
-        subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip(
-            " Z\n"
-        )
-    )
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return bool(state.strip(" Z\n"))
