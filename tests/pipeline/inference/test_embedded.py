@@ -1,8 +1,8 @@
 """Embedded engine with the real tiny teacher: schema, accuracy, and independence of the batch."""
 
 import io
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,22 +41,10 @@ def requests(count: int, seed: int = SEED) -> list[Request]:
     return requests_to_send(batch_of(scene_samples(count, seed)), config, revision)
 
 
-class Once:
-    """A types.RequestSource without retries."""
-
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self.left = list(requests)
-
-    def take(self) -> list[Request]:
-        taken, self.left = self.left, []
-        return taken
-
-    def sending(self, requests: Sequence[Request]) -> None:
-        pass
-
-
-def replies(engine: Engine, batch: Iterable[Request]) -> dict[str, Reply]:
-    return {reply.request_id: reply for group in engine.ask(Once(batch)) for reply in group}
+def replies(engine: Engine, batch: list[Request]) -> dict[str, Reply]:
+    left = [[], batch]
+    work: Any = SimpleNamespace(take=left.pop, sending=lambda requests: None)
+    return {reply.request_id: reply for group in engine.ask(work) for reply in group}
 
 
 def annotations(engine: Engine, batch: list[Request]) -> list[dict[str, Any]]:

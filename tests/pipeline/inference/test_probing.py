@@ -83,11 +83,14 @@ def test_server_without_schemas_needs_no_enforced_schema(kind: ServerKind, tmp_p
     assert not any("response_format" in body for body in chat.bodies)
 
 
-def test_server_without_model_list_needs_a_model_name(tmp_path: Path) -> None:
+def test_unreachable_server_or_missing_model_list_is_an_error_with_hint(tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=PROXY)) as chat:
         with pytest.raises(EngineError, match="does not list its models") as unnamed:
             model_of(config_of(chat.url, model=None))
         assert "--model" in unnamed.value.hint
+        with pytest.raises(EngineError, match=r"no server answers at .*Connect call failed") as unreachable:
+            model_of(config_of("http://127.0.0.1:9/v1", model=None))
+        assert "synth serve" in unreachable.value.hint
         with pytest.raises(EngineError, match="does not exist"):
             other = config_of(chat.url, model="other", server={"enforced_schema": False})
             client_of(other, "other").__enter__()
@@ -226,12 +229,6 @@ def test_api_key_from_the_environment_is_sent_to_the_server(monkeypatch: pytest.
         assert "SYNTH_API_KEY" in caught.value.hint
         monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
         assert model_of(config_of(chat.url, model=None))[0] == "model"
-
-
-def test_unreachable_server_error_has_a_hint() -> None:
-    with pytest.raises(EngineError, match="no server answers") as caught:
-        model_of(config_of("http://127.0.0.1:9/v1", model=None))
-    assert "synth serve" in caught.value.hint and "Connect call failed" in str(caught.value)
 
 
 def test_key_and_headers_from_the_environment_are_sent_only_to_the_configured_server(
