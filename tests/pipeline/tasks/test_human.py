@@ -23,11 +23,8 @@ def test_human_texts_become_annotations_of_caption_and_qa() -> None:
         ("caption", "human", 1, "A dog runs."),
         ("qa", "", 0, None),
     ]
-    assert (rows[2]["question"], rows[2]["answer"], rows[2]["answer_type"]) == (
-        "is it a dog?",
-        "yes",
-        "yes/no",
-    )
+    question = [rows[2][name] for name in ("question", "answer", "answer_type")]
+    assert question == ["is it a dog?", "yes", "yes/no"]
     assert {row["prompt_id"] for row in rows} == {"human"}
     assert len({row["annotation_id"] for row in rows}) == len(rows)
     assert set().union(*rows) <= {*ANNOTATION.names}
