@@ -1,6 +1,6 @@
 """Simulate the claims check with known truth: coverage of its intervals, and captions lost and found.
 
-    python benchmarks/claim_errors.py [--rounds 300] [--texts 200] [--claims 8] [--seed 0]
+    python benchmarks/claim_errors.py [--rounds 300] [--texts 200] [--claims 8] [--seed 0] [--log-odds]
 
 In a share of the captions, one claim is false. The model gives a wrong answer with one probability, and says
 "yes" to any question with another. Errors are independent. 200 images have three known truths and three known
@@ -8,11 +8,17 @@ falsehoods. A line states how often the 95 % interval of the corrected share of 
 share, its width, the width of an interval without correction, and the shares of true captions kept and of
 false captions found: by this check, and by a limit (1 or .8) on the share of claims that the first two
 questions confirm.
+
+With --log-odds, this check is compared with two that use the probability of each answer: a limit on the sum
+of the log-odds, which loses at most 10 % of the true captions, and this check without the least sure quarter
+of the answers. The log-odds are a signal with normal noise, multiplied by log-normal noise. AUROC is the
+probability that a right answer is surer than a wrong one.
 """
 
 import argparse
 from collections import Counter
 from itertools import product
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +27,10 @@ from pipeline.dataset.calibration import NEVER, TRUE, Evidence, Findings
 
 IMAGES, KNOWN, MAX_LOST = 200, 3, 0.1
 ERRORS, WRONG, ALWAYS_YES = (0.02, 0.1, 0.3), (0.0, 0.05, 0.1, 0.2), (0.0, 0.3)
+NOISE = (0.0, 1.0, 2.0)  # standard deviations of the noise in the logarithm of log-odds
+UNSURE_FRAC = 0.25
 Array = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 
 def ask(is_true: Array, wrong: float, always_yes: float, draw: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -91,6 +100,46 @@ def simulate(
     return {name: float(np.mean([one[name] for one in results if name in one])) for name in names}
 
 
+def log_odds_against(is_true: Array, wrong: float, noise: float, draw: np.random.Generator) -> Floats:
+    """Return the log-odds of four answers against each claim. Shape: (*claims, 4)."""
+    signal = np.where(is_true, -1, 1)[..., None] * NormalDist().inv_cdf(1 - wrong)
+    log_odds = signal + draw.standard_normal((*is_true.shape, 4))
+    return np.asarray(log_odds * np.exp(noise * draw.standard_normal(log_odds.shape)))
+
+
+def auroc(log_odds: Floats, is_true: Array) -> float:
+    """Return the probability that a right answer has larger log-odds than a wrong one."""
+    is_right = (log_odds < 0) == is_true[..., None]
+    ranks = np.abs(log_odds).ravel().argsort().argsort()[is_right.ravel()]
+    num_right, num_wrong = is_right.sum(), (~is_right).sum()
+    return float((ranks.sum() - num_right * (num_right - 1) / 2) / (num_right * num_wrong))
+
+
+def compare_log_odds(
+    texts: int, claims: int, error: float, wrong: float, noise: float, rounds: int, draw: np.random.Generator
+) -> dict[str, float]:
+    """Return the mean shares of true captions kept and of false captions found, with and without log-odds."""
+    results: list[dict[str, float]] = []
+    for _ in range(rounds):
+        is_true = np.ones((texts, claims), bool)
+        is_true[:, 0] = draw.random(texts) >= error
+        log_odds = log_odds_against(is_true, wrong, noise, draw)
+        known = log_odds_against(np.ones((IMAGES, KNOWN), bool), wrong, noise, draw)
+        limit = np.quantile(known.sum(-1), (1 - MAX_LOST) ** (1 / claims))
+        kept = {"log-odds": (log_odds.sum(-1) <= limit).all(1)}
+        for name, least in (("check", 0.0), ("sure answers", np.quantile(abs(known), UNSURE_FRAC))):
+            answers = [(np.sign(odds) * (abs(odds) >= least)).astype(int) for odds in (log_odds, known)]
+            findings = Findings()
+            findings.claims[claims] = texts
+            findings.known[TRUE] = evidence_by_image(evidence_of(answers[1]))
+            kept[name] = (evidence_of(answers[0]) < findings.choose_level(MAX_LOST)).all(1)
+        is_good = is_true.all(1)
+        shares = {f"kept, {name}": rows[is_good].mean() for name, rows in kept.items()}
+        shares |= {f"found, {name}": 1 - rows[~is_good].mean() for name, rows in kept.items()}
+        results.append({"AUROC": auroc(log_odds, is_true), **shares})
+    return {name: float(np.mean([one[name] for one in results])) for name in results[0]}
+
+
 def main() -> None:
     """Print one line for each combination of texts, errors and model."""
     parser = argparse.ArgumentParser(
@@ -100,7 +149,15 @@ def main() -> None:
     parser.add_argument("--texts", type=int, nargs="*", default=[200, 2000])
     parser.add_argument("--claims", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-odds", action="store_true")
     options = parser.parse_args()
+    if options.log_odds:
+        for texts, wrong, noise in product(options.texts, WRONG[1:], NOISE):
+            draw = np.random.default_rng([options.seed, round(100 * wrong), round(100 * noise)])
+            values = compare_log_odds(texts, options.claims, 0.1, wrong, noise, options.rounds, draw)
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            print(f"{texts:,} texts, {wrong:.0%} wrong, noise {noise:g}: {shown}", flush=True)
+        return
     for texts, error, wrong, always_yes in product(options.texts, ERRORS, WRONG, ALWAYS_YES):
         draw = np.random.default_rng([options.seed, *(round(100 * x) for x in (error, wrong, always_yes))])
         values = simulate(texts, options.claims, error, wrong, always_yes, options.rounds, draw)

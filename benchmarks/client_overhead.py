@@ -135,7 +135,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
         return texts.get(sample_id, SourceTexts())
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
-        client = Client("model", "m", config.server, config.generate.max_tokens, urls=config.base_url)
+        client = Client("model", config.server, config.generate.max_tokens, urls=config.base_url)
         engine = lambda _: stack.enter_context(client)  # noqa: E731
         plan, stats = request_plan(config, "m"), RequestStats()
         for _ in ask_in_rounds(chunks, plan, config.servers, engine, journal, stats, text_of):

@@ -18,7 +18,6 @@ from typing import Any
 from pipeline.config import DECKS, Config
 from pipeline.config.files import resolve
 from pipeline.dataset.images import BATCH_SAMPLES
-from pipeline.digests import weights_revision
 from pipeline.inference.embedded import EmbeddedEngine
 from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS
 from pipeline.inference.requests import build_requests, with_images
@@ -70,12 +69,10 @@ def annotate(
     samples: list[Sample], config: Config, weights: Path, *, reworded: bool
 ) -> tuple[list[dict[str, Any]], float]:
     """Annotate all samples. Returns annotations and seconds, which do not include loading the model."""
-    engine = EmbeddedEngine(weights, weights_revision(weights))
+    engine = EmbeddedEngine(weights)
 
     def requests(chunk: list[Sample]) -> list[Request]:
-        built = [
-            r for sample in chunk for r in build_requests(sample.id, request_plan(config, engine.revision))
-        ]
+        built = [one for sample in chunk for one in build_requests(sample.id, request_plan(config))]
         built = with_images(built, SampleBatch.of((sample.id, sample.images) for sample in chunk))
         return [reword(request) if reworded else request for request in built]
 

@@ -87,12 +87,9 @@ def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> N
     """Run the generate step of `synth generate`: journal, reply validation and annotation table."""
     with Journal(folder / f"{random.getrandbits(64):x}.sqlite") as journal:
         chunks = (SampleBatch.of(images[start : start + 64]) for start in range(0, len(images), 64))
-        ask(config, chunks, lambda: client, journal, revision=client.revision)
-        list(
-            read_annotations(
-                [[SampleInfo(name, 1) for name, _ in images]], request_plan(config, client.revision), journal
-            )
-        )
+        ask(config, chunks, lambda: client, journal)
+        samples = [SampleInfo(name, 1) for name, _ in images]
+        list(read_annotations([samples], request_plan(config), journal))
 
 
 def scenes(seed: int, count: int) -> Images:
@@ -123,10 +120,9 @@ def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
             process.terminate()
 
 
-def open_client(config: Config, revision: str) -> Client:
+def open_client(config: Config) -> Client:
     """Return a client for the server and model in the settings."""
-    max_tokens = config.generate.max_tokens
-    return Client(config.model or "", revision, config.server, max_tokens, urls=config.base_url)
+    return Client(config.model or "", config.server, config.generate.max_tokens, urls=config.base_url)
 
 
 def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) -> None:
@@ -135,7 +131,7 @@ def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) 
         config = resolve(
             source="scenes", base_url=[f"{root}/v1"], model=name, server={"concurrency": concurrency}
         )
-        with open_client(config, name) as client:
+        with open_client(config) as client:
             ratios = list(compare(pairs, count, concurrency, root, client, config, scratch))
     low, high = bootstrap(ratios)
     print(
@@ -152,11 +148,8 @@ def compare(
         rates = {}
         for client_name in ("bare", "synth") if pair % 2 else ("synth", "bare"):
             images = scenes(9000 + 2 * pair + (client_name == "synth"), count)
-            requests = [
-                r
-                for sample_id, _ in images
-                for r in build_requests(sample_id, request_plan(config, client.revision))
-            ]
+            plan = request_plan(config)
+            requests = [one for sample_id, _ in images for one in build_requests(sample_id, plan)]
             requests = with_images(requests, SampleBatch.of(images))
             started = time.perf_counter()
             if client_name == "bare":
@@ -212,7 +205,7 @@ def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path)
     images = photos(0, count, SIDE_PX)
     with serving(str(model), config, scratch / f"prefix-{len(styles)}.log") as (root, name):
         config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": name})
-        with open_client(config, f"r{len(styles)}") as client:
+        with open_client(config) as client:
             ask_synth(client, images, config, scratch)
         with urllib.request.urlopen(f"{root}/metrics", timeout=10) as response:
             lines = [

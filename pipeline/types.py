@@ -259,9 +259,6 @@ class RequestSource(Protocol):
 class Engine(Protocol):
     """Answers requests with a model in this process or on servers. Its context must be entered first."""
 
-    model: str
-    revision: str
-
     def __enter__(self) -> "Engine": ...
 
     def __exit__(self, *error: object) -> None: ...

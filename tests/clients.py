@@ -16,12 +16,9 @@ def config_of(*urls: str, model: str | None = "model", **settings: Any) -> Confi
     return resolve(source="scenes", base_url=list(urls), model=model, **settings)
 
 
-def client_of(
-    config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None
-) -> Client:
-    max_tokens = max(config.generate.max_tokens, request_plan(config).largest_max_tokens)
-    progress = progress or NullProgress()
-    return Client(model, revision, config.server, max_tokens, urls=config.base_url, progress=progress)
+def client_of(config: Config, model: str = "model", progress: Progress | None = None) -> Client:
+    max_tokens, progress = request_plan(config).largest_max_tokens, progress or NullProgress()
+    return Client(model, config.server, max_tokens, urls=config.base_url, progress=progress)
 
 
 def model_of(config: Config) -> tuple[str, str]:

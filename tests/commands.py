@@ -152,7 +152,7 @@ def _remember_replies(patch: pytest.MonkeyPatch) -> None:
         ask_model = engine._answer
 
         def answer(requests: list[Any]) -> list[Any]:
-            keys = [repr((engine.revision, request)).encode() for request in requests]
+            keys = [repr(request).encode() for request in requests]
             files = [folder / hashlib.sha256(key).hexdigest() for key in keys]
             new = [n for n, file in enumerate(files) if not file.exists()]
             for n, reply in zip(new, ask_model([requests[n] for n in new]) if new else [], strict=True):

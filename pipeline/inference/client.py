@@ -147,7 +147,6 @@ class Client:
     """
 
     model: str
-    revision: str
     settings: ServerConfig
     max_tokens: int
     urls: Sequence[str] = ()

@@ -32,10 +32,7 @@ BATCH_PIXELS = 8_000_000  # of all images in a batch, which bounds the memory of
 class EmbeddedEngine:
     """Answers requests with the tiny model in `folder`, which is loaded at the first request."""
 
-    model = "tiny"
-
-    def __init__(self, folder: Path, revision: str) -> None:
-        self.revision = revision
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._tokens = 0
         self._prototypes: dict[str, LLMatcher] = {}  # by schema

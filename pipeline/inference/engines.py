@@ -81,7 +81,7 @@ def choose_engine(
         from pipeline.inference.probing import find_model
 
         served, revision = find_model(config.base_url, config.model, config.server)
-        make = partial(_make_client, config, served, revision, config.server, progress, urls=config.base_url)
+        make = partial(_make_client, config, served, config.server, progress, urls=config.base_url)
         return EngineChoice(name, served, revision, make, config.base_url)
     model = config.model or find_source(config.source).model
     if model == TINY:
@@ -91,8 +91,7 @@ def choose_engine(
             why = "--engine embedded runs only the tiny model" if config.engine == "embedded" else reason
             raise EngineError(f"{model} needs a server: {why}", hint=HOW_TO_CHOOSE)
         folder = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
-        revision = weights_revision(folder)
-        return EngineChoice(name, model, revision, partial(_embedded, folder, revision))
+        return EngineChoice(name, model, weights_revision(folder), partial(_embedded, folder))
     revision, find_folder = _find_weights(model, progress, decks=holds_decks(config))
     revision += _output_affecting_flags(config.server.flags)
     start = partial(_start_vllm, model, find_folder, revision, config, log, progress)
@@ -187,13 +186,13 @@ def download_model(model: str, commit: str, progress: Progress) -> Path:
         return Path(snapshot_download(model, revision=commit, ignore_patterns=IGNORED_FILES))
 
 
-def _embedded(folder: Path, revision: str) -> Engine:
+def _embedded(folder: Path) -> Engine:
     try:
         from pipeline.inference.embedded import EmbeddedEngine
     except ModuleNotFoundError as error:
         problem = f"the embedded engine needs the package {error.name}"
         raise EngineError(problem, hint=install_command("embedded")) from None
-    return EmbeddedEngine(folder, revision)
+    return EmbeddedEngine(folder)
 
 
 def _start_vllm(
@@ -202,17 +201,16 @@ def _start_vllm(
     server = config.server.model_copy(update={"enforced_schema": True})
     pixels, decks = _request_plan(config).largest_pixels, holds_decks(config)
     launches = plan_servers(model, find_folder, revision, server, log, max_pixels=pixels, decks=decks)
-    return _make_client(config, model, revision, server, progress, launches=launches)
+    return _make_client(config, model, server, progress, launches=launches)
 
 
 def _make_client(
-    config: Config, model: str, revision: str, server: ServerConfig, progress: Progress, **servers: Any
+    config: Config, model: str, server: ServerConfig, progress: Progress, **servers: Any
 ) -> Engine:
     from pipeline.inference.client import Client
 
-    max_tokens = max(config.generate.max_tokens, _request_plan(config).largest_max_tokens)
-    logprobs = config.generate.wants_logprobs
-    return Client(model, revision, server, max_tokens, progress=progress, wants_logprobs=logprobs, **servers)
+    max_tokens, logprobs = _request_plan(config).largest_max_tokens, config.generate.wants_logprobs
+    return Client(model, server, max_tokens, progress=progress, wants_logprobs=logprobs, **servers)
 
 
 def _request_plan(config: Config) -> RequestPlan:

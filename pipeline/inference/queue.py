@@ -381,11 +381,9 @@ def read_results(
     results: dict[str, str] = {}
     for needed in plan.needed_rounds:
         for request in build_requests(sample_id, plan, inputs, results, needed):
-            name = result_name(request.task, request.style)
-            if name in results:  # use the first usable caption if there are several
-                continue
             last = journal.last(request.id)
             value = last and read_result(request, last[0], plan.tasks)
-            if value is not None:
-                results[name] = json.dumps(value, ensure_ascii=False)
+            if value is not None:  # of several captions, the first usable one is the result
+                name = result_name(request.task, request.style)
+                results.setdefault(name, json.dumps(value, ensure_ascii=False))
     return results

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.sources import find_source
 from pipeline.tasks import TASKS, Tasks, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
-from pipeline.tasks.caption import max_tokens_of
+from pipeline.tasks.caption import STYLE_TOKENS
 from pipeline.tasks.checks import CHECKING, RATE, REPAIR
 from pipeline.tasks.conditions import HAS_HUMAN_TEXT, Condition, drop_reason, parse_condition
 from pipeline.tasks.custom import CustomTask
@@ -110,16 +110,17 @@ class RequestPlan:
         return MAX_DETAIL_PIXELS if self.shows_detail else task.max_pixels(style)
 
     def max_tokens(self, task: Task, style: str) -> int:
-        """Return the token limit of the first reply."""
+        """Return the token limit of the first reply. Captions get 3 tokens for each requested word."""
         if task.has_styles:
-            return max_tokens_of(style, self.generate.caption_words, self.generate.max_tokens)
+            least = max(STYLE_TOKENS.get(style, 0), 3 * (self.generate.caption_words or 0))
+            return max(self.generate.max_tokens, least)
         return task.max_tokens or self.generate.max_tokens
 
     @cached_property
     def largest_max_tokens(self) -> int:
-        """The largest token limit of first replies."""
+        """The largest token limit of first replies, at least `generate.max_tokens`."""
         limits = (self.max_tokens(self.tasks[name], style) for name, style in self.pairs)
-        return max(limits, default=self.generate.max_tokens)
+        return max((self.generate.max_tokens, *limits))
 
     @cached_property
     def dropping(self) -> dict[Pair, Condition]:

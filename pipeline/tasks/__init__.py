@@ -13,8 +13,7 @@ from pipeline.tasks.base import Task
 from pipeline.tasks.checks import CHECKING
 from pipeline.tasks.custom import build_task
 
-SELECTABLE = (caption.TASK, qa.TASK, deck_qa.TASK)
-TASKS: dict[str, Task] = {task.name: task for task in (*SELECTABLE, *CHECKING)}
+TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, *CHECKING)}
 
 
 class Tasks:

@@ -96,11 +96,11 @@ class Task:
         return {"type": "array", "items": {"type": "object"}} if self.rows_field else {"type": "string"}
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, which may be a bare list, or None if the reply has no rows."""
+        """Return the rows of a parsed reply, which may be a bare list, or None if it has no list of rows."""
         rows: Any = [reply]
         if self.rows_field:
             rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply
-        return rows if isinstance(rows, list) and rows else None
+        return rows if isinstance(rows, list) else None
 
     def nothing_found(self) -> tuple[dict[str, Any], str | None]:
         """Return the columns and the error for a reply with an empty list of rows."""

@@ -25,11 +25,6 @@ def tidy_caption(fields: dict[str, Any]) -> dict[str, Any]:
 STYLE_TOKENS = {"dense": 768, "ocr": 2048}
 
 
-def max_tokens_of(style: str, words: int | None, default: int) -> int:
-    """Return the token limit of a caption: the default or more, and 3 tokens for each requested word."""
-    return max(default, STYLE_TOKENS.get(style, 0), 3 * (words or 0))
-
-
 TASK = Task(
     name="caption",
     output=Caption,

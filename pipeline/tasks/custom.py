@@ -88,15 +88,9 @@ class CustomTask(Task):
         return self.settings.temperature
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, or None if it has no list of rows.
-
-        Without an enforced schema, a reply may be the bare list of rows, as Qwen2.5-VL writes for boxes.
-        """
-        if self.rows_field is None:
-            is_bare = isinstance(reply, list) and self.field is not None and self.value["type"] == "array"
-            return [{self.field: reply} if is_bare else reply]
-        rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply
-        return rows if isinstance(rows, list) else None
+        """See Task. A reply may also be the bare list that the task stores, such as labels."""
+        is_list = self.field is not None and self.rows_field is None and self.value["type"] == "array"
+        return Task.rows_of(self, {self.field: reply} if is_list and isinstance(reply, list) else reply)
 
     def nothing_found(self) -> tuple[dict[str, Any], str | None]:
         """See Task. An empty list is a valid result, except for captions and questions."""

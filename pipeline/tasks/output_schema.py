@@ -101,7 +101,7 @@ def _close(schema: Any, position: _Position) -> Schema:
         if name in position.references:
             raise UnusableSchemaError(f"{path} refers to itself through {schema['$ref']}")
         return _close(position.defs[name], replace(position, references=(*position.references, name)))
-    inner, is_nullable = _without_null(schema, path)
+    inner, is_nullable = _split_null(schema, path)
     if inner is not schema:
         closed = _close(inner, position)
         return nullable(closed) if is_nullable else closed
@@ -154,7 +154,7 @@ def _close_object(schema: Schema, position: _Position) -> Schema:
     return {"type": "object", "properties": closed, "required": [*closed], "additionalProperties": False}
 
 
-def _without_null(schema: Schema, path: str) -> tuple[Schema, bool]:
+def _split_null(schema: Schema, path: str) -> tuple[Schema, bool]:
     """Return a schema without its alternative null, and whether null is allowed.
 
     Returns the same object if the schema has no alternatives.
@@ -162,7 +162,7 @@ def _without_null(schema: Schema, path: str) -> tuple[Schema, bool]:
     values = schema.get("enum")
     if isinstance(values, list) and None in values:
         rest = schema | {"enum": [value for value in values if value is not None]}
-        return _without_null(rest, path)[0], True
+        return _split_null(rest, path)[0], True
     if isinstance(schema.get("type"), list):
         kinds = [kind for kind in schema["type"] if kind != "null"]
         if len(kinds) != 1:

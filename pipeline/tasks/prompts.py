@@ -6,7 +6,7 @@ cache can therefore reuse the system text for all images, and each image for all
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
@@ -39,22 +39,11 @@ End of the notes.
 """  # noqa: E501  # changing the wording would change request ids
 
 
-class Values:
-    """Named values that a template reads as `row.title` or `row["title"]`. Nothing else is accessible."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._values:
-            raise AttributeError(name)
-        return self._values[name]
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
+class Values(dict[str, Any]):
+    """Named values that a template reads as `row.title` or `row["title"]`, but not as one text."""
 
     def __str__(self) -> str:
-        name = next(iter(self._values), "title")
+        name = next(iter(self), "title")
         raise TypeError(f"`row` and `results` are not texts: append the name of a value, such as .{name}")
 
     __repr__ = __str__

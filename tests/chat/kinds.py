@@ -25,8 +25,8 @@ class ServerKind:
     model_prefix: str = ""
     model_fields: dict[str, Any]
     extra: Callable[[dict[str, Any]], Refusal | None] = lambda body: None
-    # whether a reply is a list of parts that begins with a thought
-    in_parts: bool = False
+    in_parts: bool = False  # whether a reply is a list of parts that begins with a thought
+    enforces_schemas: bool = True
     wrap: Callable[[str], str] = lambda text: text  # adds text around a JSON reply
 
     def refusal_of(self, body: dict[str, Any]) -> Refusal | None:
@@ -51,21 +51,17 @@ def _openai_that_thinks(body: dict[str, Any]) -> Refusal | None:
     if body.get("temperature", 1) != 1:
         text = "Unsupported value: 'temperature' does not support 0. Only the default (1) value is supported."
         return refuse(text)
-    return (
-        refuse("Unsupported parameter: 'top_p' is not supported with this model.")
-        if "top_p" in body
-        else None
-    )
+    text = "Unsupported parameter: 'top_p' is not supported with this model."
+    return refuse(text) if "top_p" in body else None
 
 
 VLLM = ServerKind(name="vllm that keeps no images", model_fields={"max_model_len": 4096})
-OPENAI = ServerKind(name="openai", model_fields={}, fields=PLAIN)
-THINKS = ServerKind(name="openai that thinks", model_fields={}, fields=PLAIN, extra=_openai_that_thinks)
+IGNORES_SCHEMAS = ServerKind(name="ignores schemas", model_fields={}, enforces_schemas=False)
 KINDS = (
     ServerKind(name="vllm", model_fields={"owned_by": "vllm", "max_model_len": 4096}),
     ServerKind(name="openrouter", path="/api/v1", model_fields={"context_length": 131_072}),
-    OPENAI,
-    THINKS,
+    ServerKind(name="openai", model_fields={}, fields=PLAIN),
+    ServerKind(name="openai that thinks", model_fields={}, fields=PLAIN, extra=_openai_that_thinks),
     ServerKind(name="gemini", path="/v1beta/openai", model_fields={}, model_prefix="models/", fields=PLAIN),
 )
 # A server that enforces no schema.

@@ -48,30 +48,18 @@ Script = Callable[[int, dict[str, Any]], Act | None]
 class ChatServer:
     """The state of a running server. Tests may change `script` while it runs."""
 
-    def __init__(
-        self,
-        script: Script | None = None,
-        model: str = "model",
-        *,
-        schemas: bool = True,
-        kind: ServerKind = VLLM,
-    ) -> None:
+    def __init__(self, script: Script | None = None, model: str = "model", kind: ServerKind = VLLM) -> None:
         self.kind = kind
         self.script: Script = script or (lambda times, body: None)
         self.model = model
-        self.schemas = schemas
         self.key: str | None = None
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
-        self.probes: list[dict[str, Any]] = []
-        # requests with fields that this kind of server rejects
-        self.refused: list[dict[str, Any]] = []
+        self.refused: list[dict[str, Any]] = []  # with fields that this kind of server rejects
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
-        # body of the response to a probe; None: a valid reply
-        self.probe_answer: bytes | None = None
-        # /health answers 503, as after a crash of the engine
-        self.dead = False
+        self.probe_answer: bytes | None = None  # body of the response to a probe; None: a valid reply
+        self.dead = False  # whether /health answers 503, as after a crash of the engine
         self.model_root = ""
         self.other_models: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -93,11 +81,8 @@ class ChatServer:
         self.headers.append({**request.headers})
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        own = {
-            "id": f"{self.kind.model_prefix}{self.model}",
-            "owned_by": "somebody",
-            **self.kind.model_fields,
-        }
+        name = f"{self.kind.model_prefix}{self.model}"
+        own = {"id": name, "owned_by": "somebody", **self.kind.model_fields}
         others = [own | {"id": name} for name in self.other_models]
         root = {"root": self.model_root} if self.kind is VLLM else {}
         return web.json_response({"data": [own | root, *others]})
@@ -119,11 +104,11 @@ class ChatServer:
         schema = body.get("response_format", {}).get("json_schema", {})
         task = task_name(body)
         if task == "probe":
-            self.probes.append(body)
             if self.probe_answer is not None:
                 return web.Response(body=self.probe_answer, content_type="application/json")
-            proof = schema["schema"]["properties"]["word"]["enum"][0] if schema else "hello"
-            return web.json_response(self._answer(json.dumps({"word": proof}) if self.schemas else "Hello!"))
+            is_enforced = schema and self.kind.enforces_schemas
+            proof = schema["schema"]["properties"]["word"]["enum"][0] if is_enforced else "hello"
+            return web.json_response(self._answer(json.dumps({"word": proof})))
         self.bodies.append(body)
         name = _name(body)
         times = self.times[name]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import SourceError
-from pipeline.sources.texts import parse_list
+from pipeline.sources.texts import parse_list, read_captions
 from pipeline.types import Source
 from tests.pipeline.sources.reading import open_folder, open_path, rejected_of, samples_of
 
@@ -118,7 +118,7 @@ def test_list_in_a_long_cell_takes_little_time_and_memory(part: str) -> None:
     assert time.process_time() - began < 5
 
 
-def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> None:
+def test_captions_in_another_encoding_are_reported_by_name_or_an_error(tmp_path: Path) -> None:
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("Schöne Grüße".encode("latin-1"))
     source = open_folder(tmp_path)
@@ -131,3 +131,6 @@ def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> No
     ]
     (sample,) = samples_of(opened)
     assert sample.references == ()
+    (tmp_path / "c.csv").write_bytes("file_name,caption\na.jpg,Grüße\n".encode("latin-1"))
+    with pytest.raises(SourceError, match="codec"):
+        read_captions(tmp_path / "c.csv")

@@ -50,15 +50,18 @@ def test_task_is_asked_one_round_after_the_tasks_it_needs() -> None:
     rounds = [sorted(name for name, _ in part) for part in plan.rounds]
     assert rounds == [["a", "caption", "caption"], ["b"], ["c"]]
     check_requests(plan, config.verify)
+    config = resolve(source="folder:x", custom_tasks=[need("b", "a") | {"prompt": "Look."}, need("a")])
+    with pytest.raises(ConfigError, match="the task b needs a, which its prompt does not use"):
+        check_requests(request_plan(config), config.verify)
 
 
 def test_tasks_with_keep_if_are_asked_first_and_conditions_before_their_tasks() -> None:
     kind = TEXT | {"name": "kind", "keep_if": "results.kind != 'blank'"}
     late = TEXT | {"name": "late", "when": "'a' in results.brief"}
     when = {"qa": "results.detailed is not null"}
-    config = resolve(
-        source="folder:x", custom_tasks=[late, kind], tasks=["caption", "qa"], generate={"when": when}
-    )
+    verify = {"checks": ["claims"], "when": {"claims": "scores.logprob_mean < -1"}}
+    asked: dict[str, Any] = {"custom_tasks": [late, kind], "tasks": ["caption", "qa"], "verify": verify}
+    config = resolve(source="folder:x", generate={"when": when, "logprobs": True}, **asked)
     plan = request_plan(config)
     rounds = [[*dict.fromkeys(name for name, _ in part)] for part in plan.rounds]
     assert rounds == [["kind"], ["caption"], ["qa", "late"]]
@@ -96,12 +99,6 @@ def test_context_column_with_the_name_of_the_image_size_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be named width_px") as raised:
         check_requests(request_plan(config), config.verify)
     assert "rename the column" in str(raised.value.hint)
-
-
-def test_conditions_of_checks_read_log_probabilities_that_servers_are_asked_for() -> None:
-    verify = {"checks": ["claims"], "when": {"claims": "scores.logprob_mean < -1"}}
-    config = resolve(source="folder:x", tasks=["caption"], verify=verify, generate={"logprobs": True})
-    check_requests(request_plan(config), config.verify)
 
 
 def test_image_with_human_texts_is_asked_only_for_results_that_other_tasks_read() -> None:

@@ -54,16 +54,6 @@ def test_run_sends_exactly_max_requests(tmp_path: Path) -> None:
         assert len(chat.bodies) == len(SAMPLES) * 3
 
 
-def test_cost_of_earlier_runs_counts_toward_max_cost() -> None:
-    server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
-    budgets = [Budget({DEFAULT_MODEL: server}, 10, 700_000, spent) for spent in (0.99, 0.9)]
-    assert [is_used_up(budget) for budget in budgets] == [True, False]
-    budget = Budget({DEFAULT_MODEL: server}, 10, 700_000, 0.8)
-    budget.add(REQUEST, reply(prompt_tokens=200_000, reply_tokens=0))
-    with pytest.raises(BudgetError, match=r"1\.00 of 1\.00 cost"):
-        budget.require_room()
-
-
 @pytest.mark.parametrize("parallel", [1, 32, 500])
 @pytest.mark.parametrize("limit", [{"max_cost": 0.02}, {"max_total_tokens": 20_000}], ids=str)
 def test_limit_is_exceeded_by_one_request_at_most_if_replies_become_longer(
@@ -153,9 +143,8 @@ def test_breaker_stops_a_run_if_too_many_of_the_last_replies_are_unusable() -> N
 def test_resumed_run_stops_again_if_replies_are_still_unusable(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
         config = config_of(chat.url, tasks=["caption"])
-        samples = [
-            (f"{n:064x}", SAMPLES[n % 20].images) for n in range(WINDOW_REPLIES * 11 // 20)
-        ]  # two captions each
+        count = WINDOW_REPLIES * 11 // 20  # two captions each
+        samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(count)]
 
         def run_again() -> None:
             with Journal(tmp_path / "j") as journal, client_of(config) as engine:
@@ -171,9 +160,5 @@ def test_resumed_run_stops_again_if_replies_are_still_unusable(tmp_path: Path) -
 def test_small_budget_sends_one_request_before_the_first_reply(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         with pytest.raises(BudgetError, match=r"of 60 tokens"):
-            run(tmp_path / "tokens", chat, max_total_tokens=60)
+            run(tmp_path / "j", chat, max_total_tokens=60)
         assert len(chat.bodies) == 1  # it takes 52 tokens
-        chat.bodies.clear()
-        with pytest.raises(BudgetError, match=r"0\.000052 of 0\.000100 cost"):
-            run(tmp_path / "cost", chat, max_cost=0.0001, price_in=1.0, price_out=1.0)
-        assert len(chat.bodies) == 1

@@ -2,8 +2,9 @@
 
 import pytest
 
-from pipeline.inference import client
+from pipeline.inference import client, protocol
 from pipeline.inference.client import FIRST_REQUESTS, MAX_REQUESTS, Concurrency
+from pipeline.inference.protocol import MAX_LONG_WAITS, RetryState
 
 
 def add_batch(concurrency: Concurrency, seconds: float) -> int:
@@ -38,3 +39,20 @@ def test_simultaneous_busy_answers_lower_the_limit_once(monkeypatch: pytest.Monk
     concurrency.slow_down()
     concurrency.slow_down()
     assert concurrency.limit == 9
+
+
+@pytest.mark.parametrize(
+    ("stated_s", "waits"),
+    [
+        (4.0, 2),  # busy for longer than the patience
+        (1800.0, MAX_LONG_WAITS + 1),  # a wait that is longer than the patience extends it
+    ],
+)
+def test_busy_request_is_abandoned(stated_s: float, waits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(protocol, "monotonic", lambda: now[0])
+    state, waits_s = RetryState(patience_s=10), list[float]()
+    while (wait_s := state.after_busy(stated_s)) is not None:
+        waits_s.append(wait_s)
+        now[0] += wait_s + 1
+    assert len(waits_s) == waits and stated_s <= min(waits_s) <= max(waits_s) <= 1.2 * stated_s

@@ -1,13 +1,13 @@
 """Embedded engine with the real tiny teacher: schema, accuracy, and independence of the batch."""
 
 import io
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from examples.scenes.facts import AnswerScore, CaptionScore
 from pipeline.config import DECKS
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
@@ -41,44 +41,24 @@ def requests(count: int, seed: int = SEED) -> list[Request]:
     return requests_to_send(batch_of(scene_samples(count, seed)), config, revision)
 
 
-class Once:
-    """A types.RequestSource without retries."""
-
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self.left = list(requests)
-
-    def take(self) -> list[Request]:
-        taken, self.left = self.left, []
-        return taken
-
-    def sending(self, requests: Sequence[Request]) -> None:
-        pass
+def replies(engine: Engine, batch: list[Request]) -> dict[str, Reply]:
+    left = [[], batch]
+    work: Any = SimpleNamespace(take=left.pop, sending=lambda requests: None)
+    return {reply.request_id: reply for group in engine.ask(work) for reply in group}
 
 
-def replies(engine: Engine, batch: Iterable[Request]) -> dict[str, Reply]:
-    return {reply.request_id: reply for group in engine.ask(Once(batch)) for reply in group}
-
-
-def scores(
-    engine: Engine, batch: list[Request], count: int
-) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
+def annotations(engine: Engine, batch: list[Request]) -> list[dict[str, Any]]:
     reply_of = replies(engine, batch)
-    rows = [row for request in batch for row in parse_reply(request, reply_of[request.id])]
-    return score_annotations(rows, scenes_by_id(scene_samples(count, SEED)))
+    return [row for request in batch for row in parse_reply(request, reply_of[request.id])]
 
 
 def test_teacher_is_accurate_on_unseen_scenes(engine: Engine) -> None:
     """Catch a broken teacher; benchmarks/teacher.py measures more scenes."""
-    captions, answers = scores(engine, requests(SCENES), SCENES)
-    assert {style: min(c.precision, c.recall) > 0.93 for style, c in captions.items()} == {
-        "brief": True,
-        "detailed": True,
-    }
-    assert {kind: a.accuracy > 0.85 for kind, a in answers.items()} == {
-        "yes/no": True,
-        "number": True,
-        "other": True,
-    }
+    rows = annotations(engine, requests(SCENES))
+    captions, answers = score_annotations(rows, scenes_by_id(scene_samples(SCENES, SEED)))
+    assert ({*captions}, {*answers}) == ({"brief", "detailed"}, {"yes/no", "number", "other"})
+    assert all(min(c.precision, c.recall) > 0.93 for c in captions.values())
+    assert all(a.accuracy > 0.85 for a in answers.values())
     assert all(1 - a.accuracy < (1 - a.majority) / 2 for a in answers.values())
 
 
@@ -88,8 +68,7 @@ def test_deck_teacher_is_accurate_and_finds_the_evidence_pages() -> None:
     assert choice.revision == weights_revision(TINY_DECK_WEIGHTS)
     decks = [draw_sample(SEED, index, DECKS) for index in range(12)]
     batch = requests_to_send(batch_of(decks), config, choice.revision)
-    reply_of = replies(choice.make(), batch)
-    rows = [row for request in batch for row in parse_reply(request, reply_of[request.id])]
+    rows = annotations(choice.make(), batch)
     scores = score_decks(rows, scenes_by_id(decks, DECKS))
     assert set(scores) == {"span", "number", "arithmetic"}
     assert sum(s.right for s in scores.values()) > 0.8 * len(rows)
@@ -111,16 +90,12 @@ def test_replies_at_high_temperature_follow_the_schema(engine: Engine) -> None:
 def test_reply_does_not_depend_on_its_batch(engine: Engine) -> None:
     batch = requests(6)
     together = replies(engine, batch)
-    alone: dict[str, Reply] = {}
-    for request in batch:
-        alone |= replies(engine, [request])
-    assert alone == together
+    assert {name: reply for one in batch for name, reply in replies(engine, [one]).items()} == together
 
 
 def test_other_id_or_attempt_samples_other_tokens(engine: Engine) -> None:
-    qa = [
-        replace(r, sampling=Sampling(temperature=1.0, max_tokens=256)) for r in requests(6) if r.task == "qa"
-    ]
+    sampling = Sampling(temperature=1.0, max_tokens=256)
+    qa = [replace(r, sampling=sampling) for r in requests(6) if r.task == "qa"]
     renamed = [replace(r, id=f"{n:064x}") for n, r in enumerate(qa)]
     retries = [replace(r, attempt=1) for r in qa]
     first, second, third = (
@@ -131,12 +106,12 @@ def test_other_id_or_attempt_samples_other_tokens(engine: Engine) -> None:
 
 def test_reply_at_the_token_limit_is_cut_short(engine: Engine) -> None:
     short = [replace(r, sampling=Sampling(temperature=0, max_tokens=5)) for r in requests(1)]
-    reply_of = replies(engine, short)
-    assert {reply.finish_reason for reply in reply_of.values()} == {"length"}
-    assert {row["reply_error"] for r in short for row in parse_reply(r, reply_of[r.id])} == {"cut_short"}
+    assert {row["reply_error"] for row in annotations(engine, short)} == {"cut_short"}
 
 
-def test_batch_is_smaller_for_large_images_and_decks() -> None:
+def test_batch_has_one_prompt_and_is_smaller_for_large_images_and_decks() -> None:
+    texts = [{request.text for request in batch} for batch in batch_requests(requests(3))]
+    assert [len(batch) for batch in batch_requests(requests(3))] == [3, 3, 3] and {*map(len, texts)} == {1}
     asked = [replace(request, style="", task="caption") for request in requests(10)]
     cases: tuple[tuple[int | None, tuple[int, int], int, int], ...] = (
         (1_003_520, (2000, 2000), 1, 8),

@@ -59,7 +59,6 @@ def value_of(command: VllmCommand, flag: str) -> str:
 def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("5", "7"))
     monkeypatch.setattr(vllm, "vllm_python", lambda: "python")
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
 
 
 def plan(tmp_path: Path, *flags: str) -> list[VllmCommand]:
@@ -68,7 +67,7 @@ def plan(tmp_path: Path, *flags: str) -> list[VllmCommand]:
 
 
 @pytest.mark.usefixtures("fake_vllm")
-def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
+def test_each_gpu_runs_a_server_with_its_own_log(tmp_path: Path) -> None:
     first, second = plan(tmp_path)
     assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in (first, second)] == ["5", "7"]
     assert [one.log.name for one in (first, second)] == ["vllm.log", "vllm-2.log"]
@@ -86,11 +85,7 @@ def test_two_gpus_run_two_servers_that_share_the_cores(tmp_path: Path) -> None:
     ],
 )
 def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
-    flags: tuple[str, ...],
-    groups: list[str],
-    divisor: int,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    flags: tuple[str, ...], groups: list[str], divisor: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shares: set[int] = set()
 
@@ -130,14 +125,10 @@ def test_model_that_does_not_fit_the_gpu_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize(
-    ("memory", "utilization"),
-    [("81559, 81000", "0.92"), ("24564, 14000", "0.54"), ("[N/A], [N/A]", "0.92")],
+    ("memory", "utilization"), [("81559, 81000", "0.92"), ("24564, 14000", "0.54"), ("[N/A], [N/A]", "0.92")]
 )
 def test_flags_follow_the_free_memory_of_the_gpu(
-    memory: str,
-    utilization: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    memory: str, utilization: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\necho '{memory}'\n")

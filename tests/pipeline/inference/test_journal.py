@@ -1,6 +1,5 @@
 """Journal: replies survive a crash, damage is detected, and repair keeps the intact replies."""
 
-import hashlib
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -23,14 +22,7 @@ REQUESTS = list(build_requests("a" * 64, request_plan(CONFIG)))
 
 
 def reply_to(number: int) -> Reply:
-    return Reply(
-        request_id=REQUESTS[number].id,
-        attempt=0,
-        text="{}",
-        finish_reason="stop",
-        prompt_tokens=5,
-        reply_tokens=2,
-    )
+    return REQUESTS[number].reply("{}", "stop", 5, 2)
 
 
 def test_reply_is_stored_once_and_read_after_reopening(tmp_path: Path) -> None:
@@ -79,12 +71,8 @@ def test_import_copies_replies_and_keeps_existing_ones(tmp_path: Path) -> None:
         journal.record_sent(REQUESTS)
         journal.keep([(REQUESTS[0], other_reply, None), (REQUESTS[1], reply_to(1), "flaw")])
     with Journal(tmp_path / "ours.sqlite") as journal:
-        journal.keep(
-            [
-                (REQUESTS[0], own_reply, None),
-                (REQUESTS[1], replace(reply_to(1), finish_reason="server_error"), "x"),
-            ]
-        )
+        failure = replace(reply_to(1), finish_reason="server_error")
+        journal.keep([(REQUESTS[0], own_reply, None), (REQUESTS[1], failure, "x")])
         journal.import_replies(tmp_path / "theirs.sqlite", "b", "c")
         assert journal.last(REQUESTS[1].id, answered=True) is None
         for _ in range(2):
@@ -122,14 +110,10 @@ def test_import_copies_claims_replies_of_given_samples_and_all_blind_replies(tmp
 
 def filled(path: Path, count: int = 300) -> list[Request]:
     """Write a journal of `count` replies."""
-    requests = [
-        replace(REQUESTS[0], id=hashlib.sha256(str(number).encode()).hexdigest()) for number in range(count)
-    ]
+    requests = [replace(REQUESTS[0], id=f"{number:064x}") for number in range(count)]
     with Journal(path) as journal:
         journal.record_sent(requests)
-        journal.keep(
-            [(request, request.reply(f"reply {request.id}" * 4, "stop", 5, 7), None) for request in requests]
-        )
+        journal.keep([(one, one.reply(f"reply {one.id}" * 4, "stop", 5, 7), None) for one in requests])
     return requests
 
 

@@ -51,13 +51,10 @@ def test_plan_of_the_default_model_grows_with_the_card(
     assert not fits or plan.model_len == 8192
 
 
-def test_memory_of_other_programs_is_left_to_them() -> None:
+def test_plan_leaves_memory_to_other_programs_and_shortens_the_context_to_the_cache() -> None:
     plan = plan_memory(QWEN_3B, 24, 14, MAX_PIXELS, 8192)
     assert plan.utilization == 0.56 and plan.fits
     assert not plan_memory(QWEN_3B, 24, 8, MAX_PIXELS, 8192).fits
-
-
-def test_context_is_shortened_to_the_cache() -> None:
     plan = plan_memory(QWEN_3B, 10, 10, MAX_PIXELS, 128_000)
     assert 4096 <= plan.model_len == plan.kv_tokens < 128_000
 

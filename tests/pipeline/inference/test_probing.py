@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import EngineError
 from pipeline.inference import client, protocol
 from pipeline.inference.journal import Journal
-from tests.chat.kinds import KINDS, PROXY, ServerKind, refuse
+from tests.chat.kinds import IGNORES_SCHEMAS, KINDS, PROXY, ServerKind, refuse
 from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.clients import client_of, config_of, endpoints_of, model_of
 from tests.notes import Notes
@@ -40,7 +40,7 @@ def run(
     name, revision = model_of(config)
     with Journal(path) as journal, ExitStack() as stack:
         chunks = iter([batch_of(SAMPLES)])
-        engine = lambda: stack.enter_context(client_of(config, name, revision, notes))  # noqa: E731
+        engine = lambda: stack.enter_context(client_of(config, name, notes))  # noqa: E731
         ask(config, chunks, engine, journal, revision=revision)
         table = stored_annotations(config, [sample.id for sample in SAMPLES], journal, revision)
     return table["reply_error"].to_pylist(), notes.texts, revision
@@ -64,37 +64,45 @@ def test_requests_have_exactly_the_fields_that_the_server_supports(kind: ServerK
     assert ("not greedy" in messages) == ("temperature" in left_out)
 
 
-def test_server_without_schemas_needs_no_enforced_schema(tmp_path: Path) -> None:
-    flawed = {"count": 0}
-
+@pytest.mark.parametrize("kind", [PROXY, IGNORES_SCHEMAS], ids=lambda kind: kind.name)
+def test_server_without_schemas_needs_no_enforced_schema(kind: ServerKind, tmp_path: Path) -> None:
     def script(times: int, body: dict[str, Any]) -> Act | None:
         assert "follows this JSON schema" in body["messages"][1]["content"][-1]["text"]
-        if times:
-            return None
-        flawed["count"] += 1
-        return Act('{"wrong": true}')
+        return None if times else Act('{"wrong": true}')
 
-    with running_chat(ChatServer(script, kind=PROXY)) as chat:
+    with running_chat(ChatServer(script, kind=kind)) as chat:
         with pytest.raises(EngineError, match="does not enforce JSON schemas") as refused:
             run(tmp_path / "strict", chat)
         assert "--no-enforced-schema" in refused.value.hint and not chat.bodies
         errors, texts, revision = run(tmp_path / "loose", chat, enforced_schema=False)
-    assert errors == [None] * 3 * len(SAMPLES)  # each first reply was invalid, and retried
-    assert flawed["count"] == 3 * len(SAMPLES)
+    assert errors == [None] * 3 * len(SAMPLES)
+    retried = [body for body in chat.bodies if task_of(body) == "Task: qa"]
+    assert len(retried) == 2 * len(SAMPLES)  # each first reply was invalid
     assert revision.endswith("+unenforced")
     assert any("does not enforce JSON schemas" in text for text in texts)
     assert not any("response_format" in body for body in chat.bodies)
 
 
-def test_server_without_model_list_needs_a_model_name(tmp_path: Path) -> None:
+def test_unreachable_server_or_missing_model_list_is_an_error_with_hint(tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=PROXY)) as chat:
         with pytest.raises(EngineError, match="does not list its models") as unnamed:
             model_of(config_of(chat.url, model=None))
         assert "--model" in unnamed.value.hint
+        with pytest.raises(EngineError, match=r"no server answers at .*Connect call failed") as unreachable:
+            model_of(config_of("http://127.0.0.1:9/v1", model=None))
+        assert "synth serve" in unreachable.value.hint
         with pytest.raises(EngineError, match="does not exist"):
             other = config_of(chat.url, model="other", server={"enforced_schema": False})
-            with client_of(other, "other"):
-                pass
+            client_of(other, "other").__enter__()
+
+
+def test_second_server_with_another_model_is_refused() -> None:
+    with (
+        running_chat(ChatServer()) as chat,
+        running_chat(ChatServer(model="other")) as second,
+        pytest.raises(EngineError, match=f"{second.url} does not serve model"),
+    ):
+        client_of(config_of(chat.url, second.url)).__enter__()
 
 
 def thinking(tokens: int) -> ServerKind:
@@ -108,8 +116,8 @@ def thinking(tokens: int) -> ServerKind:
     return ServerKind(name="thinks", model_fields={}, extra=think)
 
 
-def refusing(message: str) -> ServerKind:
-    return ServerKind(name="refuses", model_fields={}, extra=lambda body: refuse(message))
+def refusing(message: str, status: int = 400) -> ServerKind:
+    return ServerKind(name="refuses", model_fields={}, extra=lambda body: refuse(message, status))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +126,7 @@ def refusing(message: str) -> ServerKind:
         (refusing("Your credit is too low."), {"enforced_schema": False}, "first request: Your credit is"),
         (refusing("max_tokens is too large: 256. This model allows 100."), {}, "max_tokens"),
         (thinking(1000), {}, "uses more than 400 reasoning tokens"),
+        (refusing("Slow down.", 429), {"startup_timeout_s": 0.1}, "answers 429 to every request"),
     ],
 )
 def test_refused_first_request_ends_the_run_with_the_reason_of_the_server(
@@ -222,12 +231,6 @@ def test_api_key_from_the_environment_is_sent_to_the_server(monkeypatch: pytest.
         assert model_of(config_of(chat.url, model=None))[0] == "model"
 
 
-def test_unreachable_server_error_has_a_hint() -> None:
-    with pytest.raises(EngineError, match="no server answers") as caught:
-        model_of(config_of("http://127.0.0.1:9/v1", model=None))
-    assert "synth serve" in caught.value.hint and "Connect call failed" in str(caught.value)
-
-
 def test_key_and_headers_from_the_environment_are_sent_only_to_the_configured_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +251,7 @@ def test_key_and_headers_from_the_environment_are_sent_only_to_the_configured_se
     assert openai.headers["Authorization"] == "Bearer of-openai" and "Authorization" not in other.headers
 
 
-def test_servers_of_another_model_get_neither_the_general_key_nor_headers(
+def test_servers_of_another_model_get_their_own_key_and_headers_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
@@ -269,11 +272,7 @@ def test_servers_of_another_model_get_neither_the_general_key_nor_headers(
         monkeypatch.setenv(f"SYNTH_{name.upper()}_API_KEY", f"of-{name}")
         for address in (writer, other):
             assert headers_for(address, name) == (f"Bearer of-{name}", None)
-
-
-def test_model_has_its_own_key_variable_and_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXAMPLE_KEY", "of-example")
-    own = {"base_url": ["https://a/v1"], "key_env": "EXAMPLE_KEY", "headers": {"X-Team": "a"}}
-    config = config_of("http://localhost:1/v1", model="m", models={"small": own})
-    (endpoint,) = endpoints_of(config.of_model("small"))
-    assert endpoint.headers["Authorization"] == "Bearer of-example" and endpoint.headers["X-Team"] == "a"
+    own = {"base_url": [other], "key_env": "EXAMPLE_KEY", "headers": {"X-All": "own"}}
+    (endpoint,) = endpoints_of(config_of(writer, model="m", models={"small": own}).of_model("small"))
+    assert (endpoint.headers["Authorization"], endpoint.headers["X-All"]) == ("Bearer of-example", "own")

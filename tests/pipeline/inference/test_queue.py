@@ -10,14 +10,13 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
-from pipeline.inference import embedded, queue
 from pipeline.inference import journal as journal_module
+from pipeline.inference import queue
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, read_annotations, read_results
 from pipeline.inference.requests import build_requests
-from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
+from pipeline.types import Engine, Reply, Request, RequestSource, SampleBatch, SampleInfo
 from tests.plans import ask, request_plan, stored_annotations
-from tests.scene_data import requests_to_send
 
 PNG = b64decode(
     b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
@@ -35,8 +34,6 @@ def batch(ids: list[str]) -> SampleBatch:
 
 class Scripted:
     """An engine that answers in groups of three; it fails on `bad` samples, and dies after some groups."""
-
-    model, revision = "scripted", "1"
 
     def __init__(self, die_after: int | None = None, bad: tuple[str, ...] = ()) -> None:
         self.batches: list[list[tuple[str, int]]] = []
@@ -61,17 +58,11 @@ class Scripted:
                     raise KeyboardInterrupt
                 self.images |= {request.sample_id: request.images for request in requests}
                 self.batches.append([(request.id, request.attempt) for request in requests])
-                yield [
-                    Reply(
-                        request_id=r.id,
-                        attempt=r.attempt,
-                        text="{]" if r.sample_id in self.bad and r.attempt < 2 else REPLIES[r.task],
-                        finish_reason="stop",
-                        prompt_tokens=1,
-                        reply_tokens=2,
-                    )
-                    for r in requests
-                ]
+                yield list(map(self._reply, requests))
+
+    def _reply(self, request: Request) -> Reply:
+        is_bad = request.sample_id in self.bad and request.attempt < 2
+        return request.reply("{]" if is_bad else REPLIES[request.task], "stop", 1, 2)
 
 
 CONFIG = resolve(source="scenes")
@@ -162,16 +153,6 @@ def test_interrupt_during_storing_loses_no_reply(
     assert len(engine.batches) == 2
     with Journal(tmp_path / "j") as journal:
         assert journal.totals()["replies"] == 6
-
-
-def test_batch_has_one_prompt_and_at_most_the_maximum_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "BATCH_IMAGES", 4)
-    config = resolve(source="scenes")
-    requests = requests_to_send(batch(IDS), config, "r")
-    batches = list(embedded.batch_requests(requests))
-    assert [len(group) for group in batches] == [4, 2] * 3
-    assert all(len({request.text for request in group}) == 1 for group in batches)
-    assert sorted(r.id for group in batches for r in group) == sorted(r.id for r in requests)
 
 
 def test_image_rejected_by_keep_if_loses_model_and_human_texts(tmp_path: Path) -> None:

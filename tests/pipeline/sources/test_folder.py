@@ -229,10 +229,14 @@ def test_unreadable_folder_is_rejected_by_name(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-@pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"en": "A dog"}', '[["A dog"]]'])
-def test_context_value_that_is_not_text_is_refused(tmp_path: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"en": "A dog"}', '[["A dog"]]', b"A dog"])
+def test_context_value_that_is_not_text_is_refused(tmp_path: Path, value: str | bytes) -> None:
     (tmp_path / "a.png").write_bytes(photo(1))
-    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "title": {value}}}\n')
+    if isinstance(value, bytes):
+        table = pa.table({"file_name": ["a.png"], "title": [value]})
+        pq.write_table(table, tmp_path / "metadata.parquet")
+    else:
+        (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "title": {value}}}\n')
     with pytest.raises(SourceError, match=r"cannot read|a\.png: the column title contains objects"):
         open_folder(tmp_path, columns={"context": "title"})
     assert open_folder(tmp_path).revision

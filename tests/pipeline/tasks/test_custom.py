@@ -26,6 +26,7 @@ def listed(items: Any) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
+FOUR = {"minItems": 4, "maxItems": 4}
 PAIR = fields(("question", "answer"), question=TEXT, answer=TEXT)
 WHO = {"question": "Who?", "answer": "me"}
 
@@ -174,6 +175,16 @@ def test_custom_task_is_found_by_name() -> None:
         ({"kind": "text", "name": "image"}, "image is a name of built-in columns or texts"),
         ({"kind": "labels", "name": "questions"}, "questions is a name of built-in columns or texts"),
         ({"kind": "text", "output": fields(text=TEXT | {"pattern": "(["})}, "regex parse error"),
+        ({"kind": "record", "rows": "a", "output": fields(a=listed(TEXT))}, "items of a must be objects"),
+        ({"kind": "question", "output": fields(question=TEXT)}, "needs the fields question and answer"),
+        (
+            {"kind": "labels", "rows": "a", "output": fields(a=listed(fields(labels=listed(TEXT))))},
+            "a field in rows cannot be a list",
+        ),
+        (
+            {"kind": "boxes", "rows": "a", "output": fields(a=listed(fields(box=FOUR | listed(TEXT))))},
+            "must be integers",
+        ),
     ],
 )
 def test_custom_task_with_contradicting_settings_is_refused(settings: dict[str, Any], flaw: str) -> None:

@@ -23,11 +23,8 @@ def test_human_texts_become_annotations_of_caption_and_qa() -> None:
         ("caption", "human", 1, "A dog runs."),
         ("qa", "", 0, None),
     ]
-    assert (rows[2]["question"], rows[2]["answer"], rows[2]["answer_type"]) == (
-        "is it a dog?",
-        "yes",
-        "yes/no",
-    )
+    question = [rows[2][name] for name in ("question", "answer", "answer_type")]
+    assert question == ["is it a dog?", "yes", "yes/no"]
     assert {row["prompt_id"] for row in rows} == {"human"}
     assert len({row["annotation_id"] for row in rows}) == len(rows)
     assert set().union(*rows) <= {*ANNOTATION.names}
@@ -55,26 +52,20 @@ def test_question_without_answer_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("expression", "answer", "kind"),
-    [("1 + 2", "3", "arithmetic"), (None, "3", "number"), ("", "Ohm", "span")],
+    ("evidence", "expression", "answer", "kind"),
+    [([2], "1 + 2", "3", "arithmetic"), ([2], None, "3", "number"), (None, "", "Ohm", "span")],
 )
-def test_questions_about_a_deck_belong_to_deck_qa(expression: str | None, answer: str, kind: str) -> None:
-    (row,) = human_annotations(
-        "s", [], [asked("What?", answer, evidence_pages=[2], expression=expression)], 3
-    )
+def test_questions_about_a_deck_belong_to_deck_qa(
+    evidence: list[int] | None, expression: str | None, answer: str, kind: str
+) -> None:
+    pair = asked("What?", answer, evidence_pages=evidence, expression=expression)
+    (row,) = human_annotations("s", [], [pair], 3)
     assert (row["task"], row["answer_type"], row["expression"]) == ("deck_qa", kind, expression or "")
-    assert find_broken_rule(TASKS["deck_qa"], row, 2) is None
+    assert row["evidence_pages"] == (evidence or [1, 2, 3])
+    assert find_broken_rule(TASKS["deck_qa"], row, 3) is None
 
 
-def test_question_without_evidence_has_all_pages() -> None:
-    (row,) = human_annotations("s", [], [asked("What?", "Ohm")], 3)
-    assert row["evidence_pages"] == [1, 2, 3] and find_broken_rule(TASKS["deck_qa"], row, 3) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("is it", "is it?"), ('what is "it"', 'what is "it"?'), ("Name it.", "Name it."), ("Was?", "Was?")],
-)
-def test_missing_question_mark_is_added(text: str, expected: str) -> None:
-    (row,) = human_annotations("s", [], [asked(text, "a")])
-    assert row["question"] == expected
+def test_missing_question_mark_is_added() -> None:
+    questions = ("is it", 'what is "it"', "Name it.", "Was?")
+    rows = human_annotations("s", [], [asked(question, "a") for question in questions])
+    assert [row["question"] for row in rows] == ["is it?", 'what is "it"?', "Name it.", "Was?"]

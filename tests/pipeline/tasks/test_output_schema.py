@@ -37,13 +37,16 @@ WHOLE = {
         "view": {"enum": ["front", "side"]},
         "count": {"type": "integer", "minimum": 0},
         "sure": {"type": ["boolean", "null"]},
+        "unit": {"enum": ["cm", None]},
+        "kind": {"const": "part"},
         "size": {"type": "number", "maximum": 9.5},
         "note": {"type": "string", "pattern": "^[a-z]+$", "maxLength": 5},
         "parts": {"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/Part"}},
     },
     "$defs": {"Part": {"type": "object", "required": ["class"], "properties": {"class": {"type": "string"}}}},
 }
-GOOD = {"view": "front", "count": 2, "sure": None, "size": None, "note": None, "parts": [{"class": "wing"}]}
+GOOD = {"view": "front", "count": 2, "sure": None, "unit": None, "kind": None, "size": None, "note": None}
+GOOD |= {"parts": [{"class": "wing"}]}
 
 
 DEFS = {f"D{n}": fields({c: {"$ref": f"#/$defs/D{n + 1}"} for c in "abcdefgh"}) for n in range(8)}
@@ -64,8 +67,8 @@ def test_closed_schema_has_all_fields_and_no_references() -> None:
 def test_arrow_type_of_a_schema_stores_matching_values() -> None:
     kind = arrow_type(close_schema(WHOLE))
     part = pa.list_(pa.struct({"class": STRING}))
-    wanted = {"view": STRING, "count": INT64, "sure": BOOL, "size": FLOAT64, "note": STRING, "parts": part}
-    assert kind == pa.struct(wanted)
+    wanted = {"view": STRING, "count": INT64, "sure": BOOL, "unit": STRING, "kind": STRING, "size": FLOAT64}
+    assert kind == pa.struct(wanted | {"note": STRING, "parts": part})
     assert pa.array([GOOD], kind).to_pylist() == [GOOD]
     described = features(pa.schema({"own": kind}))
     assert arrow_type_of(described["own"]) == kind
@@ -77,18 +80,10 @@ def test_validator_checks_all_keywords() -> None:
     for value in (GOOD, {key: value for key, value in GOOD.items() if value is not None}):
         assert check.dump_python(check.validate_python(value), mode="json", by_alias=True) == GOOD
     for wrong in (
-        {"view": "back"},
-        {"count": -1},
-        {"count": "many"},
-        {"count": 2**70},
-        {"size": 10},
-        {"size": float("inf")},
-        {"note": "ABC"},
-        {"note": "abcdef"},
-        {"parts": [{"class": "a"}] * 3},
-        {"parts": [{"class": "a", "more": 1}]},
-        {"other": 1},
-    ):
+        {"view": "back"}, {"kind": "whole"}, {"count": -1}, {"count": "many"}, {"count": 2**70}, {"size": 10},
+        {"size": float("inf")}, {"note": "ABC"}, {"note": "abcdef"}, {"parts": [{"class": "a"}] * 3},
+        {"parts": [{"class": "a", "more": 1}]}, {"other": 1},
+    ):  # fmt: skip
         with pytest.raises(ValidationError):
             check.validate_python(GOOD | wrong)
     assert check.validate_python(GOOD | {"count": "3"}).f1 == 3  # from a server without schemas
@@ -96,11 +91,11 @@ def test_validator_checks_all_keywords() -> None:
 
 def test_schema_shape_shows_an_example_and_empty_value_matches_the_schema() -> None:
     assert shape_of(close_schema(WHOLE)) == (
-        '{"view":"front" or "side","count":1,"sure":true or false or null,"size":0.5 or null,'
-        '"note":"..." or null,"parts":[{"class":"..."},...]}'
+        '{"view":"front" or "side","count":1,"sure":true or false or null,"unit":"cm" or null,'
+        '"kind":"part" or null,"size":0.5 or null,"note":"..." or null,"parts":[{"class":"..."},...]}'
     )
-    empty = {"view": "", "count": 0, "sure": False, "size": 0.0, "note": "", "parts": []}
-    assert empty_value(close_schema(WHOLE)) == empty
+    empty = {"view": "", "count": 0, "sure": False, "unit": "", "kind": "", "size": 0.0, "note": ""}
+    assert empty_value(close_schema(WHOLE)) == empty | {"parts": []}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +122,10 @@ def test_schema_shape_shows_an_example_and_empty_value_matches_the_schema() -> N
         (field({"enum": ["x", 1]}), "must list only strings"),
         (field({"enum": []}), "must list only strings"),
         (field({"enum": ["x", "x"]}), "lists a value twice"),
+        (field({"type": "integer", "minimum": "1"}), "has a minimum that is not a number"),
+        (field(TEXT | {"pattern": 1}), "has a pattern that is not a string"),
+        (field(TEXT) | {"required": "a"}, "`required` that is not a list"),
+        (field(TEXT) | {"required": ["b"]}, "requires 'b', which is not one of its fields"),
         (field({"$ref": "#/$defs/B"}), "which does not exist"),
         (fields({"_type": TEXT}), "_type"),
         ({"$ref": "#/$defs/A", "$defs": {"A": field({"$ref": "#/$defs/A"})}}, "refers to itself"),

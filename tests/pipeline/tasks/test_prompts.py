@@ -75,21 +75,16 @@ def test_scene_prompt_ids_are_unchanged_since_training_of_the_tiny_model() -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "has_scene_prompts"),
+    ("source", "model", "folders"),
     [
-        ({"source": "scenes", "model": "a/b"}, True),
-        ({"source": "scenes-deck"}, True),
-        ({"source": "folder:x", "model": "tiny"}, True),
-        ({"source": "folder:scenes"}, False),
+        ("scenes", "a/b", (SCENE_PROMPTS,)), ("scenes-deck", None, (SCENE_PROMPTS,)),
+        ("folder:x", "tiny", (SCENE_PROMPTS,)), ("folder:scenes", None, ()),
     ],
-)
+)  # fmt: skip
 def test_scene_sources_and_the_tiny_model_use_scene_prompts(
-    settings: dict[str, Any], *, has_scene_prompts: bool
+    source: str, model: str | None, folders: tuple[Path, ...]
 ) -> None:
-    folders = resolve(**settings).prompt_dirs
-    assert [prompt_id(task, *folders) == prompt_id(task) for task in ("caption", "qa")] == [
-        not has_scene_prompts
-    ] * 2
+    assert resolve(source=source, model=model).prompt_dirs == folders
 
 
 def test_draw_selects_wordings_and_question_types() -> None:

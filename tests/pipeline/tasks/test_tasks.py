@@ -39,11 +39,8 @@ def test_guidance_supports_the_whole_wire_schema(task: str) -> None:
 
 
 def test_wire_schema_keeps_the_order_of_properties() -> None:
-    assert list(wire_schema(TASKS["qa"])["$defs"]["QAPair"]["properties"]) == [
-        "answer_type",
-        "question",
-        "answer",
-    ]
+    pair = wire_schema(TASKS["qa"])["$defs"]["QAPair"]
+    assert [*pair["properties"]] == ["answer_type", "question", "answer"]
 
 
 DECK_PAIR: dict[str, Any] = {"answer_type": "span", "evidence_pages": [2], "expression": ""}
