@@ -200,16 +200,21 @@ def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iter
         yield gathered
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Comparison:
     """The input of `compare`. `settings` are the step's settings, and `dataset` is the folder of the run."""
 
-    db: duckdb.DuckDBPyConnection
+    stack: ExitStack
     rows: AllRows
     shards: Sequence[DatasetDir]
     settings: Any
     dataset: DatasetDir
     progress: Progress
+
+    @cached_property
+    def db(self) -> duckdb.DuckDBPyConnection:
+        """An empty database. It is opened at the first use, since most steps of most runs need none."""
+        return self.stack.enter_context(open_database(self.dataset.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,8 +310,8 @@ def compare_shards(
     """
     assert step.compare
     all_rows = AllRows([require_file(shard.step_file(*rows)) for shard in shards])
-    with open_database(plan.dataset.path) as db:
-        comparison = Comparison(db, all_rows, shards, step.settings(plan), plan.dataset, progress)
+    with ExitStack() as stack:
+        comparison = Comparison(stack, all_rows, shards, step.settings(plan), plan.dataset, progress)
         relation = step.compare(comparison)
         schema = pa.schema([ROW, *step.adds])
         ordered = read(relation.order("row")) if relation is not None else iter(())
