@@ -30,6 +30,10 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
+def rename_file(values: dict[str, Any], name: str) -> None:
+    values["files"][name] = values["files"].pop("train-00000.parquet")
+
+
 def rows(change: Callable[[pa.Table], pa.Table]) -> Damage:
     """Return a damage that changes the training rows, and their hashes in the manifest."""
 
@@ -106,6 +110,8 @@ AUDIT = {"seed": 0, "reviewed": 1, "reviewers": 1, "agreement": None, "rates": [
 CERTAIN = {"share": "1", "low": "1", "high": "1"}
 COSTLY = {"texts": "captions", "kept": 10**9, "prompt_tokens": 1, "reply_tokens": 1}
 INVALID_RESULTS: dict[str, Damage] = {
+    "a file outside of the version": manifest(lambda m: rename_file(m, "/etc/passwd")),
+    "a file in a folder above": manifest(lambda m: rename_file(m, "train-/../../x")),
     "audit of texts": manifest(lambda m: m.update(audit={"rates": "none"})),
     "audit with an impossible share": manifest(
         lambda m: m.update(audit=AUDIT | {"rates": [RATE | {"low": 7}]})
