@@ -221,10 +221,3 @@ def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
     for start in range(0, len(sample_ids), BATCH_SAMPLES):
         ids = sample_ids.slice(start, BATCH_SAMPLES).to_pylist()
         yield SampleBatch(ids, partial(read_images, ids))
-
-
-def require_file(path: Path) -> Path:
-    """Return the path if the file exists. Raises ConfigError otherwise."""
-    if not path.exists():
-        raise ConfigError(f"{path} is missing", hint="run `synth generate` again to make the file")
-    return path

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.directory import DatasetDir, require_file
+from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.records import (
     DONE,
@@ -287,7 +287,7 @@ def _prepare_shard_once(
 ) -> None:
     def prepare() -> dict[str, Any]:
         assert step.prepare
-        tables = step.prepare(shard, require_file(shard.step_file(before)), step.settings(plan), services)
+        tables = step.prepare(shard, shard.step_file(before), step.settings(plan), services)
         first = next(tables)
         write_table(shard.step_file(step.name, "prepared"), chain([first], tables), first.schema)
         return plan.record_models()
@@ -309,7 +309,7 @@ def compare_shards(
     Raises TableError if the comparison returns a row that does not exist.
     """
     assert step.compare
-    all_rows = AllRows([require_file(shard.step_file(*rows)) for shard in shards])
+    all_rows = AllRows([shard.step_file(*rows) for shard in shards])
     with ExitStack() as stack:
         comparison = Comparison(stack, all_rows, shards, step.settings(plan), plan.dataset, progress)
         relation = step.compare(comparison)
@@ -338,7 +338,7 @@ def judge_shard(
 
     def judged() -> Iterator[pa.Table]:
         first = 0
-        for table in read_batches(require_file(shard.step_file(*rows))):
+        for table in read_batches(shard.step_file(*rows)):
             end = first + table.num_rows
             joined = _join(table, findings.take_until(end), first) if findings else table
             yield _checked(step, table, step.judge(joined, settings) if step.judge else joined)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, build_rows
 from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
-from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
+from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples
 from pipeline.dataset.limits import describe_changes
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.price import describe_price
@@ -65,7 +65,7 @@ def write_rows(
     reasons = [dropped.get(sample_id, NO_ANNOTATION) for sample_id in writer.rejected]
     rejected = pa.table([writer.rejected, reasons], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
-    files = {step: require_file(shard.step_file(step, "rejected")) for step in steps}
+    files = {step: shard.step_file(step, "rejected") for step in steps}
     tables = ((step, table) for step, file in files.items() for table in read_batches(file))
     rejections = [list_rejections(*one) for one in (*tables, (NAME, rejected))]
     write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
@@ -227,7 +227,7 @@ def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
     verify = plan.config.verify
     if not verify.is_asked:
         return {}
-    files = [require_file(shard.step_file("verify", "prepared")) for shard in shards]
+    files = [shard.step_file("verify", "prepared") for shard in shards]
     findings = read_findings(table for file in files for table in read_batches(file, FINDINGS))
     models = read_models(plan, shards[0])
     written_by = {models[name]["revision"] for name in plan.writers}
