@@ -53,7 +53,6 @@ for line in sys.stdin:
         try:
             process, options = json.loads(line)
             prepare(**process)
-            os.environ["HF_TOKEN"] = options.pop("token", None) or os.environ["HF_TOKEN"]
             print(json.dumps(push(**options)), flush=True)
         except SynthError as error:
             print(json.dumps({"error": str(error), "hint": error.hint}), flush=True)

@@ -20,7 +20,6 @@ async def create(hub: Hub, request: Request) -> Response:
     """Create a repository that holds only `.gitattributes`."""
     body = await request.json()
     owner = body.get("organization") or USER
-    hub.require_writer(request, owner)
     repo, kind = f"{owner}/{body['name']}", body.get("type", "model")
     address = f"{request.base_url}{'' if kind == 'model' else f'{kind}s/'}{repo}"
     url = {"url": address, "name": repo, "id": repo}

@@ -123,9 +123,3 @@ def test_edited_answer_must_match_its_expression_and_its_pages_must_be_in_the_de
     assert check_edit(Review.model_validate({**fields, "answer": "6", "expression": "2 + 4"}), row) is None
     outside = Review.model_validate({**fields, "answer": "5", "evidence_pages": [5]})
     assert check_edit(outside, row) == "evidence_outside_deck"
-
-
-def test_personal_data_in_edits_is_redacted(tmp_path: Path) -> None:
-    edit = review("A sign.", "edited", text="A sign says mail@example.org.")
-    assert edit.text == "A sign says [email]."
-    assert edit.resulting_name == text_name(caption("A sign says [email]."))
