@@ -209,7 +209,7 @@ def language_of(manifest: dict[str, Any]) -> str | None:
 
 def _license_fields(licenses: list[str], link: str | None) -> dict[str, str]:
     """Return the license if there is only one and the Hub knows it, else `other` with all names."""
-    if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in KNOWN_LICENSES:
+    if len(licenses) == 1 and licenses[0] in KNOWN_LICENSES:
         return {"license": licenses[0]}
     name = "-and-".join(re.sub(r"[^a-z0-9.]+", "-", license_name.lower()) for license_name in licenses)
     return {"license": "other", "license_name": name, **({"license_link": link} if link else {})}
