@@ -202,7 +202,10 @@ def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iter
 
 @dataclass(frozen=True)
 class Comparison:
-    """The input of `compare`. `settings` are the step's settings, and `dataset` is the folder of the run."""
+    """The input of `compare`. `settings` are the step's settings, and `dataset` is the folder of the run.
+
+    `stack` closes the database after the comparison.
+    """
 
     stack: ExitStack
     rows: AllRows
