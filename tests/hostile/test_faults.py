@@ -19,7 +19,6 @@ from tests.hostile.faults import KILLED, run
 from tests.hub.server import running_hub
 from tests.scene_data import make_version, scene_samples
 
-COUNT = 1  # faults per command and mode in a short run
 # (folder before, command) -> writes and final state of an undisturbed run
 UNDISTURBED: dict[tuple[Path | None, tuple[str, ...]], tuple[int, Any]] = {}
 Command = tuple[str, ...]
@@ -93,7 +92,7 @@ def sweep(
         assert outcome.code == 0, outcome.output
         UNDISTURBED[start, arguments] = outcome.writes, state(whole)
     writes, expected = UNDISTURBED[start, arguments]
-    numbers = part_of(range(1, writes + 1), COUNT)
+    numbers = part_of(range(1, writes + 1), 1)
     assert numbers
     for number in numbers:
         folder = fresh(f"{mode}-{number}")

@@ -16,7 +16,7 @@ from pipeline.hub import push
 from pipeline.hub.package import Package
 from tests.hub.app import Fault
 from tests.hub.pusher import Pusher
-from tests.hub.server import RunningHub, running_hub
+from tests.hub.server import running_hub
 from tests.hub.storage import Repo
 from tests.scene_data import make_version, scene_samples
 
@@ -24,33 +24,22 @@ EXTRA = {"README.md", "manifest.json", "about/rejections.parquet", ".gitattribut
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
-    with running_hub(tmp_path_factory.mktemp("hub")) as running:
-        yield running
-
-
-@pytest.fixture
-def hub(server: RunningHub) -> RunningHub:
-    """Return an empty Hub."""
-    server.hub.storage.repos.clear()
-    for path in server.hub.storage.root.iterdir():
-        path.unlink()
-    server.hub.log.clear()
-    server.hub.faults.clear()
-    return server
-
-
-@pytest.fixture(scope="module")
-def pusher(server: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pusher]:
+def pusher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pusher]:
     """Yield a client for all tests, so that its process imports the libraries once."""
-    with Pusher(server, tmp_path_factory.mktemp("client") / "home") as running:
+    root = tmp_path_factory.mktemp("hub")
+    with running_hub(root / "hub") as hub, Pusher(hub, root / "home") as running:
         yield running
 
 
 @pytest.fixture
-def client(pusher: Pusher, hub: RunningHub) -> Pusher:
+def client(pusher: Pusher) -> Pusher:
     """Return a client with an empty cache, of an empty Hub."""
-    shutil.rmtree(pusher.home, ignore_errors=True)
+    hub = pusher.hub.hub
+    hub.storage.repos.clear()
+    hub.faults.clear()
+    for folder in (hub.storage.root, pusher.home):
+        shutil.rmtree(folder, ignore_errors=True)
+    hub.storage.root.mkdir()
     return pusher
 
 
@@ -213,10 +202,10 @@ def test_push_replaces_edited_card_and_keeps_other_files(
     assert files["README.md"].sha256 != storage.put(b"# My photos").sha256
 
 
-def test_debug_log_contains_no_token(hub: RunningHub, version: Version, tmp_path: Path) -> None:
-    with Pusher(hub, tmp_path / "home", debug=True) as client:
-        hub.hub.faults.append(Fault("POST", "/commit/main", 400))
-        answers: list[dict[str, Any]] = [client.push(version), client.push(version)]
+def test_debug_log_contains_no_token(client: Pusher, version: Version, tmp_path: Path) -> None:
+    client.hub.hub.faults.append(Fault("POST", "/commit/main", 400))
+    with Pusher(client.hub, tmp_path / "home", debug=True) as logging:
+        answers: list[dict[str, Any]] = [logging.push(version), logging.push(version)]
     log = (tmp_path / "home.stderr").read_text()
     assert "/commit/main" in log  # debug logging is on
     assert "hf_loopback" not in log + str(answers)
