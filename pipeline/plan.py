@@ -27,7 +27,7 @@ from pipeline.progress import Progress
 from pipeline.sources import find_source, holds_decks, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.source_files import skip_digests
-from pipeline.storage.files import translate_disk_errors
+from pipeline.storage.files import read_json, translate_disk_errors
 from pipeline.storage.object_store import is_remote
 from pipeline.tasks import Tasks
 from pipeline.tasks.checks import REPAIR
@@ -226,14 +226,12 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
     if not dataset.run_file.exists():
         return
     try:
-        recorded = dataset.settings()
-    except ValueError:
-        recorded = {}
-    if not isinstance(recorded, dict) or not recorded.keys() >= config.recorded().keys():
+        source = read_json(dataset.run_file)["source"]
+        is_same = _source_place(source) == _source_place(config.source)
+    except (ValueError, LookupError, TypeError, AttributeError):
         hint = "use another folder: --out DIR"
-        raise ConfigError(f"{dataset.run_file} was not written by synth", hint=hint)
-    source = str(recorded["source"])
-    if _source_place(source) != _source_place(config.source):
+        raise ConfigError(f"{dataset.run_file} was not written by synth", hint=hint) from None
+    if not is_same:
         hint = f"choose another --out DIR; if it is the same source, pass it as before: --source {source}"
         raise ConfigError(f"{dataset.path} has data from {source}, not from {config.source}", hint=hint)
 

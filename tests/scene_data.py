@@ -113,49 +113,39 @@ SCORED = ("precision", "coverage", "form")
 
 
 def make_version(
-    folder: Path,
-    samples: list[Sample],
-    annotations: pa.Table | None = None,
-    funnel: Sequence[dict[str, Any]] = (),
-    source: str = "scenes",
-    provenance: dict[str, Any] = PROVENANCE,
-    extras: Extras = NO_EXTRAS,
-    *,
-    decks: bool = False,
+    folder: Path, samples: list[Sample], annotations: pa.Table | None = None, **options: Any
 ) -> tuple[Version, bool]:
     """Write samples as the next version of a dataset. Scores are columns of the annotations."""
     annotations = true_captions(samples) if annotations is None else annotations
     order = {sample.id: position for position, sample in enumerate(samples)}
     positions = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
     annotations = annotations.take(pc.array_sort_indices(positions)) if len(positions) else annotations
-    batches = sample_table(samples).to_batches()
-    return publish_rows(folder, [annotations], batches, funnel, source, provenance, extras, decks=decks)
+    return publish_rows(folder, [annotations], sample_table(samples).to_batches(), **options)
 
 
 def publish_rows(
     folder: Path,
     annotations: Iterable[pa.Table],
     batches: Iterable[pa.RecordBatch],
-    funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
-    provenance: dict[str, Any] = PROVENANCE,
     extras: Extras = NO_EXTRAS,
     *,
     decks: bool = False,
+    **options: Any,
 ) -> tuple[Version, bool]:
     """Store the images of samples (tables.SAMPLE), and write the next version of a dataset."""
     store, batches = ImageStore(folder), list(batches)
     store.add(pa.Table.from_batches([batch]).select(SAMPLE_IMAGES.names) for batch in batches)
     tables = build_rows(annotations, map(listed, batches), source, extras, decks=decks)
-    return publish_tables(folder, tables, funnel, provenance, extras)
+    return publish_tables(folder, tables, extras, **options)
 
 
 def publish_tables(
     folder: Path,
     tables: Iterable[pa.Table],
+    extras: Extras = NO_EXTRAS,
     funnel: Sequence[dict[str, Any]] = (),
     provenance: dict[str, Any] = PROVENANCE,
-    extras: Extras = NO_EXTRAS,
 ) -> tuple[Version, bool]:
     """Write tables as the next version, and store their images."""
     store = ImageStore(folder)

@@ -141,7 +141,7 @@ def send(
     from pipeline.hub.push import push_package
     from pipeline.inference.model_licenses import NO_COMMERCIAL_USE
 
-    sizes, is_unknown = package.bytes(), package.has_unknown_license
+    sizes, is_unknown = package.file_sizes(), package.has_unknown_license
     reason = ""
     if private is None and is_unknown:
         remedy = "--license" if package.kind == "dataset" else "--public"

@@ -24,9 +24,8 @@ from pipeline.text.reasons import SCORES_IN_WORDS, in_short
 from pipeline.types import KNOWN_LICENSES, UNKNOWN
 
 CARD_SAMPLES = 5
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MESSAGES = "messages"  # name of a column, and of the config that reads it
-MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"  # who wrote the texts
+MODEL, HUMANS, HUMANS_AND_MODEL = "a model", "humans", "humans and a model"  # who wrote the texts
 INVALID = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, TemplateError)
 PLACEHOLDER = "ORG/NAME"  # repository name in the card of a version that was not pushed
 
@@ -58,7 +57,7 @@ def render_model_card(
 ) -> str:
     """Return README.md for a checkpoint. `about` has its config, train, metrics and digest.
 
-    `dataset` is the repository of the training data, if known. `base_models` may include local names.
+    `dataset` is the repository of the training data, if known. `base_models` are Hub ids.
     """
     data = about["config"]["data"]
     link = None
@@ -66,7 +65,6 @@ def render_model_card(
         url = f"https://huggingface.co/datasets/{dataset}/tree/{data['version']}"
         link = Markdown(f"[{markdown(dataset)}]({url})")
     answers = any(not style for _, style in about["config"]["prompts"])
-    hub_models = [*filter(HUB_ID.fullmatch, base_models)]
     header = {
         **({"language": [data["language"]]} if data.get("language") else {}),
         "license": "other",
@@ -74,7 +72,7 @@ def render_model_card(
         "pipeline_tag": "image-text-to-text",
         "tags": ["image-captioning", "synthetic", "synth"],
         **({"datasets": [dataset]} if dataset else {}),
-        **({"base_model": hub_models} if hub_models else {}),
+        **({"base_model": [*base_models]} if base_models else {}),
     }
     values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
     values["train"] = about["train"] | about["metrics"].get("settings", {})  # with derived values
@@ -154,7 +152,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         **_license_fields(card_licenses(manifest), manifest.get("license_link")),
         **({"language": [language]} if language else {}),
         "task_categories": _categories(manifest),
-        "tags": [*(["synthetic"] if writers != PEOPLE else []), "synth"],
+        "tags": [*(["synthetic"] if writers != HUMANS else []), "synth"],
         "configs": [
             {"config_name": name, "description": description, "data_files": data_files, **columns}
             for name, columns in configs.items()
@@ -172,9 +170,9 @@ def _configs(manifest: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
 
 def _writers(manifest: dict[str, Any]) -> str:
     if manifest["model"]["name"] == NO_MODEL:
-        return PEOPLE
+        return HUMANS
     has_human = any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
-    return PEOPLE_AND_MODEL if has_human else MODEL
+    return HUMANS_AND_MODEL if has_human else MODEL
 
 
 def _categories(manifest: dict[str, Any]) -> list[str]:
@@ -211,7 +209,7 @@ def language_of(manifest: dict[str, Any]) -> str | None:
 
 def _license_fields(licenses: list[str], link: str | None) -> dict[str, str]:
     """Return the license if there is only one and the Hub knows it, else `other` with all names."""
-    if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in KNOWN_LICENSES:
+    if len(licenses) == 1 and licenses[0] in KNOWN_LICENSES:
         return {"license": licenses[0]}
     name = "-and-".join(re.sub(r"[^a-z0-9.]+", "-", license_name.lower()) for license_name in licenses)
     return {"license": "other", "license_name": name, **({"license_link": link} if link else {})}

@@ -88,15 +88,15 @@ def reader_columns(columns: Sequence[str]) -> list[str]:
 
 
 def with_reader_columns(
-    rows: pa.Table, names: Sequence[str], prompts: dict[str, tuple[str, str]] | None = None
+    rows: pa.Table, names: Sequence[str], prompts: dict[str, tuple[str, str]]
 ) -> pa.Table:
     """Append the reader columns `names` to rows of a version. `prompts` are those of `value_prompts`."""
     values: dict[str, list[Any]] = {"text": [], "messages": []}
-    for row in rows.select(["captions", "qa", *(prompts or ())]).to_pylist():
+    for row in rows.select(["captions", "qa", *prompts]).to_pylist():
         captions = [(caption["style"], caption["text"]) for caption in row["captions"]]
         questions = [(pair["question"], pair["answer"]) for pair in row["qa"]]
         values["text"].append(preferred_caption(captions))
-        values["messages"].append(messages([*turns(captions, questions), *value_turns(row, prompts or {})]))
+        values["messages"].append(messages([*turns(captions, questions), *value_turns(row, prompts)]))
     for name in names:
         field = READER_COLUMNS.field(name)
         rows = rows.append_column(field, pa.array(values[name], field.type))

@@ -3,19 +3,15 @@
 The dataset folder of a run on a cluster may be in an object store (storage/object_store.py).
 """
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-from pydantic import ValidationError
 
-from pipeline.config import Config
 from pipeline.dataset.images import BATCH_SAMPLES, ImageStore
 from pipeline.dataset.version import DATA, MANIFEST, Version, read_version
 from pipeline.errors import ConfigError, StoreError
@@ -26,10 +22,9 @@ from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import LISTED_SAMPLE
 from pipeline.types import SampleBatch
 
-log = logging.getLogger(__name__)
 OUTPUTS = ("kept", "rejected")  # the tables that every step writes
 IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # tables of the read step
-RUN_FILE, LOCK_FILE = "run.json", ".lock"
+LOCK_FILE = ".lock"
 LISTED_ROWS = 1024  # number of samples, without images, per batch
 # Exceptions that may be raised when a damaged JSON file is read.
 _DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileError)
@@ -45,15 +40,7 @@ class DatasetDir:
     @property
     def run_file(self) -> Path:
         """The file with the settings of the last run."""
-        return self.path / RUN_FILE
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings of the last run. They may be invalid, because passwords are left out."""
-        values = read_json(self.run_file)
-        try:
-            return Config.model_validate(values).model_dump(mode="json")
-        except ValidationError:
-            return values
+        return self.path / "run.json"
 
     @property
     def journal(self) -> Path:
@@ -221,10 +208,3 @@ def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
     for start in range(0, len(sample_ids), BATCH_SAMPLES):
         ids = sample_ids.slice(start, BATCH_SAMPLES).to_pylist()
         yield SampleBatch(ids, partial(read_images, ids))
-
-
-def require_file(path: Path) -> Path:
-    """Return the path if the file exists. Raises ConfigError otherwise."""
-    if not path.exists():
-        raise ConfigError(f"{path} is missing", hint="run `synth generate` again to make the file")
-    return path

@@ -8,14 +8,13 @@ an earlier step runs again and writes the same rows, later steps are still skipp
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.dataset.directory import DatasetDir, require_file
+from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest, file_digest, state_of
 from pipeline.errors import SynthError
 from pipeline.install import ROOT, installed_version, needed_packages
@@ -39,8 +38,6 @@ def described(value: Any) -> Any:
         return json.loads(json.dumps(value.describe(), default=str))
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
-    if is_dataclass(value):
-        return {field.name: described(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, list | tuple):
         return [described(item) for item in value]
     return str(value) if isinstance(value, Path) else value
@@ -74,8 +71,8 @@ def read_record(shard: DatasetDir, step: str, which: str = DONE) -> dict[str, An
 
 def count_rows(shard: DatasetDir, step: str) -> tuple[int, dict[str, int]]:
     """Return the number of rows that a step kept, and the number of rejected rows by reason."""
-    kept = open_table(require_file(shard.step_file(step))).metadata.num_rows
-    reasons = read_table(require_file(shard.step_file(step, "rejected")), columns=["reason"])["reason"]
+    kept = open_table(shard.step_file(step)).metadata.num_rows
+    reasons = read_table(shard.step_file(step, "rejected"), columns=["reason"])["reason"]
     return kept, dict(Counter(reasons.to_pylist()).most_common())
 
 

@@ -208,15 +208,15 @@ def extras_of(manifest: dict[str, Any]) -> Extras:
 
 
 def require_values(rows: pa.Table | pa.RecordBatch) -> None:
-    """Raise ValueError if a required column has a null, or an image has no bytes."""
+    """Raise ValueError if a required column has a null, or an image or a page has no bytes."""
     for name in rows.schema.names:
         if name in REQUIRED and rows[name].null_count:
             raise ValueError(f"a row has no {name}")
-    if "image" in rows.schema.names:
+    for name in {*PIXELS} & {*rows.schema.names}:
         import pyarrow.compute as pc
 
-        images = rows["image"]
-        if pc.struct_field(images, "bytes").null_count > images.null_count:
+        images = rows[name].drop_null() if name == "image" else pc.list_flatten(rows[name])
+        if pc.struct_field(images, "bytes").null_count:
             raise ValueError("an image has no bytes")
 
 

@@ -13,7 +13,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import LEFT_OUT, LOCK, PUSHED, REJECTIONS_FILE, Version, file_entry, first_rows
-from pipeline.digests import digest, without_folders
+from pipeline.digests import digest, public_name, without_folders
 from pipeline.errors import PushError
 from pipeline.hub_errors import HUB_NAME
 from pipeline.storage.files import json_text, read_json
@@ -43,8 +43,8 @@ class Package:
     files: dict[str, Path | bytes]  # local files or content, by path in the repository
     has_unknown_license: bool  # of the images
 
-    def bytes(self) -> dict[str, int]:
-        """Return the size of each file."""
+    def file_sizes(self) -> dict[str, int]:
+        """Return the size of each file in bytes."""
         files = self.files.items()
         return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files}
 
@@ -180,5 +180,5 @@ def build_checkpoint_package(
 
 def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[str]:
     """Return the Hub ids of a captioner's encoder and decoder. A model from a local folder has none."""
-    given = [str(train[part]) for part in ("encoder", "decoder")]
-    return [hub_ids.get(name, name) for name in given if name in hub_ids or without_folders(name) == name]
+    names = (str(train[part]) for part in ("encoder", "decoder"))
+    return [*filter(HUB_NAME.fullmatch, (hub_ids.get(name) or public_name(name) for name in names))]

@@ -1,5 +1,6 @@
 """Open a version on the Hub or in an object store: download it once, and check it against its manifest."""
 
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -53,9 +54,11 @@ def pull_version(name: str) -> Version:
         try:
             # Without force, a second download would reuse the damaged files in the cache.
             for force in (False, True):
-                version = read_version(Path(fetch(revision=revision, force_download=force)))
-                if not (damage := find_damage(version)):
-                    break
+                folder = Path(fetch(revision=revision, force_download=force))
+                with nullcontext() if force else suppress(StoreError):
+                    version = read_version(folder)
+                    if not (damage := find_damage(version)):
+                        break
         except errors.RevisionNotFoundError:
             hint = f"versions there: {', '.join(_tags(repo)) or 'none'}"
             raise StoreError(f"{repo} has no version {requested}", hint=hint) from None

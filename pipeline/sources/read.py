@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import Config
-from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, require_file
+from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.images import FILE_BYTES, ImageStore
 from pipeline.dataset.records import count_rows, is_done, read_record, write_record
 from pipeline.digests import digest, file_digest
@@ -242,7 +242,7 @@ class SourceReader:
         """
         _ = self._excluded  # writes the table that is read next
         kind = choose_image_kind(self.config)
-        exclusions = require_file(self.dataset.step_file("read", "exclusions"))
+        exclusions = self.dataset.step_file("read", "exclusions")
         self._exclusion_index = ExclusionIndex(read_table(exclusions), kind)
         folder = self.dataset.step_file("read").with_name(PARTS_FOLDER)
         key = digest([self._key, file_digest(exclusions)])

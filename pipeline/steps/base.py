@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.directory import DatasetDir, require_file
+from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.records import (
     DONE,
@@ -200,16 +200,24 @@ def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iter
         yield gathered
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Comparison:
-    """The input of `compare`. `settings` are the step's settings, and `dataset` is the folder of the run."""
+    """The input of `compare`. `settings` are the step's settings, and `dataset` is the folder of the run.
 
-    db: duckdb.DuckDBPyConnection
+    `stack` closes the database after the comparison.
+    """
+
+    stack: ExitStack
     rows: AllRows
     shards: Sequence[DatasetDir]
     settings: Any
     dataset: DatasetDir
     progress: Progress
+
+    @cached_property
+    def db(self) -> duckdb.DuckDBPyConnection:
+        """An empty database. It is opened at the first use, since most steps of most runs need none."""
+        return self.stack.enter_context(open_database(self.dataset.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +290,7 @@ def _prepare_shard_once(
 ) -> None:
     def prepare() -> dict[str, Any]:
         assert step.prepare
-        tables = step.prepare(shard, require_file(shard.step_file(before)), step.settings(plan), services)
+        tables = step.prepare(shard, shard.step_file(before), step.settings(plan), services)
         first = next(tables)
         write_table(shard.step_file(step.name, "prepared"), chain([first], tables), first.schema)
         return plan.record_models()
@@ -304,9 +312,9 @@ def compare_shards(
     Raises TableError if the comparison returns a row that does not exist.
     """
     assert step.compare
-    all_rows = AllRows([require_file(shard.step_file(*rows)) for shard in shards])
-    with open_database(plan.dataset.path) as db:
-        comparison = Comparison(db, all_rows, shards, step.settings(plan), plan.dataset, progress)
+    all_rows = AllRows([shard.step_file(*rows) for shard in shards])
+    with ExitStack() as stack:
+        comparison = Comparison(stack, all_rows, shards, step.settings(plan), plan.dataset, progress)
         relation = step.compare(comparison)
         schema = pa.schema([ROW, *step.adds])
         ordered = read(relation.order("row")) if relation is not None else iter(())
@@ -333,7 +341,7 @@ def judge_shard(
 
     def judged() -> Iterator[pa.Table]:
         first = 0
-        for table in read_batches(require_file(shard.step_file(*rows))):
+        for table in read_batches(shard.step_file(*rows)):
             end = first + table.num_rows
             joined = _join(table, findings.take_until(end), first) if findings else table
             yield _checked(step, table, step.judge(joined, settings) if step.judge else joined)

@@ -63,10 +63,11 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
 
     An image without a stated split gets the most held-out split stated in its group, if any.
     """
-    db, rows, (config, _) = comparison.db, comparison.rows, comparison.settings
+    rows, (config, _) = comparison.rows, comparison.settings
     is_stated = any(part["source_split"].null_count < part.num_rows for part in rows.batches("source_split"))
     if not is_stated and config.group_by is None:
         return None
+    db = comparison.db
     load(db, "stated", rows.batches("image_group", "source_split"), STATED)
     groups = _group_by_name(comparison, config.group_by) if config.group_by else NAMED_GROUPS.empty_table()
     load(db, "named_groups", [groups], NAMED_GROUPS)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, build_rows
 from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
-from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
+from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples
 from pipeline.dataset.limits import describe_changes
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.price import describe_price
@@ -33,9 +34,8 @@ from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest, digest
 from pipeline.errors import TableError
 from pipeline.plan import Plan
-from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
+from pipeline.steps.base import BUG_HINT, AllRows, Step, Work, summarize_step
 from pipeline.steps.ladder import describe_ladder
-from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SKIPPED_CHECKS, STRING, Extras, fields
 from pipeline.tasks.checks import CONFIRM, RATE
@@ -43,7 +43,7 @@ from pipeline.tasks.conditions import is_dropped
 
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
-IMAGES = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
+IMAGE = ["image_group", "sample_id"]
 
 
 def write_rows(
@@ -65,7 +65,7 @@ def write_rows(
     reasons = [dropped.get(sample_id, NO_ANNOTATION) for sample_id in writer.rejected]
     rejected = pa.table([writer.rejected, reasons], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
-    files = {step: require_file(shard.step_file(step, "rejected")) for step in steps}
+    files = {step: shard.step_file(step, "rejected") for step in steps}
     tables = ((step, table) for step, file in files.items() for table in read_batches(file))
     rejections = [list_rejections(*one) for one in (*tables, (NAME, rejected))]
     write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
@@ -147,13 +147,11 @@ def publish_shards(
         problem = f"the step write received {funnel[0].kept} images and returned {funnel[-1]}"
         raise TableError(problem, hint=BUG_HINT)
     all_rows = AllRows([shard.step_file("review") for shard in shards])
-    with open_database(plan.dataset.path) as db:
-        load(db, "images", all_rows.batches("image_group", "sample_id"), IMAGES)
-        shared = "FROM images SELECT image_group GROUP BY image_group HAVING count(DISTINCT sample_id) > 1"
-        group_count = len(db.sql(shared))
-        parts = (part for shard in shards for part in read_batches(shard.step_file(NAME, "digests")))
-        load(db, "digests", parts, DIGESTS)
-        digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])
+    images = (part.group_by(IMAGE).aggregate([]) for part in all_rows.batches(*IMAGE))
+    groups = pa.concat_tables(images).group_by("image_group").aggregate([("sample_id", "count_distinct")])
+    group_count = pc.sum(pc.greater(groups["sample_id_count_distinct"], 1)).as_py() or 0
+    parts = (part for shard in shards for part in read_batches(shard.step_file(NAME, "digests")))
+    digests = pa.concat_tables(parts).sort_by("sample_id")
     statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
     provenance = provenance | {
         "funnel": [asdict(summary) for summary in funnel],
@@ -227,7 +225,7 @@ def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
     verify = plan.config.verify
     if not verify.is_asked:
         return {}
-    files = [require_file(shard.step_file("verify", "prepared")) for shard in shards]
+    files = [shard.step_file("verify", "prepared") for shard in shards]
     findings = read_findings(table for file in files for table in read_batches(file, FINDINGS))
     models = read_models(plan, shards[0])
     written_by = {models[name]["revision"] for name in plan.writers}

@@ -32,17 +32,19 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     # In a path, DuckDB takes the text before a colon (if the path is relative) for an extension, and the text
     # after a `?` for options.
     parent = None if is_remote(folder) or "?" in str(folder.absolute()) else folder.absolute()
-    threads = len(os.sched_getaffinity(0))
-    config: dict[str, Any] = {"memory_limit": f"{MEMORY_BYTES // 2**20}MiB", "threads": str(threads)}
+    config: dict[str, Any] = {
+        "memory_limit": f"{MEMORY_BYTES // 2**20}MiB",
+        "threads": str(len(os.sched_getaffinity(0))),
+        "preserve_insertion_order": "false",  # queries that need an order have an ORDER BY
+    }
     for abandoned in parent.glob(f"{PREFIX}*") if parent else ():
         remove(abandoned)
     with TemporaryDirectory(prefix=PREFIX, dir=parent) as home:
         try:
             with duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
-                # Queries that need an order have an ORDER BY.
-                db.execute("SET preserve_insertion_order = false")
+                db.execute("SET enable_progress_bar = false")
                 with _interrupt_queries_on_signals(db):
-                    yield _without_progress_bar(db)
+                    yield db
         except duckdb.InterruptException:
             raise KeyboardInterrupt from None
         except RuntimeError as error:
@@ -84,14 +86,10 @@ def _interrupt_queries_on_signals(db: duckdb.DuckDBPyConnection) -> Iterator[Non
 
 def open_cursor(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
     """Return a second connection to the same database."""
-    cursor = _without_progress_bar(db.cursor())
+    cursor = db.cursor()
+    cursor.execute("SET enable_progress_bar = false")
     _cursors.append(cursor)
     return cursor
-
-
-def _without_progress_bar(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
-    db.execute("SET enable_progress_bar = false")
-    return db
 
 
 def load(

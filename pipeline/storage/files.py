@@ -20,7 +20,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import StoreError, SynthError, TableError
+from pipeline.errors import StoreError, SynthError
 from pipeline.storage.object_store import (
     arrow_location,
     filesystem_of,
@@ -129,10 +129,13 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def open_table(path: Path, *columns: str) -> pq.ParquetFile:
-    """Open a Parquet file that a step wrote. Raises StoreError if it is damaged or lacks one of `columns`."""
+    """Open a Parquet file that a step wrote.
+
+    Raises StoreError if it is missing or damaged, or lacks one of `columns`.
+    """
     try:
         file = open_parquet(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
         raise StoreError(f"{path} is damaged: {error}", hint=_REMAKE) from None
     if missing := set(columns) - set(file.schema_arrow.names):
         raise StoreError(f"{path} has no column {min(missing)}", hint=_REMAKE)
@@ -143,19 +146,7 @@ def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> No
     """Write tables to one Parquet file atomically. Only one table is in memory at a time."""
     with atomic_write(path) as temporary, open_writer(temporary, schema) as writer:
         for table in tables:
-            writer.write_table(_cast(table, schema))
-
-
-def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Cast a table to a schema. Raises TableError with the name of the first column that does not fit."""
-    columns = []
-    for field in schema:
-        try:
-            columns.append(table[field.name].cast(field.type))
-        except pa.ArrowInvalid as error:
-            problem = f"the column {field.name} has a value that is not of type {field.type}: {error}"
-            raise TableError(problem, hint=f"write values of type {field.type}, or null") from None
-    return pa.Table.from_arrays(columns, schema=schema)
+            writer.write_table(table.select(schema.names).cast(schema))
 
 
 def open_writer(

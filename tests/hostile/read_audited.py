@@ -35,7 +35,7 @@ def acts_on_version(path: Path, out: Path) -> Acts:
 
     def pack() -> None:
         with build_package(version, "me/x", acknowledged=version.manifest["licenses"]) as package:
-            package.bytes()
+            package.file_sizes()
 
     def train() -> None:
         for example in examples_in(version, "train", "mixed"):

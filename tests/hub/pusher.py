@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.version import Version
-from tests.hub.app import TOKEN
 from tests.hub.server import RunningHub
 
 PARENT = """
@@ -54,7 +53,6 @@ for line in sys.stdin:
         try:
             process, options = json.loads(line)
             prepare(**process)
-            os.environ["HF_TOKEN"] = options.pop("token", None) or os.environ["HF_TOKEN"]
             print(json.dumps(push(**options)), flush=True)
         except SynthError as error:
             print(json.dumps({"error": str(error), "hint": error.hint}), flush=True)
@@ -80,14 +78,12 @@ class Pusher:
 
     hub: RunningHub
     home: Path
-    token: str = TOKEN
     debug: bool = False
     hasty: bool = False  # shorten the waits between retries
     pid: int = 0
 
     def __enter__(self) -> "Pusher":
-        env = self.hub.env(self.home) | {"HF_TOKEN": self.token}
-        env |= {"HF_DEBUG": "1"} if self.debug else {}
+        env = self.hub.env(self.home) | ({"HF_DEBUG": "1"} if self.debug else {})
         log = self.home.with_name(f"{self.home.name}.stderr")
         self._settings = {"env": env, "log": str(log.absolute()), "hasty": self.hasty}
         self._process = _idle.pop() if _idle else _start_parent(env)
@@ -101,11 +97,6 @@ class Pusher:
 
     def push(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> dict[str, Any]:
         """Push and return commit and tag, an error with its hint, or {} if the process was killed."""
-        self.start(version, repo, **options)
-        return self.finish()
-
-    def start(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> None:
-        """Start a push. `finish` returns its result."""
         assert self._process.stdin
         path = version.path if isinstance(version, Version) else version
         request = [self._settings, {"version": str(path), "repo": repo, **options}]
@@ -114,9 +105,6 @@ class Pusher:
         self.answers: dict[str, Any] = {}
         self._read_until("pid")
         self.pid = self.answers.pop("pid")
-
-    def finish(self) -> dict[str, Any]:
-        """Wait for the started push and return its result."""
         self._read_until("status")
         del self.answers["status"]
         assert "crash" not in self.answers, self.answers["crash"]

@@ -94,7 +94,4 @@ class Storage:
         """Return a large file, or None if it was not uploaded."""
         if not self.path(sha256).exists():
             return None
-        size = self.path(sha256).stat().st_size
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
-        git_oid = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer.encode()).hexdigest()
-        return File(sha256, git_oid, size, lfs=True)
+        return File(sha256, sha256[:40], self.path(sha256).stat().st_size, lfs=True)

@@ -1,7 +1,6 @@
 """The writing part of the Hub's protocol: repositories, commits, tags, and large files by LFS."""
 
 import base64
-import binascii
 import hashlib
 import json
 
@@ -21,7 +20,6 @@ async def create(hub: Hub, request: Request) -> Response:
     """Create a repository that holds only `.gitattributes`."""
     body = await request.json()
     owner = body.get("organization") or USER
-    hub.require_writer(request, owner)
     repo, kind = f"{owner}/{body['name']}", body.get("type", "model")
     address = f"{request.base_url}{'' if kind == 'model' else f'{kind}s/'}{repo}"
     url = {"url": address, "name": repo, "id": repo}
@@ -32,14 +30,6 @@ async def create(hub: Hub, request: Request) -> Response:
     repository.commit("main", "initial commit", {".gitattributes": attributes})
     hub.storage.repos[kind, repo] = repository
     return JSONResponse(url)
-
-
-async def settings(hub: Hub, request: Request, kind: str, repo: str) -> Response:
-    """Make a repository gated, private or public."""
-    repository, body = hub.writable(request, kind, repo), await request.json()
-    repository.gated = bool(body.get("gated", repository.gated))
-    repository.private = body.get("visibility", "private" if repository.private else "public") == "private"
-    return JSONResponse({})
 
 
 async def validate_yaml(hub: Hub, request: Request) -> Response:
@@ -108,12 +98,12 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
             if value.get("parentCommit") not in (None, head.oid):
                 raise HubError(412, "StaleParent", "A commit has happened since.")
         elif key == "file":
-            files[_safe(value["path"])] = _small(hub, value)
+            files[value["path"]] = hub.storage.put(base64.b64decode(value["content"], validate=True))
         elif key == "lfsFile":
             large = hub.storage.large(value["oid"])
             if large is None:
                 raise HubError(400, "MissingObject", f"{value['path']} was not uploaded")
-            files[_safe(value["path"])] = large
+            files[value["path"]] = large
         elif key == "deletedFile":
             if files.pop(value["path"], None) is None:
                 raise HubError(404, "EntryNotFound", f"A file with this name doesn't exist: {value['path']}")
@@ -122,13 +112,6 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
     new_commit = repository.commit(revision, title, files, message)
     url = f"{request.base_url}{kind}/{repo}/commit/{new_commit.oid}"
     return JSONResponse({"commitOid": new_commit.oid, "commitUrl": url})
-
-
-def _small(hub: Hub, value: dict[str, str]) -> File:
-    try:
-        return hub.storage.put(base64.b64decode(value["content"], validate=True))
-    except binascii.Error:
-        raise HubError(400, "BadContent", f"{value['path']} is not base64") from None
 
 
 async def tag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
@@ -142,27 +125,12 @@ async def tag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -
     return JSONResponse({})
 
 
-def _safe(path: str) -> str:
-    parts = path.split("/")
-    if (
-        not path
-        or path.startswith("/")
-        or "\\" in path
-        or "\0" in path
-        or {"", ".", "..", ".git"} & set(parts)
-    ):
-        raise HubError(400, "BadPath", f"not a path within a repository: {path!r}")
-    return path
-
-
-_SHA256 = r"(?P<sha256>[0-9a-f]{64})"
 ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", r"/api/repos/create", create),
-    ("PUT", rf"{API}/settings", settings),
     ("POST", r"/api/validate-yaml", validate_yaml),
     ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", preupload),
     ("POST", rf"{API}/commit/(?P<revision>[^/]+)", commit),
     ("POST", rf"{API}/tag/(?P<revision>[^/]+)", tag),
     ("POST", rf"{FILES}\.git/info/lfs/objects/batch", lfs_batch),
-    ("PUT", rf"/lfs/{_SHA256}", lfs_put),
+    ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})", lfs_put),
 ]

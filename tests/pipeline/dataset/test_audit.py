@@ -13,8 +13,9 @@ from pipeline.dataset.audit import (
     audit_in_words,
     estimate_errors,
     krippendorff_alpha,
+    named_texts,
 )
-from pipeline.dataset.reviews import TextName, Verdict, merge_lines
+from pipeline.dataset.reviews import TextName, Verdict, merge_lines, record_name
 
 PLAIN, DETAILED, QUESTIONS = ("captions", "plain"), ("captions", "detailed"), ("questions", "")
 Texts = list[tuple[Stratum, TextName]]
@@ -47,12 +48,7 @@ def test_intervals_cover_the_true_error_rates_in_95_percent_of_audits() -> None:
     random = Random(5)
     # Images with many questions have worse questions, so an unweighted mean would be too low.
     numbers = [1, 2, 4]
-    true_rates = {
-        PLAIN: 0.05,
-        DETAILED: 0.3,
-        ("captions", ""): 0.175,
-        QUESTIONS: sum(0.05 * n * n for n in numbers) / sum(numbers),
-    }
+    true_rates = {PLAIN: 0.05, DETAILED: 0.3, ("captions", ""): 0.175, QUESTIONS: 0.05 * 21 / 7}
     covered: Counter[Stratum] = Counter()
     for seed in range(60):
         counts = [random.choice(numbers) for _ in range(200)]
@@ -60,17 +56,23 @@ def test_intervals_cover_the_true_error_rates_in_95_percent_of_audits() -> None:
         errors = {}
         for name in frame.first(200):
             errors[name] = (0.05, 0.3, 0.05 * counts[int(name[0], 16)])[min(int(name[1], 16), 2)]
-        right, wrong = (
-            {name: judge(name, kind, seed=seed) for name in errors} for kind in ("right", "wrong")
-        )
+        pairs = [[judge(name, kind, seed=seed) for kind in ("right", "wrong")] for name in errors]
         for _ in range(25):
-            verdicts = [(wrong if random.random() < errors[name] else right)[name] for name in errors]
-            audit = estimate_errors(frame, verdicts)
+            is_wrong = [random.random() < share for share in errors.values()]
+            audit = estimate_errors(frame, [pair[n] for pair, n in zip(pairs, is_wrong, strict=True)])
             for stratum, true_rate in true_rates.items():
                 rate = rate_of(audit, *stratum)
                 covered[stratum] += rate["low"] <= true_rate <= rate["high"]
     for stratum in true_rates:
         assert 0.93 <= covered[stratum] / (60 * 25) <= 0.97, covered
+
+
+def test_values_of_custom_tasks_are_named_like_their_texts() -> None:
+    row = {"sample_id": "a", "tags": ["x", "y"], "note": None, "kind": "z"}
+    own = {"tags": {"is_list": True}, "note": {"is_list": False}, "kind": {"is_list": False}}
+    expected = [(("tags", ""), "x"), (("tags", ""), "y"), (("kind", ""), "z")]
+    named = [(stratum, record_name("a", stratum[0], value)) for stratum, value in expected]
+    assert [*named_texts(row, own)] == named
 
 
 def test_sample_has_one_text_per_image_and_equal_numbers_of_each_stratum() -> None:

@@ -39,10 +39,8 @@ def sample(text: str) -> dict[str, Any]:
     return {"sample_id": "a" * 64, "captions": [{"style": "brief", "text": text}], "qa": [pair]}
 
 
-def header(card: str) -> dict[str, Any]:
-    loaded = yaml.safe_load(card.split("---\n")[1])
-    assert isinstance(loaded, dict)
-    return loaded
+def header(card: str) -> Any:
+    return yaml.safe_load(card.split("---\n")[1])
 
 
 def test_card_has_fields_of_the_hub_and_loading_example() -> None:
@@ -56,6 +54,8 @@ def test_card_has_fields_of_the_hub_and_loading_example() -> None:
     assert "| dedupe (annotations) | 9 | 8 | duplicate: 1 |" in card
 
 
+UNENFORCED = {"name": "tiny", "revision": "abc+unenforced"}
+LICENSED = MANIFEST["model"] | {"license": "Qwen Research License: no commercial use"}
 CONTENT = Content()
 for caption in ("A red ring.", "A red ring seems to be in the image.", "A red ring and a blue star."):
     CONTENT.add(caption, "a")
@@ -72,47 +72,21 @@ LEAKAGE = {
 @pytest.mark.parametrize(
     ("more", "texts"),
     [
+        ({"model": UNENFORCED}, ["The server was not required to enforce the JSON schema of the task"]),
+        ({}, ["The server enforces the JSON schema", "checked automatically only", "| train | 8 |"]),
+        ({}, ["- `trip/IMG_1.jpg`", "## Load it"]),
         (
-            {"model": MANIFEST["model"] | {"revision": "abc+unenforced"}},
-            ["The server was not required to enforce the JSON schema of the task"],
-        ),
-        (
-            {},
-            [
-                "The server enforces the JSON schema of the task:",
-                "checked automatically only",
-                "| train | 8 |",
-                "- `trip/IMG_1.jpg`",
-                "## Load it",
-            ],
-        ),
-        (
-            {"model": MANIFEST["model"] | {"license": "Qwen Research License: no commercial use"}},
-            ["the license of the model applies (Qwen Research License: no commercial use)"],
+            {"model": LICENSED},
+            ["model applies (Qwen Research License: no commercial use)"],
         ),
         (
             {"review": {"good": 5, "bad": 2, "edited": 1}},
-            [
-                "**All but 1 texts are machine-generated",
-                "reviewed 8 texts: 5 were good, 2 were removed and 1 were edited",
-            ],
+            ["**All but 1 texts are mach", "reviewed 8 texts: 5 were good, 2 were removed and 1 were edited"],
         ),
-        (
-            {"measured": MEASURED},
-            [
-                "| brief | 3 | 6.3 (3, 7) | 33.3 % | 0.0 % | 0.0 % | 33.3 % | 100.0 % |",
-                "| yes/no | 9 | yes: 60.0 % |",
-            ],
-        ),
-        (
-            {"leakage": LEAKAGE},
-            [
-                "7 groups",
-                "flickr30k\\#test, revision `abc`: 1000 images",
-                "2 images of the datasets below were removed",
-                "(within 70 of 256 bits). Images",
-            ],
-        ),
+        ({"measured": MEASURED}, ["| brief | 3 | 6.3 (3, 7) | 33.3 % | 0.0 % | 0.0 % | 33.3 % | 100.0 % |"]),
+        ({"measured": MEASURED}, ["| yes/no | 9 | yes: 60.0 % |"]),
+        ({"leakage": LEAKAGE}, ["7 groups", "flickr30k\\#test, revision `abc`: 1000 images"]),
+        ({"leakage": LEAKAGE}, ["2 images of the datasets below were removed", "(within 70 of 256 bits). I"]),
     ],
 )
 def test_card_states_facts_of_the_manifest(more: dict[str, Any], texts: list[str]) -> None:

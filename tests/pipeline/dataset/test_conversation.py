@@ -55,12 +55,8 @@ def test_values_are_asked_with_their_prompts_and_written_as_json() -> None:
     kinds = {"tags": "labels", "offer": "record", "things": "boxes", "note": "text"}
     own = {name: {"kind": kind, "is_list": kind == "boxes"} for name, kind in kinds.items()}
     prompts = value_prompts({"config": {"custom_tasks": tasks}, "own_columns": own})
-    row = {
-        "tags": ["cat", "dög"],
-        "offer": {"color": None},
-        "things": [{"box": [1, 2, 3, 4], "label": "cat"}],
-        "note": "A note",
-    }
+    things = [{"box": [1, 2, 3, 4], "label": "cat"}]
+    row = {"tags": ["cat", "dög"], "offer": {"color": None}, "things": things, "note": "A note"}
     assert [*value_turns(row, prompts)] == [
         ("List tags.", '["cat", "dög"]'),
         ("Write offer of this image.", '{"color": null}'),
@@ -73,7 +69,7 @@ def test_values_are_asked_with_their_prompts_and_written_as_json() -> None:
 def test_reader_columns_are_appended_unless_a_column_has_the_name() -> None:
     row: dict[str, Any] = {"captions": [{"text": "A dog.", "style": "plain"}], "qa": []}
     rows = pa.Table.from_pylist([row, {"captions": [], "qa": []}], schema=row_schema(["captions", "qa"]))
-    extended = with_reader_columns(rows, reader_columns(["image"]))
+    extended = with_reader_columns(rows, reader_columns(["image"]), {})
     assert extended.column_names == ["captions", "qa", "text", "messages"]
     assert extended["text"].to_pylist() == ["A dog.", None]
     conversation, empty = extended["messages"].to_pylist()

@@ -4,13 +4,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset import images
 from pipeline.dataset.directory import DatasetDir
@@ -22,7 +20,6 @@ from pipeline.run import generate_dataset
 from pipeline.storage.object_store import parse_dataset_path
 from pipeline.tables import SAMPLE_IMAGES
 from pipeline.types import Sample
-from tests.notes import Notes
 from tests.pipeline.sources.test_read import photo
 from tests.scene_data import make_version, sample_table, scene_samples
 
@@ -43,10 +40,6 @@ def filled(folder: Path) -> ImageStore:
     return store
 
 
-def pages_of(store: ImageStore, ids: list[str]) -> list[tuple[bytes, ...]]:
-    return list(map(tuple, store.read(ids).to_pylist()))
-
-
 @pytest.mark.parametrize("remote", [False, True])
 def test_images_are_read_in_requested_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, remote: bool
@@ -57,9 +50,9 @@ def test_images_are_read_in_requested_order(
     store = filled(folder)
     assert len(store.paths()) == 3
     ids = Random(0).sample(IDS, len(IDS))
-    by_id = {sample.id: sample.images for sample in [*SAMPLES, DECK]}
+    by_id = {sample.id: [*sample.images] for sample in [*SAMPLES, DECK]}
     for opened in (store, ImageStore(folder)):
-        assert pages_of(opened, ids) == [by_id[name] for name in ids]
+        assert opened.read(ids).to_pylist() == [by_id[name] for name in ids]
     assert sorted(store.in_order(ids)) == sorted(IDS)
 
 
@@ -116,10 +109,13 @@ def test_killed_removal_keeps_all_needed_images(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled(tmp_path)
+
+    def stop(path: Path, **_: object) -> None:
+        if images.FILE_NAME.fullmatch(path.name):
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            Path, "unlink", lambda path, **_: stop() if images.FILE_NAME.fullmatch(path.name) else None
-        )
+        patch.setattr(Path, "unlink", stop)
         list(ImageStore(tmp_path).keep_only({*IDS[:count]}))
     assert len(ImageStore(tmp_path).paths()) == 2
     list(ImageStore(tmp_path).keep_only({*IDS[:count]}))
@@ -127,50 +123,20 @@ def test_killed_removal_keeps_all_needed_images(
     assert len(store.paths()) == 1 and store.find_missing(IDS) == IDS[count:]
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
+def test_deleted_images_are_read_from_source_again(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
     for number in range(12):
-        (folder / f"{number}.jpg").write_bytes(photo(number, (1600, 1200)))
-        (folder / f"{number}.txt").write_text(
-            "bad" if number == 3 else f"A bus of line {number} waits at a stop."
-        )
-    return folder
-
-
-def settings(photos: Path, **more: Any) -> Config:
-    return resolve(source=f"folder:{photos}", tasks="none", human_texts="keep", **more)
-
-
-def stop(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_run_after_a_kill_reuses_images(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "d"
-    for target in ("steps.base.judge_shard", "steps.write.write_rows", "dataset.publishing.publish"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(f"pipeline.{target}", stop)
-            generate_dataset(settings(photos), folder)
-        assert not DatasetDir(folder).versions()
-    notes = Notes()
-    version = generate_dataset(settings(photos), folder, progress=notes).version
-    assert "read: 12 images were read by an earlier run and are not read again" in notes.texts
-    assert version.name == "v1.0.0" and find_damage(version) == []
-
-
-def test_deleted_images_are_read_from_source_again(photos: Path, tmp_path: Path) -> None:
-    version = generate_dataset(settings(photos), tmp_path / "d").version
+        (tmp_path / f"photos/{number}.jpg").write_bytes(photo(number, (1600, 1200)))
+        (tmp_path / f"photos/{number}.txt").write_text(f"A bus of line {number} waits at a stop.")
+    config = resolve(source=f"folder:{tmp_path}/photos", tasks="none", human_texts="keep")
+    version = generate_dataset(config, tmp_path / "d").version
     (path,) = (tmp_path / "d/images").iterdir()
     content = path.read_bytes()
     path.unlink()
-    assert "the images of 11 samples are missing or damaged" in find_damage(version)[0]
+    assert "the images of 12 samples are missing or damaged" in find_damage(version)[0]
     with pytest.raises(StoreError, match=r"the images of \d+ samples are not in"):
         version.read("train")
-    again = generate_dataset(settings(photos), tmp_path / "d").version
+    again = generate_dataset(config, tmp_path / "d").version
     assert again.manifest["digest"] == version.manifest["digest"] and path.read_bytes() == content
 
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.integrity import content_digest, damaged_files, find_damage
-from pipeline.dataset.version import Version, file_entry, read_version
+from pipeline.dataset.version import Version, file_entry, read_version, require_values
 from pipeline.hub.package import without_pixels
-from pipeline.tables import Extras
+from pipeline.tables import ROW, Extras
 from tests.scene_data import SCORED, make_version, scene_samples, scored_captions
 
 
@@ -62,6 +62,14 @@ def test_changed_rows_with_matching_file_hashes_are_reported_as_damage(change: A
     changed = change_rows(version, change)
     assert damaged_files(changed) == []
     assert find_damage(changed) == ["its rows do not match its digest"]
+
+
+@pytest.mark.parametrize("images", [{"image": {}}, {"pages": [{}]}, {"pages": [None]}])
+def test_image_or_page_without_bytes_is_an_error(images: dict[str, Any]) -> None:
+    schema = pa.schema([ROW.field(name) for name in ("image", "pages")])
+    with pytest.raises(ValueError, match="an image has no bytes"):
+        require_values(pa.Table.from_pylist([images], schema=schema))
+    require_values(pa.Table.from_pylist([{"image": {"bytes": b"x"}}, {}], schema=schema))
 
 
 def test_changed_bit_and_missing_file_are_reported_by_name(version: Version) -> None:

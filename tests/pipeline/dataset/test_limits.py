@@ -5,13 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.dataset.limits import SCORED, SCORES, describe_changes, score_curves
-from pipeline.dataset.reviews import TextName, Verdict, text_name
+from pipeline.dataset.reviews import text_name
+from tests.pipeline.dataset.test_audit import judge
 from tests.scene_data import make_version, scene_samples, true_captions
-
-
-def judge(name: TextName, *, is_wrong: bool) -> Verdict:
-    values = {"sample_id": name[0], "content": name[1], "seed": 0, "reviewer": "a"}
-    return Verdict.model_validate(values | {"verdict": "wrong" if is_wrong else "right"})
 
 
 def test_curve_shows_kept_texts_and_wrong_ones_from_each_tenth_on() -> None:
@@ -22,7 +18,7 @@ def test_curve_shows_kept_texts_and_wrong_ones_from_each_tenth_on() -> None:
     strings = [name for name in SCORED if name not in SCORES]
     schema = pa.schema([(name, pa.string()) for name in strings] + [(name, pa.float64()) for name in SCORES])
     table = pa.Table.from_pylist(rows, schema=schema)
-    verdicts = [judge(text_name(row), is_wrong=n < 4) for n, row in enumerate(rows) if n % 2]
+    verdicts = [judge(text_name(row), "wrong" if n < 4 else "right") for n, row in enumerate(rows) if n % 2]
     curves = score_curves([table.slice(10), table.slice(0, 10)], verdicts)
     assert curves.keys() == {"coverage"} and len(curves["coverage"]) == 10
     limit, kept, tenth, from_limit = curves["coverage"][1]
@@ -40,7 +36,7 @@ def test_changes_state_wrong_share_of_reviewed_texts_that_are_kept_or_left_out(t
     for version, count in ((before, 12), (after, 8)):
         version.manifest["measured"] = {"captions": {"plain": {"count": count}}}
     names = [text_name(row) for row in captions.to_pylist()]
-    verdicts = [judge(name, is_wrong=n < 3) for n, name in enumerate(names[:8])]
+    verdicts = [judge(name, "wrong" if n < 3 else "right") for n, name in enumerate(names[:8])]
     assert list(describe_changes(before, after, verdicts)) == [
         "v1.0.1 has 8 captions and questions, v1.0.0 12",
         "  texts of v1.0.0 that are kept: 0.0 % wrong, 4 reviewed",

@@ -40,20 +40,13 @@ def test_price_counts_tokens_by_kind_of_text_and_checks_apart() -> None:
         "kept": 0, "requests": 10, "prompt_tokens": 100, "reply_tokens": 10, "cost": pytest.approx(400 / 1e6)
     }  # fmt: skip
     assert price["kind"]["kept"] == 80 and price["questions"]["kept"] == 50
-    assert all(
-        "cost" not in entry for entry in describe_price(counts, MEASURED, TASKS, {"default": ServerConfig()})
-    )
+    free = describe_price(counts, MEASURED, TASKS, {"default": ServerConfig()})
+    assert all("cost" not in entry for entry in free)
 
 
 def entry(texts: str, kept: int, tokens: int, cost: float = 0.0) -> dict[str, Any]:
-    return {
-        "texts": texts,
-        "kept": kept,
-        "requests": 1,
-        "prompt_tokens": tokens,
-        "reply_tokens": 0,
-        "cost": cost,
-    }
+    counts = {"kept": kept, "requests": 1, "prompt_tokens": tokens, "reply_tokens": 0}
+    return {"texts": texts, **counts, "cost": cost}
 
 
 def rate(task: str, wrong: float | None, low: float = 0.0, high: float = 1.0) -> dict[str, Any]:

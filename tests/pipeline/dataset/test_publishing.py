@@ -59,11 +59,14 @@ def test_added_rows_raise_minor_and_other_changes_raise_patch_number(tmp_path: P
     assert (version.name, version.manifest["parent"]) == ("v1.1.2", "v1.1.1")
 
 
-def test_datasets_does_not_mix_up_versions_of_equal_names(tmp_path: Path) -> None:
+def test_datasets_and_duckdb_read_only_the_rows_of_each_version(tmp_path: Path) -> None:
     for number in (20, 25):
         version, _ = make_version(tmp_path / str(number), scene_samples(number))
         loaded = load_dataset(str(version.path), cache_dir=str(tmp_path / "cache"))
         assert sum(part.num_rows for part in loaded.values()) == number
+    # Rejections are not next to the rows.
+    count = duckdb.connect().execute(f"select count(*) from '{version.path}/*.parquet'").fetchall()
+    assert count == [(number,)]
 
 
 def test_version_without_rows_is_refused_and_writes_nothing(tmp_path: Path) -> None:
@@ -101,9 +104,3 @@ def test_version_without_images_in_its_files_is_refused_as_a_source(tmp_path: Pa
     with pytest.raises(SourceError, match="whose images are stored elsewhere") as refused:
         open_source(resolve(source=f"parquet:{version.path}"))
     assert "--format parquet" in refused.value.hint
-
-
-def test_parquet_files_in_a_version_folder_hold_only_its_rows(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path / "d", scene_samples(12))
-    count = duckdb.connect().execute(f"select count(*) from '{version.path}/*.parquet'").fetchall()
-    assert count == [(version.num_rows,)]

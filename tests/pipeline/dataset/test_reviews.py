@@ -21,14 +21,8 @@ SAMPLE = "a" * 64
 
 
 def caption(text: str) -> dict[str, Any]:
-    return {
-        "sample_id": SAMPLE,
-        "task": "caption",
-        "text": text,
-        "question": None,
-        "answer": None,
-        "pages": 1,
-    }
+    fields = {"sample_id": SAMPLE, "task": "caption", "text": text}
+    return fields | {"question": None, "answer": None, "pages": 1}
 
 
 def review(original: str, kind: str, **more: Any) -> Review:
@@ -39,6 +33,10 @@ def review(original: str, kind: str, **more: Any) -> Review:
 def captions(*texts: str) -> dict[TextName, dict[str, Any]]:
     """Return the annotations of an image by text name."""
     return {text_name(caption(text)): caption(text) for text in texts}
+
+
+EDIT, FOX = review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A fox.")
+BAD = review("A dog.", "bad", reason="not_true")
 
 
 def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
@@ -57,14 +55,8 @@ def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
         ("not json", "Invalid JSON"),
         ('{"sample_id": "a"}', "sample_id"),
         (review("A.", "good").model_dump_json().replace("good", "bad"), "the verdict `bad` needs a reason"),
-        (
-            review("A.", "good").model_dump_json().replace("good", "edited"),
-            "the verdict `edited` needs a new text",
-        ),
-        (
-            review("A.", "edited", text="B.").model_dump_json().replace("edited", "good"),
-            "a new text is allowed only with the verdict `edited`",
-        ),
+        (review("A.", "good").model_dump_json().replace("good", "edited"), "`edited` needs a new text"),
+        (EDIT.model_dump_json().replace("edited", "good"), "a new text is allowed only with the verdict"),
         (review("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
     ],
 )
@@ -73,17 +65,6 @@ def test_invalid_review_error_shows_line_number_and_reason(tmp_path: Path, line:
     with pytest.raises(ConfigError, match="line 2 is not a review") as caught:
         read_lines(tmp_path / "m.jsonl")
     assert what in str(caught.value)
-
-
-def test_missing_or_binary_review_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe")
-    for name in ("m.jsonl", "none.jsonl"):
-        with pytest.raises(ConfigError, match=f"cannot read .*{name}"):
-            read_lines(tmp_path / name)
-
-
-EDIT, FOX = review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A fox.")
-BAD = review("A dog.", "bad", reason="not_true")
 
 
 @pytest.mark.parametrize(
@@ -142,9 +123,3 @@ def test_edited_answer_must_match_its_expression_and_its_pages_must_be_in_the_de
     assert check_edit(Review.model_validate({**fields, "answer": "6", "expression": "2 + 4"}), row) is None
     outside = Review.model_validate({**fields, "answer": "5", "evidence_pages": [5]})
     assert check_edit(outside, row) == "evidence_outside_deck"
-
-
-def test_personal_data_in_edits_is_redacted(tmp_path: Path) -> None:
-    edit = review("A sign.", "edited", text="A sign says mail@example.org.")
-    assert edit.text == "A sign says [email]."
-    assert edit.resulting_name == text_name(caption("A sign says [email]."))

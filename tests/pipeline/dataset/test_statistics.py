@@ -11,13 +11,11 @@ def test_merged_statistics_equal_statistics_of_all_rows(tmp_path_factory: pytest
     version, _ = make_version(tmp_path_factory.mktemp("d"), scene_samples(40))
     batches = version.batches(version.manifest["columns"])
     rows = [row for _, batch in batches for row in batch.to_pylist()]
-    whole, parts = DatasetStatistics(), [DatasetStatistics(), DatasetStatistics(), DatasetStatistics()]
-    whole.add(rows)
-    for number, part in enumerate(parts):
-        part.add(rows[number::3] if number < 2 else rows[2::3])
-    total = merge(merge(parts[0], parts[1]), parts[2])
-    assert total.result() == whole.result()
-    assert total.result()["captions"]
+    whole, first, second = DatasetStatistics(), DatasetStatistics(), DatasetStatistics()
+    for statistics, part in ((whole, rows), (first, rows[::3]), (second, rows[1::3] + rows[2::3])):
+        statistics.add(part)
+    assert merge(first, second).result() == whole.result()
+    assert whole.result()["captions"]
 
 
 def test_interval_of_the_error_share_narrows_with_more_reviews() -> None:

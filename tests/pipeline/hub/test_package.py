@@ -13,7 +13,13 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import describe_data
 from pipeline.dataset.version import Version
 from pipeline.errors import PushError, StoreError
-from pipeline.hub.package import CHECKPOINT_FILES, base_models, build_checkpoint_package, build_package
+from pipeline.hub.package import (
+    CHECKPOINT_FILES,
+    Package,
+    base_models,
+    build_checkpoint_package,
+    build_package,
+)
 from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import Extras
 from tests.scene_data import SCORED, make_version, pulled, scene_samples, scored_captions, true_captions
@@ -43,7 +49,7 @@ def test_package_with_free_license_has_pixels_and_equal_bytes(free: Version, tmp
         assert isinstance(path, Path)
         rows = pq.read_table(path)
         assert rows.drop_columns(["text", "messages"]).to_pylist() == free.read("train").to_pylist()
-        assert package.bytes()["manifest.json"] == len(package.files["manifest.json"])  # type: ignore[arg-type]
+        assert package.file_sizes()["manifest.json"] == len(package.files["manifest.json"])  # type: ignore[arg-type]
     assert not path.exists()
 
 
@@ -52,15 +58,6 @@ def test_pulled_version_is_packaged_unchanged(free: Version, tmp_path: Path) -> 
     with build_package(version, REPO) as package:
         assert package.manifest == version.manifest
         assert package.files["train-00000.parquet"] == version.path / "train-00000.parquet"
-
-
-def test_version_with_missing_images_is_not_packaged(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(5))
-    (path,) = version.store.paths()
-    path.unlink()
-    with pytest.raises(StoreError, match=r"5 images of .* are not in"), build_package(version, REPO):
-        pass
-    assert not any((tmp_path / ".push").iterdir() if (tmp_path / ".push").exists() else ())
 
 
 @pytest.mark.parametrize("images", [None, False])
@@ -94,16 +91,11 @@ def test_restricted_version_that_holds_pixels_is_packaged_without_them(
         assert tables[0].equals(tables[1])
 
 
-def test_restricted_pixels_need_acknowledged_license(restricted: Version) -> None:
-    with (
-        pytest.raises(PushError, match="flickr-terms may not be redistributed") as refused,
-        build_package(restricted, REPO, images=True),
-    ):
+def test_restricted_pixels_need_acknowledged_license_which_is_recorded(restricted: Version) -> None:
+    refusal = pytest.raises(PushError, match="flickr-terms may not be redistributed")
+    with refusal as refused, build_package(restricted, REPO, images=True):
         pass
     assert "--acknowledge flickr-terms" in refused.value.hint
-
-
-def test_acknowledged_license_is_recorded_in_card_and_manifest(restricted: Version) -> None:
     with build_package(restricted, REPO, images=True, acknowledged=["flickr-terms"]) as package:
         assert "image" in pq.read_schema(package.files["train-00000.parquet"]).names
         assert package.manifest["acknowledged"] == ["flickr-terms"]
@@ -123,17 +115,30 @@ def test_package_records_unknown_license(free: Version, tmp_path: Path) -> None:
         assert not package.has_unknown_license
 
 
-@pytest.mark.parametrize("is_missing", [True, False])
-def test_version_with_missing_or_changed_file_is_not_packaged(tmp_path: Path, *, is_missing: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("versions/v1.0.0/train-*", r"train-00000\.parquet does not match its manifest"),
+        ("images/*", r"5 images of .* are not in"),
+    ],
+)
+def test_version_with_missing_or_changed_file_is_not_packaged(
+    tmp_path: Path, name: str, problem: str
+) -> None:
     version, _ = make_version(tmp_path, scene_samples(5))
-    shard = version.path / "train-00000.parquet"
-    data = shard.read_bytes()
-    shard.unlink()
-    if not is_missing:
-        shard.write_bytes(data[:-1] + b"?")
-    damage = pytest.raises(StoreError, match=r"train-00000\.parquet does not match its manifest")
-    with damage, build_package(version, REPO):
-        pass
+    (file,) = tmp_path.glob(name)
+    for damaged in (file.read_bytes()[:-1] + b"?", None):
+        file.write_bytes(damaged) if damaged else file.unlink()
+        with pytest.raises(StoreError, match=problem), build_package(version, REPO):
+            pass
+
+
+def pack_checkpoint(folder: Path, values: dict[str, Any]) -> Package:
+    """Write the files of a captioner, with `values` by name, and return their package."""
+    for name in CHECKPOINT_FILES:
+        if not (folder / name).is_symlink():
+            (folder / name).write_text(json.dumps(values.get(name.removesuffix(".json"), {})))
+    return build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
@@ -141,12 +146,9 @@ def test_checkpoint_file_that_links_outside_is_not_packaged(name: str, tmp_path:
     (tmp_path / "secret").write_text("{}")
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    for file in CHECKPOINT_FILES:
-        (folder / file).write_text("{}")
-    (folder / name).unlink()
     (folder / name).symlink_to("../secret")
     with pytest.raises(UnsafeFileError, match="a link to a file outside"):
-        build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
+        pack_checkpoint(folder, {})
 
 
 def test_interrupted_training_is_not_packaged_and_named_in_the_hint(tmp_path: Path) -> None:
@@ -163,9 +165,7 @@ def test_card_of_a_captioner_names_the_repository_of_its_own_data(tmp_path: Path
     folder.mkdir(parents=True)
     for digest, is_named in ((version.manifest["digest"], True), ("of other data", False)):
         values = captioner_of({"source": {"name": "scenes"}, "version": version.name, "digest": digest})
-        for name in CHECKPOINT_FILES:
-            (folder / name).write_text(json.dumps(values.get(name.removesuffix(".json"), {})))
-        package = build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
+        package = pack_checkpoint(folder, values)
         assert ("me/scenes" in str(package.files["README.md"])) == is_named
 
 
@@ -174,11 +174,8 @@ def captioner_of(data: dict[str, Any]) -> dict[str, Any]:
     scores: dict[str, Any] = {"scores": {}, "shuffled_scores": {}, "shown": [], "settings": {"steps": 70}}
     scores |= {"parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references"}
     config = {"prompts": [["synthetic", "brief"]], "data": data}
-    return {
-        "config": config,
-        "train": {"encoder": "vit", "decoder": "scratch", "steps": 0},
-        "metrics": scores,
-    }
+    train = {"encoder": "vit", "decoder": "scratch", "steps": 0}
+    return {"config": config, "train": train, "metrics": scores}
 
 
 @pytest.mark.parametrize(
@@ -191,9 +188,7 @@ def test_card_of_a_captioner_has_derived_settings_and_no_folders(
     Path("own/a").mkdir(parents=True)
     values = captioner_of({"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "d"})
     values["train"]["init"] = init
-    for name in CHECKPOINT_FILES:
-        (tmp_path / name).write_text(json.dumps(values.get(name.removesuffix(".json"), {})))
-    package = build_checkpoint_package(tmp_path, "me/captioner", lambda _: {}, {})
+    package = pack_checkpoint(tmp_path, values)
     card, train = (package.files[name] for name in ("README.md", "train.json"))
     assert isinstance(card, bytes) and b'"steps": 70' in card
     assert isinstance(train, bytes) and json.loads(train)["init"] == published

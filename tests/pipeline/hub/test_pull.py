@@ -99,20 +99,21 @@ def test_cached_version_needs_no_network(
     assert len(hub.hub.log) == num_requests
 
 
+@pytest.mark.parametrize("name", ["train-*.parquet", MANIFEST])
 def test_file_damaged_in_cache_is_downloaded_again(
-    hub: RunningHub, pulled: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+    name: str, hub: RunningHub, pulled: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     """The folder of the version has links, so removing the folder would bring the same bytes back."""
     home, (first, *_) = pulled
     shutil.copytree(home, tmp_path / "home", symlinks=True)
-    (link,) = (tmp_path / "home" / Path(first["path"]).relative_to(home)).glob("train-*.parquet")
-    shard = link.resolve()
-    whole = shard.read_bytes()
-    shard.chmod(0o644)
-    shard.write_bytes(whole[:-1] + b"?")
+    (link,) = (tmp_path / "home" / Path(first["path"]).relative_to(home)).glob(name)
+    file = link.resolve()
+    whole = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(whole[:-1] + b"?")
     (again,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
     assert again["rows"] == first["rows"]
-    assert next(Path(again["path"]).glob("train-*.parquet")).read_bytes() == whole
+    assert next(Path(again["path"]).glob(name)).read_bytes() == whole
 
 
 def test_version_with_a_file_damaged_on_the_hub_is_refused(refusals: dict[str, dict[str, Any]]) -> None:

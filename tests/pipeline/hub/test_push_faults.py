@@ -13,6 +13,7 @@ from tests.hub.app import Fault
 from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import Repo
+from tests.pipeline.hub.test_push import EXTRA
 from tests.scene_data import make_version, published, scene_samples
 
 
@@ -45,13 +46,7 @@ class World:
         """Assert that every commit and every tag is one whole version."""
         whole = {"empty": {".gitattributes"}}
         for version in (self.old, self.new):
-            whole[version.name] = {
-                *version.manifest["files"],
-                "README.md",
-                "manifest.json",
-                "about/rejections.parquet",
-                ".gitattributes",
-            }
+            whole[version.name] = {*version.manifest["files"], *EXTRA}
         named = {name: self.repo.commits[oid] for name, oid in self.repo.tags.items()}
         for name, commit in (named | self.repo.commits).items():
             title = next((v.name for v in (self.old, self.new) if commit.title.startswith(v.name)), "empty")

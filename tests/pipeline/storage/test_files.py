@@ -12,11 +12,12 @@ from pipeline.errors import StoreError
 from pipeline.storage import files
 
 
-def test_damaged_step_file_is_an_error_with_hint(tmp_path: Path) -> None:
+def test_missing_or_damaged_step_file_is_an_error_with_hint(tmp_path: Path) -> None:
     (tmp_path / "kept.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(StoreError, match=r"kept\.parquet is damaged") as caught:
-        next(files.read_batches(tmp_path / "kept.parquet"))
-    assert "run `synth generate` again" in caught.value.hint
+    for name in ("kept.parquet", "rejected.parquet"):
+        with pytest.raises(StoreError, match=f"{name} is damaged") as caught:
+            next(files.read_batches(tmp_path / name))
+        assert "run `synth generate` again" in caught.value.hint
 
 
 @pytest.mark.parametrize(
