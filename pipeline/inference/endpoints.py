@@ -2,7 +2,6 @@
 
 import asyncio
 import ipaddress
-import logging
 import math
 import os
 import re
@@ -32,7 +31,6 @@ MIN_KEY_CHARACTERS = 8  # a shorter value may be an ordinary word, and is not re
 PAYMENT_REQUIRED = 402
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI and LiteLLM
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
