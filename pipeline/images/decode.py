@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from math import floor
+from math import floor, prod
 from typing import Any
 
 import numpy as np
@@ -152,9 +152,9 @@ def sent_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int
     An image that the model would see with more than `max_pixels` is scaled down to whole patches, as Qwen's
     processor does. No server then scales it again, whatever its own limit.
     """
-    across, down = round_to_patches(width, height)
-    is_small = not max_pixels or across * down <= max_pixels
-    return (width, height) if is_small else shrink_to_patches(width, height, max_pixels or 0)
+    if not max_pixels or prod(round_to_patches(width, height)) <= max_pixels:
+        return width, height
+    return shrink_to_patches(width, height, max_pixels)
 
 
 def round_to_patches(width: int, height: int) -> tuple[int, int]:

@@ -269,7 +269,7 @@ class SourceReader:
         groups = IMAGE_GROUPS.empty_table() if kind is None else self._compare(parts, kind)
         near_groups = groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()
         near = {row["sample_id"]: row for row in near_groups}
-        near_ids, near_rejected = pa.array(near, pa.string()), list[dict[str, str]]()
+        near_ids = pa.array(near, pa.string())
 
         def samples(*, is_near: bool) -> Iterator[pa.Table]:
             for table in parts.tables():
@@ -281,19 +281,18 @@ class SourceReader:
         def near_duplicates() -> Iterator[pa.Table]:
             for table in samples(is_near=True):
                 rows = [row | near[row["sample_id"]] for row in table.to_pylist()]
-                for row in rows:
-                    rejected = {"reason": row["image_reason"], "detail": row["near_duplicate_of"]}
-                    near_rejected.append({"source_row": row["source_row"], **rejected})
                 yield pa.Table.from_pylist(rows, schema=NEAR_DUPLICATE)
 
+        rejected = [row for position, row in parts.rejected if position < self._num_rows]
+        rejected += self._images.copies
         near_file = self.dataset.step_file("read", NEAR_DUPLICATES_FILE)
         if near:
             write_table(near_file, near_duplicates(), NEAR_DUPLICATE)
+            written = read_table(near_file, ["source_row", "image_reason", "near_duplicate_of"])
+            rejected += written.rename_columns(SOURCE_REJECTED.names).to_pylist()
         else:
             near_file.unlink(missing_ok=True)
         write_table(self.dataset.step_file("read"), samples(is_near=False), LISTED_SAMPLE)
-        rejected = [row for position, row in parts.rejected if position < self._num_rows]
-        rejected += [*self._images.copies, *near_rejected]
         rejected.sort(key=lambda row: row["source_row"])
         table = pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)
         write_table(self.dataset.step_file("read", "rejected"), [table], SOURCE_REJECTED)
