@@ -216,7 +216,7 @@ def read_captions(path: Path) -> dict[str, ImageTexts]:
     """
     texts: defaultdict[str, ImageTexts] = defaultdict(ImageTexts)
     with translate_file_errors(path, FORMATS_HINT):
-        for name, row_texts in _parse_captions(read_text(path).lstrip()):
+        for name, row_texts in _parse_captions(read_text(path)):
             texts[name].merge(row_texts)
     if not any(one.captions or one.questions for one in texts.values()):
         if any(one.num_by_model for one in texts.values()):
@@ -230,7 +230,7 @@ NamedTexts = tuple[str, ImageTexts]
 
 
 def _parse_captions(text: str) -> Iterator[NamedTexts]:
-    if text.startswith("{"):
+    if text.lstrip().startswith("{"):
         with suppress(json.JSONDecodeError):
             return _parse_whole_object(parse_json(text))
     return (_parse_row({name.lower(): value for name, value in row.items()}) for row in parse_rows(text))
