@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import SourceError
-from pipeline.sources.texts import parse_list, read_captions
+from pipeline.sources.texts import parse_list
 from pipeline.types import Source
 from tests.pipeline.sources.reading import open_folder, open_path, rejected_of, samples_of
 
@@ -131,9 +131,3 @@ def test_captions_in_another_encoding_are_reported_by_name(tmp_path: Path) -> No
     ]
     (sample,) = samples_of(opened)
     assert sample.references == ()
-
-
-def test_file_of_captions_in_another_encoding_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "c.csv").write_bytes("file_name,caption\na.jpg,Grüße\n".encode("latin-1"))
-    with pytest.raises(SourceError, match="codec"):
-        read_captions(tmp_path / "c.csv")
