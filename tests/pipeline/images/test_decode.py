@@ -11,13 +11,7 @@ from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.images import decode
-from pipeline.images.decode import (
-    MAX_SCANS,
-    check_image,
-    pdq_hash,
-    prepare_image,
-    upright_size,
-)
+from pipeline.images.decode import MAX_SCANS, check_image, pdq_hash, prepare_image, upright_size
 from pipeline.images.near_duplicates import MAX_COPY_BITS, as_hashes, image_distances
 from tests.pipeline.images.test_similarity import photo
 
@@ -48,12 +42,8 @@ def bomb(width_px: int, height_px: int) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     header = width_px.to_bytes(4, "big") + height_px.to_bytes(4, "big") + b"\x08\x02\0\0\0"
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(b""), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks.items())
 
 
 GOOD = encoded(Image.effect_noise((64, 64), 50), "JPEG")
