@@ -98,9 +98,11 @@ def open_source(config: Config) -> Source:
     tasks = with_source_defaults(config).tasks
     if tasks and (source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1)):
         content = "decks of pages" if source.decks else "single images"
-        supported = "deck_qa" if source.decks else "caption,qa"
+        hint = f"pass --tasks {'deck_qa' if source.decks else 'caption,qa'}"
+        if source.decks and "columns" in spec.options:
+            hint += "; if each row has a list of one image, pass --columns image=COLUMN"
         problem = f"{config.source} consists of {content}, which do not support {', '.join(tasks)}"
-        raise ConfigError(problem, hint=f"pass --tasks {supported}")
+        raise ConfigError(problem, hint=hint)
     read, settings = source.read, config.image_filter
     return replace(source, read=lambda start: (filter_image(row, settings) for row in read(start)))
 

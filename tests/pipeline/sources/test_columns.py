@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import SourceError
+from pipeline.errors import ConfigError, SourceError
 from pipeline.sources.tables import read_mapping
 from pipeline.types import ReferenceQA, Sample, Source
 from tests.hub.datasets import photo
@@ -121,6 +121,16 @@ def test_row_with_too_many_images_is_rejected(tmp_path: Path, role: str, count: 
     photos = [[{"bytes": photo(1), "path": None}] * count]
     source = open_table(tmp_path, {"photos": photos}, **{role: "photos"})
     assert [row.reason for row in rejected_of(source)] == [reason]
+
+
+def test_list_of_one_image_needs_a_mapping_for_captions(tmp_path: Path) -> None:
+    photos = {"images": [[{"bytes": photo(n), "path": None}] for n in range(2)]}
+    pq.write_table(pa.table(photos), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="consists of decks of pages") as caught:
+        open_path("parquet", tmp_path / "a.parquet", tasks=["caption"])
+    assert "--columns image=COLUMN" in caught.value.hint
+    mapped = open_path("parquet", tmp_path / "a.parquet", tasks=["caption"], columns={"image": "images"})
+    assert len(samples_of(mapped)) == 2
 
 
 def test_version_table_yields_only_human_captions(tmp_path: Path) -> None:
