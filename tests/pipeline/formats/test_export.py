@@ -444,6 +444,9 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="already exists"):
         export_version(version, "csv", tmp_path / "there")
+    with pytest.raises(ConfigError, match="no format webdatset") as raised:
+        export_version(version, "webdatset", tmp_path / "out")
+    assert "did you mean webdataset?" in raised.value.hint
     with pytest.raises(ConfigError, match=r"no caption of v1\.0\.0 has the style breif") as raised:
         export_version(version, "csv", tmp_path / "out", style="breif")
     assert "brief" in raised.value.hint
