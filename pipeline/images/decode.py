@@ -35,7 +35,7 @@ MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
 MAX_SCANS = 100  # a progressive JPEG usually has about ten scans
 _JPEG_FORMATS = ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
-UPRIGHT_QUALITY = 95  # JPEG quality of rotated images
+JPEG_QUALITY = 95  # of images that are encoded again
 HASH_SIDE_PX = 64
 MIN_HASHED_SIDE_PX = 1024  # large JPEGs are decoded at reduced size for hashing, but not below this
 MIN_PDQ_QUALITY = 50  # out of 100, as PDQ's authors recommend
@@ -130,7 +130,7 @@ def upright_file(data: bytes) -> tuple[bytes, str]:
         kind, profile = ("JPEG" if image.format == "MPO" else image.format), image.info.get("icc_profile")
         file = io.BytesIO()
         options: dict[str, dict[str, Any]] = {
-            "JPEG": {"quality": UPRIGHT_QUALITY, "subsampling": 0},
+            "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
             "WEBP": {"lossless": True},
         }
         upright = ImageOps.exif_transpose(image)
