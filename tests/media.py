@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw
 COLORS = ("red", "green", "blue", "orange", "purple", "black", "gray", "brown")
 
 
-def write_pdf(path: Path, pages: int, size_px: tuple[int, int] = (640, 360), first: int = 0) -> None:
+def write_pdf(path: Path, pages: int, size_px: tuple[int, int] = (640, 360)) -> None:
     """Write a PDF whose pages show a number, with different bars and colors."""
     images = []
-    for number in range(first, first + pages):
+    for number in range(pages):
         image = Image.new("RGB", size_px, "white")
         draw = ImageDraw.Draw(image)
         draw.rectangle((20, 20, 30 + 11 * (number + 1), 150), fill=COLORS[number % len(COLORS)])

@@ -110,6 +110,8 @@ def _require_new(out: Path) -> None:
 
 def _check_export(version: Version, kind: str, style: str | None, edit: str, splits: tuple[str, ...]) -> int:
     """Return the number of rows to export. Raises ConfigError if there is nothing to export."""
+    if kind not in (known := [PARQUET, *FORMATS]):
+        raise ConfigError(f"no format {kind}", unknown=kind, known=known, hint=f"formats: {', '.join(known)}")
     captions = version.manifest["measured"].get("captions", {})
     if style not in (None, ALL, *captions):
         hint = f"styles of its captions: {', '.join(captions) or 'none'}"

@@ -139,7 +139,7 @@ def read_items(
         for row in batch.to_pylist():
             name = file_name_of(row["source_row"]) if source_names else ""
             name = name if counts[name.casefold()] == 1 else ""
-            yield replace(_make_item(row, split, own, name), value_turns=[*value_turns(row, prompts)])
+            yield _make_item(row, split, own, prompts, name)
 
 
 def file_name_of(source_row: str) -> str:
@@ -153,7 +153,9 @@ def file_name_of(source_row: str) -> str:
     return stem.replace(".", "_")
 
 
-def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) -> Item:
+def _make_item(
+    row: dict[str, Any], split: str, own: dict[str, str], prompts: dict[str, tuple[str, str]], name: str
+) -> Item:
     sample_id = row["sample_id"]
     captions, questions = row.get("captions") or (), row.get("qa") or ()
     if not _ID.fullmatch(sample_id):
@@ -184,5 +186,6 @@ def _make_item(row: dict[str, Any], split: str, own: dict[str, str], name: str) 
         reference_qa=row.get(REFERENCE_QA) or (),
         values={task: row[task] for task in own},
         boxes=[box for boxes in box_lists for box in boxes] if box_lists else None,
+        value_turns=[*value_turns(row, prompts)],
         pairs=[(one["style"] or "", one["text"], one["rejected"]) for one in captions if one.get("rejected")],
     )

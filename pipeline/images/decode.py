@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from math import floor
+from math import floor, prod
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
 MAX_SCANS = 100  # a progressive JPEG usually has about ten scans
 _JPEG_FORMATS = ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
-UPRIGHT_QUALITY = 95  # JPEG quality of rotated images
+JPEG_QUALITY = 95  # of images that are encoded again
 HASH_SIDE_PX = 64
 MIN_HASHED_SIDE_PX = 1024  # large JPEGs are decoded at reduced size for hashing, but not below this
 MIN_PDQ_QUALITY = 50  # out of 100, as PDQ's authors recommend
@@ -130,7 +130,7 @@ def upright_file(data: bytes) -> tuple[bytes, str]:
         kind, profile = ("JPEG" if image.format == "MPO" else image.format), image.info.get("icc_profile")
         file = io.BytesIO()
         options: dict[str, dict[str, Any]] = {
-            "JPEG": {"quality": UPRIGHT_QUALITY, "subsampling": 0},
+            "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
             "WEBP": {"lossless": True},
         }
         upright = ImageOps.exif_transpose(image)
@@ -152,9 +152,9 @@ def sent_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int
     An image that the model would see with more than `max_pixels` is scaled down to whole patches, as Qwen's
     processor does. No server then scales it again, whatever its own limit.
     """
-    across, down = round_to_patches(width, height)
-    is_small = not max_pixels or across * down <= max_pixels
-    return (width, height) if is_small else shrink_to_patches(width, height, max_pixels or 0)
+    if not max_pixels or prod(round_to_patches(width, height)) <= max_pixels:
+        return width, height
+    return shrink_to_patches(width, height, max_pixels)
 
 
 def round_to_patches(width: int, height: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from PIL import ImageOps
 
-from pipeline.images.decode import MAX_SCANS, ORIENTATION, open_image, too_many_scans
+from pipeline.images.decode import JPEG_QUALITY, MAX_SCANS, ORIENTATION, open_image, too_many_scans
 
 _ICC_PROFILE = b"ICC_PROFILE\0"
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 are part of the scan
@@ -25,7 +25,6 @@ _PNG_NAMES = b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI 
 _PNG_CHUNKS = frozenset(_PNG_NAMES.split())
 _LOSSY_FORMATS = ("AVIF", "HEIF", "JPEG", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
-_JPEG_QUALITY = 95
 # For a photo of 6 megapixels, this level is 2.6 times as fast as the default, and the file is 4 % larger.
 _PNG_COMPRESS_LEVEL = 4
 
@@ -147,7 +146,7 @@ def _encode(data: bytes) -> bytes:
         # A lossless WebP has a chunk of this name.
         is_lossy = image.format in _LOSSY_FORMATS and b"VP8L" not in data
         if is_lossy and not transparency and upright.mode in ("L", "RGB"):
-            upright.save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0, icc_profile=profile)
+            upright.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0, icc_profile=profile)
         else:
             upright.save(out, "PNG", icc_profile=profile, compress_level=_PNG_COMPRESS_LEVEL)
     return out.getvalue()

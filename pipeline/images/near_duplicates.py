@@ -171,10 +171,10 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
     values = pdq_hashes.flatten()
     has_detail = pc.greater(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
     hashes, owners = as_hashes(values.filter(pa.array(has_detail)).to_pylist()), owners[has_detail]
-    by_place = np.argsort(np.argsort(best_first)[owners], kind="stable")
+    best_pages_first = np.argsort(np.argsort(best_first)[owners], kind="stable")
     num_pages = pc.list_value_length(pdq_hashes).to_numpy(zero_copy_only=False)
-    owners = owners[by_place]
-    near = near_hashes(hashes[by_place], kind, num_pages[owners] > 1)
+    owners = owners[best_pages_first]
+    near = near_hashes(hashes[best_pages_first], kind, num_pages[owners] > 1)
     first, second = owners[near.first], owners[near.second]
     is_single = (num_pages[first] == 1) & (num_pages[second] == 1)
     image_pairs = NearPairs(first[is_single], second[is_single], near.bits[is_single])

@@ -26,6 +26,7 @@ import aiohttp
 from pipeline.errors import ImageError
 from pipeline.images.decode import ORIENTATION, open_image, prepare_image, sent_size
 from pipeline.tasks.prompts import user_content
+from pipeline.text.escape import encodable
 from pipeline.types import Reply, Request
 
 CHAT = "/chat/completions"  # path below the base URL
@@ -234,8 +235,8 @@ def parse_answer(body: bytes) -> Answer | None:
         return None
     reason = FINISH_REASONS.get(reason, reason) if isinstance(reason, str) and reason else "stop"
     prompt_tokens, reply_tokens = (_token_count(usage, f"{name}_tokens") for name in ("prompt", "completion"))
-    reason = _encodable(reason)[:MAX_REASON_CHARACTERS]
-    return Answer(_encodable(text), reason, prompt_tokens, reply_tokens, _logprobs(choice))
+    reason = encodable(reason)[:MAX_REASON_CHARACTERS]
+    return Answer(encodable(text), reason, prompt_tokens, reply_tokens, _logprobs(choice))
 
 
 def _logprobs(choice: dict[str, Any]) -> tuple[float, ...]:
@@ -271,11 +272,6 @@ def _token_count(usage: Any, name: str) -> int:
     return count if type(count) is int and 0 <= count <= MAX_COUNTED_TOKENS else 0
 
 
-def _encodable(text: str) -> str:
-    """Replace lone surrogates, which are allowed in JSON but not in UTF-8."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def error_message(body: bytes, keys: Sequence[str] = ()) -> str:
     """Return the message in an error response, without `keys`, on one line of at most 500 characters."""
     try:
@@ -285,7 +281,7 @@ def error_message(body: bytes, keys: Sequence[str] = ()) -> str:
         message = (error.get("message") or error.get("detail") or error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         message = body.decode(errors="replace")
-    return _encodable(" ".join(without_keys(str(message), keys).split())[:500] or "no message")
+    return encodable(" ".join(without_keys(str(message), keys).split())[:500] or "no message")
 
 
 def without_keys(text: str, keys: Sequence[str]) -> str:

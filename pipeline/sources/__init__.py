@@ -49,7 +49,7 @@ def with_source_defaults(config: Config) -> Config:
 
     Raises ConfigError if a caption length is set for drawn scenes.
     """
-    spec, changes, asking = find_source(config.source), dict[str, Any](), dict[str, Any]()
+    spec, changes, generate = find_source(config.source), dict[str, Any](), dict[str, Any]()
     if "tasks" not in config.model_fields_set:
         changes["tasks"] = spec.default_tasks(config)
     if config.generate.caption_words and config.has_scene_prompts:
@@ -58,10 +58,10 @@ def with_source_defaults(config: Config) -> Config:
     if spec.default_grouping and "group_by" not in config.split.model_fields_set:
         changes["split"] = config.split.model_copy(update={"group_by": spec.default_grouping})
     if "caption_styles" not in config.generate.model_fields_set and not config.has_scene_prompts:
-        asking["caption_styles"] = PHOTO_STYLES
+        generate["caption_styles"] = PHOTO_STYLES
     if spec.is_endless and "max_pixels" not in config.generate.model_fields_set:
-        asking["max_pixels"] = None  # drawn images are small
-    changes["generate"] = config.generate.model_copy(update=asking)
+        generate["max_pixels"] = None  # drawn images are small
+    changes["generate"] = config.generate.model_copy(update=generate)
     return config.model_copy(update=changes)
 
 
@@ -98,9 +98,11 @@ def open_source(config: Config) -> Source:
     tasks = with_source_defaults(config).tasks
     if tasks and (source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1)):
         content = "decks of pages" if source.decks else "single images"
-        supported = "deck_qa" if source.decks else "caption,qa"
+        hint = f"pass --tasks {'deck_qa' if source.decks else 'caption,qa'}"
+        if source.decks and "columns" in spec.options:
+            hint += "; if each row has a list of one image, pass --columns image=COLUMN"
         problem = f"{config.source} consists of {content}, which do not support {', '.join(tasks)}"
-        raise ConfigError(problem, hint=f"pass --tasks {supported}")
+        raise ConfigError(problem, hint=hint)
     read, settings = source.read, config.image_filter
     return replace(source, read=lambda start: (filter_image(row, settings) for row in read(start)))
 

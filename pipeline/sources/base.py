@@ -9,7 +9,7 @@ from pipeline.config import CONTEXT, LARGE, Config
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
-from pipeline.text.escape import printable
+from pipeline.text.escape import encodable, printable
 from pipeline.types import ImageKind, RawSample, Rejected, Sample, Source
 
 DECK_TASKS = ("deck_qa",)
@@ -123,8 +123,7 @@ def as_text(value: Any, name: str = "a context column") -> str:
         problem = f"{name} contains objects, nested lists or bytes"
         raise SourceError(problem, hint="use columns of strings or numbers")
     is_missing = value is None or value != value  # NaN
-    # JSON may hold lone surrogates, which cannot be encoded.
-    return "" if is_missing else str(value).encode("utf-8", "replace").decode()
+    return "" if is_missing else encodable(str(value))
 
 
 def first_names(names: Sequence[str]) -> str:

@@ -54,8 +54,7 @@ def _open(kind: Kind, config: Config, path: str, *, decks: bool = False) -> Sour
         raise ConfigError(f"{kind} files need the package {PACKAGES[kind]}", hint=install_command(kind))
     suffixes, given = SUFFIXES[kind], Path(path).expanduser()
     root = given if given.is_dir() else given.parent
-    named = [given] if given.exists() else []
-    content = list_files(given) if given.is_dir() else FolderContent(others=named)
+    content = list_files(given) if given.is_dir() else FolderContent(others=[given] if given.exists() else [])
     files = [file for file in content.others if file.suffix.lower() in suffixes]
     if not files:
         hint = f"pass a file, or a folder of files that end in {', '.join(suffixes)}"

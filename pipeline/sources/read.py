@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ from pipeline.types import ImageKind, Rejected, Sample, Source
 PARTS_FOLDER = "parts"  # in the folder of the step
 PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
 PART_ROWS = 16_384
-READING = 5  # increase it when a change makes the same source yield other samples
+READ_VERSION = 5  # increase it when a change makes the same source yield other samples
 # Settings that determine which samples a source yields. Other settings belong to later steps, or enter the
 # key in another form.
 READ_SETTINGS = (
@@ -119,7 +118,7 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
     compared = [config.keeps_human_texts, choose_image_kind(config), list(config.exclude)]
     captions = [file_digest(path) for path in config.captions if path.exists()]
     facts = [source.name, source.license, revisions, settings, captions, limit, compared, has_heif()]
-    return digest([READING, *facts])
+    return digest([READ_VERSION, *facts])
 
 
 class SourceReader:
@@ -142,6 +141,7 @@ class SourceReader:
 
     def read(self, limit: int | None) -> None:
         """Write up to `limit` samples. Raises SourceError if no sample is left."""
+        self._excluded = self._read_exclusions()
         earlier = self._find_result(limit)
         result = earlier or self._read_rows(limit)
         if earlier:
@@ -188,9 +188,8 @@ class SourceReader:
         listed = open_table(self.dataset.step_file("read")).read(["sample_id"])["sample_id"]
         return None if self._store.find_missing(listed.to_pylist()) else result
 
-    @cached_property
-    def _excluded(self) -> list[dict[str, Any]]:
-        """The descriptions of the excluded datasets. Reads their images unless an earlier run read all."""
+    def _read_exclusions(self) -> list[dict[str, Any]]:
+        """Describe the excluded datasets. Their images are read unless an earlier run read all of them."""
         with suppress(LookupError, TypeError, AttributeError):  # the record is damaged
             described = list(read_record(self.dataset, "read", "exclusions")["described"])
             has_unread = any(one["unread"] for one in described)
@@ -240,7 +239,6 @@ class SourceReader:
         If the last row of the parts is not in the same place, remove the parts (but not their images), and
         read all rows again.
         """
-        _ = self._excluded  # writes the table that is read next
         kind = choose_image_kind(self.config)
         exclusions = self.dataset.step_file("read", "exclusions")
         self._exclusion_index = ExclusionIndex(read_table(exclusions), kind)
@@ -271,7 +269,7 @@ class SourceReader:
         groups = IMAGE_GROUPS.empty_table() if kind is None else self._compare(parts, kind)
         near_groups = groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()
         near = {row["sample_id"]: row for row in near_groups}
-        near_ids, near_rejected = pa.array(near, pa.string()), list[dict[str, str]]()
+        near_ids = pa.array(near, pa.string())
 
         def samples(*, is_near: bool) -> Iterator[pa.Table]:
             for table in parts.tables():
@@ -283,19 +281,18 @@ class SourceReader:
         def near_duplicates() -> Iterator[pa.Table]:
             for table in samples(is_near=True):
                 rows = [row | near[row["sample_id"]] for row in table.to_pylist()]
-                for row in rows:
-                    rejected = {"reason": row["image_reason"], "detail": row["near_duplicate_of"]}
-                    near_rejected.append({"source_row": row["source_row"], **rejected})
                 yield pa.Table.from_pylist(rows, schema=NEAR_DUPLICATE)
 
+        rejected = [row for position, row in parts.rejected if position < self._num_rows]
+        rejected += self._images.copies
         near_file = self.dataset.step_file("read", NEAR_DUPLICATES_FILE)
         if near:
             write_table(near_file, near_duplicates(), NEAR_DUPLICATE)
+            written = read_table(near_file, ["source_row", "image_reason", "near_duplicate_of"])
+            rejected += written.rename_columns(SOURCE_REJECTED.names).to_pylist()
         else:
             near_file.unlink(missing_ok=True)
         write_table(self.dataset.step_file("read"), samples(is_near=False), LISTED_SAMPLE)
-        rejected = [row for position, row in parts.rejected if position < self._num_rows]
-        rejected += [*self._images.copies, *near_rejected]
         rejected.sort(key=lambda row: row["source_row"])
         table = pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)
         write_table(self.dataset.step_file("read", "rejected"), [table], SOURCE_REJECTED)

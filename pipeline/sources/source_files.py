@@ -185,7 +185,7 @@ def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: boo
     paths = sorted(path for path in content.others if path.name.lower().endswith(suffixes) and path.exists())
     path_of = {row_name(path, base): path for path in paths}
     contents = []
-    translate = partial(translate_disk_errors, root)
+    translate = partial(translate_local_errors, root)
     with translate():
         for name, file in path_of.items():
             require_regular(file, bound)
@@ -201,7 +201,7 @@ def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: boo
 
 
 @contextmanager
-def translate_disk_errors(root: Path) -> Iterator[None]:
+def translate_local_errors(root: Path) -> Iterator[None]:
     """Turn errors from the local disk into SourceError."""
     try:
         yield

@@ -65,6 +65,10 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
     def split_of(value: object) -> str | None:
         return SPLIT_OF_WORD.get(str(value).strip().casefold())
 
+    def is_unknown(value: object) -> bool:
+        is_missing = value is None or value != value or not str(value).strip()
+        return not is_missing and split_of(value) is None
+
     def count() -> int:
         if split is None or not split_column:
             return tables.count(split)
@@ -77,7 +81,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
                 yield row
                 continue
             row_split = split_of(row[split_column]) if split_column else file_split
-            if row_split is None and split_column and not _is_missing(row[split_column]):
+            if split_column and is_unknown(row[split_column]):
                 value = f"{row[split_column]!r} in the column {split_column}"
                 detail = f"{value} is not a split: {', '.join(SPLIT_OF_WORD)}"
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=detail)
@@ -91,9 +95,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
             number
             for number, (_, _, row) in enumerate(tables.rows([column]), 1)
             # A row with an unknown split is rejected, whichever split is read.
-            if isinstance(row, Rejected)
-            or split_of(row[column]) == split
-            or not (split_of(row[column]) or _is_missing(row[column]))
+            if isinstance(row, Rejected) or split_of(row[column]) == split or is_unknown(row[column])
         )
         return next(islice(numbers, start - 1, None), tables.count()) if start else 0
 
@@ -281,10 +283,6 @@ def _read_row(name: str, row: dict[str, Any], columns: Columns, **fields: Any) -
         pairs += [{"question": q, "answers": a} for q, a in zip(questions, answers, strict=True)]
     fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
     return build_sample(name, images, **fields)
-
-
-def _is_missing(value: object) -> bool:
-    return value is None or value != value or not str(value).strip()
 
 
 def _as_list(value: Any) -> list[Any]:

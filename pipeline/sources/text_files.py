@@ -34,8 +34,6 @@ def translate_file_errors(file: Path, hint: str) -> Iterator[None]:
     try:
         yield
         return
-    except SourceError:
-        raise
     except UnsafeFileError as error:
         raise SourceError(f"cannot read {file}: {error}", hint=error.hint) from None
     except KeyError as error:
@@ -78,11 +76,11 @@ def parse_json(text: str) -> Any:
 
 def parse_rows(text: str, kind: str = "") -> Iterator[dict[str, Any]]:
     """Yield the rows of a table: a JSON list, JSON lines, or CSV. `kind` is JSON, CSV, or "" to guess it."""
-    text = text.lstrip("\n\r\t ") if kind == "" else text
-    if kind == "CSV" or (not kind and text[:1] not in ("[", "{")):
-        yield from _parse_csv(text)
+    first = text.lstrip()[:1]
+    if kind == "CSV" or (not kind and first not in ("[", "{")):
+        yield from _parse_csv(text.lstrip("\r\n"))  # a tab or space may belong to the header
         return
-    for row in parse_json(text) if text.lstrip().startswith("[") else _parse_lines(text):
+    for row in parse_json(text) if first == "[" else _parse_lines(text):
         if not isinstance(row, dict):
             raise ValueError(f"a row is not a JSON object: {str(row)[:80]}")
         yield row

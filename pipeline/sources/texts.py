@@ -41,6 +41,7 @@ from pipeline.tables import (
     SPLIT,
     WRITTEN_BY,
 )
+from pipeline.text.escape import encodable
 from pipeline.types import ReferenceQA
 
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object may hold its text
@@ -125,7 +126,7 @@ def read_question(row: Mapping[str, Any]) -> ReferenceQA | None:
     if not isinstance(question, str) or not question.strip() or not answers:
         return None
     answer_type = str(row[ANSWER_TYPE]) if row.get(ANSWER_TYPE) else None
-    return ReferenceQA(question=_encodable(question.strip()), answers=tuple(answers), answer_type=answer_type)
+    return ReferenceQA(question=encodable(question.strip()), answers=tuple(answers), answer_type=answer_type)
 
 
 def extract_texts(
@@ -145,7 +146,7 @@ def extract_texts(
         return [text for item in inner for text in extract_texts(item, text_of, max_depth - 1)]
     if not isinstance(value, str):
         value = text_of(value) if text_of else ""
-    text = _encodable(value).strip()[:MAX_TEXT_CHARACTERS]
+    text = encodable(value).strip()[:MAX_TEXT_CHARACTERS]
     return [text] if text else []
 
 
@@ -170,11 +171,6 @@ def _answer_text(value: Any) -> str:
     if value is None or value != value:
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _encodable(text: str) -> str:
-    """Replace lone surrogates, which JSON may hold but UTF-8 cannot encode."""
-    return text.encode("utf-8", "replace").decode()
 
 
 # --- files of captions
@@ -220,7 +216,7 @@ def read_captions(path: Path) -> dict[str, ImageTexts]:
     """
     texts: defaultdict[str, ImageTexts] = defaultdict(ImageTexts)
     with translate_file_errors(path, FORMATS_HINT):
-        for name, row_texts in _parse_captions(read_text(path).lstrip()):
+        for name, row_texts in _parse_captions(read_text(path)):
             texts[name].merge(row_texts)
     if not any(one.captions or one.questions for one in texts.values()):
         if any(one.num_by_model for one in texts.values()):
@@ -234,7 +230,7 @@ NamedTexts = tuple[str, ImageTexts]
 
 
 def _parse_captions(text: str) -> Iterator[NamedTexts]:
-    if text.startswith("{"):
+    if text.lstrip().startswith("{"):
         with suppress(json.JSONDecodeError):
             return _parse_whole_object(parse_json(text))
     return (_parse_row({name.lower(): value for name, value in row.items()}) for row in parse_rows(text))

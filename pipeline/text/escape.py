@@ -62,6 +62,11 @@ def without_passwords(text: str) -> str:
     return _URL_USER.sub(r"\1***", _URL_PASSWORD.sub(r"\1***", text))
 
 
+def encodable(text: str) -> str:
+    """Replace lone surrogates, which JSON may hold but UTF-8 cannot encode."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def on_one_line(text: str) -> str:
     """Replace line breaks and other control characters with spaces."""
     return _CONTROLS.sub(" ", text)

@@ -1,6 +1,5 @@
 """Parquet: bombs, damage and odd schemas give rejected rows or one error, in bounded memory."""
 
-import io
 import json
 import random
 import subprocess
@@ -12,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from pipeline.config.files import resolve
 from pipeline.errors import SynthError
@@ -20,15 +18,10 @@ from pipeline.sources import open_source
 from pipeline.types import Sample
 from tests.hostile import bounded_memory, damaged, part_of
 from tests.hub import datasets
+from tests.pipeline.images.test_isolation import png
 
 # address space of a process that reads one file; the packages alone reserve 1.5 GB
 LIMIT_BYTES = 2_500_000_000
-
-
-def png(color: str = "red", side_px: int = 16) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (side_px, side_px), color).save(out, "PNG")
-    return out.getvalue()
 
 
 def read(path: Path) -> list[str]:
@@ -71,7 +64,7 @@ def test_caption_shared_by_all_rows_is_read_in_bounded_memory(tmp_path: Path) ->
 
 def test_non_utf8_text_rejects_its_row_and_non_utf8_column_name_rejects_the_file(tmp_path: Path) -> None:
     texts = pa.array([b"A red wall.", b"\xff\xfe", b"A red door."], pa.binary()).view(pa.string())
-    images = [png(color) for color in ("red", "blue", "green")]
+    images = [png(color=color) for color in ("red", "blue", "green")]
     path = write(tmp_path / "odd.parquet", {"image": images, "caption": texts})
     assert read(path) == ["sample", "unreadable_row", "sample"]
     path.write_bytes(path.read_bytes().replace(b"caption", b"capt\xf9on"))

@@ -5,8 +5,9 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from pipeline.tables import STRING, Extras, OwnColumn
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.tasks.output_schema import arrow_type, close_schema
 from pipeline.types import Sample
-from tests.pipeline.sources.reading import open_folder
+from tests.pipeline.sources.reading import open_folder, open_path, samples_of
 from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
 
 COUNT = 30
+Exported = Callable[[str], Path]  # returns the folder of an export in a format
 CORNERS = {"type": "array", "items": {"type": "integer"}}
 LABELED = {"bbox_2d": CORNERS, "label": {"type": "string"}}
 BOX = {"type": "object", "required": ["bbox_2d", "label"], "properties": LABELED}
@@ -74,6 +76,35 @@ def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> 
     return replace(made, manifest=made.manifest | {"measured": {"captions": {"brief": {}, "detailed": {}}}})
 
 
+@pytest.fixture(scope="module")
+def exported(version: Version, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Return a function that exports the version in a format once, and returns the folder."""
+
+    @cache
+    def export(kind: str) -> Path:
+        done = export_version(version, kind, tmp_path_factory.mktemp("exports") / kind)
+        assert (done.images, done.without_text) == (COUNT, 0)
+        return done.folder
+
+    return export
+
+
+def write(kind: str, folder: Path, *items: Item) -> None:
+    writer = FORMATS[kind](folder, "")
+    assert all(map(writer.add, items))
+    writer.close()
+
+
+def rows_of(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    """Return the rows of the only Parquet file in a folder that matches a pattern."""
+    (path,) = folder.glob(pattern)
+    return list(pq.read_table(path).to_pylist())
+
+
+def loaded(folder: Path, cache_dir: Path, kind: str = "parquet") -> Any:
+    return load_dataset(kind, data_dir=str(folder), cache_dir=str(cache_dir))
+
+
 def by_id(version: Version) -> dict[str, Any]:
     return {item.name: item for item in read_items(version)}
 
@@ -84,15 +115,14 @@ def answers_of(item: Item) -> list[str]:
     return [*texts, item.questions[0][1], json.dumps(item.values["things"]), item.values["note"]]
 
 
-def test_imagefolder_loads_with_all_texts_and_values(version: Version, tmp_path: Path) -> None:
-    done = export_version(version, "imagefolder", tmp_path / "out")
-    assert (done.images, done.without_text) == (COUNT, 0)
-    items = by_id(version)
-    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+def test_imagefolder_loads_with_all_texts_and_values(
+    version: Version, exported: Exported, tmp_path: Path
+) -> None:
+    splits = loaded(exported("imagefolder"), tmp_path, "imagefolder")
     counts = {split: count for split, count in version.manifest["rows"].items() if count}
-    assert {split: len(part) for split, part in loaded.items()} == counts
-    row = loaded["train"][0]
-    item = next(item for item in items.values() if item.source_row == row["source_row"])
+    assert {split: len(part) for split, part in splits.items()} == counts
+    row = splits["train"][0]
+    item = next(item for item in read_items(version) if item.source_row == row["source_row"])
     assert row["image"].size == (item.width_px, item.height_px) and row["text"] == item.caption
     assert [(caption["style"], caption["text"]) for caption in row["captions"]] == item.captions
     assert [(style, row[f"caption_{style}"]) for style in ("brief", "detailed")] == sorted(item.captions)
@@ -101,14 +131,16 @@ def test_imagefolder_loads_with_all_texts_and_values(version: Version, tmp_path:
     assert row["qa"] == [{"question": "How many?", "answer": item.questions[0][1], "written_by": "model"}]
 
 
-def test_imagefolder_has_styles_that_the_first_image_lacks(version: Version, tmp_path: Path) -> None:
+def test_imagefolder_loads_if_an_image_lacks_a_style_and_references(version: Version, tmp_path: Path) -> None:
     first, second, *_ = read_items(version, ["train"])
-    export = FORMATS["imagefolder"](tmp_path, "")
-    assert export.add(replace(first, captions=first.captions[:1])) and export.add(second)
-    export.close()
-    rows = pq.read_table(tmp_path / "train/metadata.parquet").to_pylist()
+    first = replace(first, captions=first.captions[:1], references=[])
+    second = replace(second, split="test", references=["A ring."])
+    write("imagefolder", tmp_path / "out", first, second)
+    splits = loaded(tmp_path / "out", tmp_path / "cache", "imagefolder")
     style, text = second.captions[1]
-    assert [row[f"caption_{style}"] for row in rows] == [None, text]
+    values = {split: (rows[0][f"caption_{style}"], rows[0]["references"]) for split, rows in splits.items()}
+    assert values == {"train": (None, []), "test": (text, ["A ring."])}
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
 
 
 def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, tmp_path: Path) -> None:
@@ -119,24 +151,25 @@ def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, t
         exported = pq.read_table(tmp_path / "out" / f"{split}-00000.parquet")
         assert exported.select(table.column_names).to_pylist() == table.to_pylist()
         assert exported.column_names == [*table.column_names, "text", "messages"]
-    loaded = load_dataset("parquet", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    splits = loaded(tmp_path / "out", tmp_path / "cache")
     width = rows["train"]["width_px"][0].as_py()
-    assert {*loaded} == {"train", "validation"} and loaded["train"][0]["image"].size == (width, width)
+    assert {*splits} == {"train", "validation"} and splits["train"][0]["image"].size == (width, width)
     export_version(version, "parquet", tmp_path / "again", splits=("train", "validation"))
     assert (tmp_path / "out" / CHECKSUMS).read_text() == (tmp_path / "again" / CHECKSUMS).read_text()
     with pytest.raises(ConfigError, match="always has all captions"):
-        export_version(version, "parquet", tmp_path / "brief", style="brief")
+        export_version(version, "parquet", tmp_path / "brief", opening="a photo of")
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, PARQUET])
-def test_each_format_has_the_source_row_of_each_image(kind: str, version: Version, tmp_path: Path) -> None:
-    export_version(version, kind, tmp_path / "out")
+def test_each_format_has_the_source_row_of_each_image(
+    kind: str, version: Version, exported: Exported
+) -> None:
     source_rows = {item.source_row for item in read_items(version)}
-    if tables := [*(tmp_path / "out").rglob("*.parquet")]:
+    if tables := [*exported(kind).rglob("*.parquet")]:
         read = [pq.read_table(path, columns=["source_row"]).to_pylist() for path in tables]
         assert {row["source_row"] for rows in read for row in rows} == source_rows
         return
-    content = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*.[jct]*"))
+    content = b"".join(path.read_bytes() for path in exported(kind).rglob("*.[jct]*"))
     forms = dict.fromkeys(("csv", "sidecar"), ",{}\r\n") | {"vlmevalkit": "\t{}\r\n"}
     form = forms.get(kind, '"source_row": "{}"')
     assert all(form.format(row).encode() in content for row in source_rows)
@@ -179,25 +212,21 @@ def test_source_names_are_kept_where_they_are_safe_and_unique(kind: str, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"d", "out"}
 
 
-def test_custom_value_with_taken_name_gets_an_underscore(version: Version, tmp_path: Path) -> None:
-    item = replace(next(read_items(version)), values={"text": "EXIT", "license": "plate", "note": "x"})
-    writer = FORMATS["imagefolder"](tmp_path, "")
-    assert writer.add(item)
-    writer.close()
-    (row,) = pq.read_table(next(tmp_path.glob("*/metadata.parquet"))).to_pylist()
-    assert (row["text"], row["text_"]) == (item.caption, "EXIT")
-    assert (row["license"], row["license_"], row["note"]) == (item.license, "plate", "x")
-
-
-def test_exported_sidecars_have_captions_that_folder_source_ignores(version: Version, tmp_path: Path) -> None:
-    export_version(version, "sidecar", tmp_path / "out", style="detailed", splits=("train",))
+@pytest.mark.parametrize(("style", "trigger"), [("detailed", ""), ("all", "sks")])
+def test_exported_sidecars_have_captions_that_folder_source_ignores(
+    style: str, trigger: str, version: Version, tmp_path: Path
+) -> None:
+    export_version(version, "sidecar", tmp_path / "out", style=style, trigger=trigger, splits=("train",))
     items = by_id(version)
     images = sorted((tmp_path / "out/train").glob("*.png"))
     assert len(images) == version.manifest["rows"]["train"] and not (tmp_path / "out/test").exists()
     for path in images:
-        assert path.read_bytes() == items[path.stem].image
-        assert path.with_suffix(".txt").read_text() == dict(items[path.stem].captions)["detailed"] + "\n"
-    rows = [row for row in open_folder(tmp_path / "out").rows if isinstance(row, Sample)]
+        item = items[path.stem]
+        assert path.read_bytes() == item.image
+        texts = [text for name, text in item.captions if style in ("all", name)]
+        expected = [f"{trigger}, {text}" if trigger else text for text in texts]
+        assert path.with_suffix(".txt").read_text() == "".join(f"{text}\n" for text in expected)
+    rows = samples_of(open_folder(tmp_path / "out"))
     assert rows and not any(row.references for row in rows)
 
 
@@ -224,6 +253,7 @@ SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {
     "webdataset": ("archive:{}", ""),
     "coco": ("folder:{}/images/train", "{}/annotations/captions_train.json"),
     "csv": ("folder:{}/images", "{}/train.csv"),
+    "sidecar": ("folder:{}/train", ""),
 }
 
 
@@ -231,7 +261,6 @@ SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {
 def test_source_reads_only_human_written_texts_from_an_export(
     kind: str, version: Version, tmp_path: Path
 ) -> None:
-    writer = FORMATS[kind](tmp_path, "")
     items = {}
     for number, item in enumerate(read_items(version, ["train"])):
         question_texts = {question for question, _ in item.questions}
@@ -240,11 +269,10 @@ def test_source_reads_only_human_written_texts_from_an_export(
         references = ["Of the source.", item.captions[1][1]] if number % 2 else []
         own = {"description": "By a model."}
         items[item.name] = replace(item, human_texts=frozenset(by_people), references=references, values=own)
-        assert writer.add(items[item.name])
-    writer.close()
+    write(kind, tmp_path, *items.values())
     source, captions = (text.format(tmp_path) for text in SOURCES_OF_EXPORTS[kind])
     opened = open_source(resolve(source=source, captions=[captions] if captions else []))
-    rows = [row for row in opened.rows if isinstance(row, Sample)]
+    rows = samples_of(opened)
     assert {row.id for row in rows} == {*items} and len(rows) > 10
     keeps_all = kind in ("imagefolder", "webdataset")
     for row in rows:
@@ -261,66 +289,66 @@ def test_source_reads_only_human_written_texts_from_an_export(
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "coco", "webdataset"])
-def test_source_reads_splits_of_an_export(kind: str, version: Version, tmp_path: Path) -> None:
-    export_version(version, kind, tmp_path / "out")
-    source = f"archive:{tmp_path / 'out'}" if kind == "webdataset" else f"folder:{tmp_path / 'out'}"
-    opened = open_source(resolve(source=source))
-    rows = [row for row in opened.rows if isinstance(row, Sample)]
-    assert {row.id: row.split for row in rows} == {item.name: item.split for item in read_items(version)}
+def test_source_reads_splits_of_an_export(kind: str, version: Version, exported: Exported) -> None:
+    opened = open_path("archive" if kind == "webdataset" else "folder", exported(kind))
+    assert {row.id: row.split for row in samples_of(opened)} == {
+        item.name: item.split for item in read_items(version)
+    }
 
 
 @pytest.mark.parametrize(
-    ("values", "writer"), [({}, "people"), ({"note": "It barks."}, "people"), ({"title": "Rex"}, "model")]
+    ("values", "writer"),
+    [
+        ({"note": "It barks."}, "people"),
+        ({"title": "Rex"}, "model"),
+        ({"text": "EXIT", "license": "plate"}, "model"),
+    ],
 )
 def test_custom_value_named_like_a_text_column_keeps_written_by_model(
     version: Version, tmp_path: Path, values: dict[str, Any], writer: str
 ) -> None:
     (item, *_) = read_items(version, ["train"])
-    text = item.caption or ""
     asked = [{"question": "What?", "answers": ["a dog", "dog"], "answer_type": None}]
+    text, license = item.caption or "", item.license
     item = replace(item, human_texts=frozenset([text]), values=values, reference_qa=asked)
-    export = FORMATS["imagefolder"](tmp_path, "")
-    export.add(item)
-    export.close()
-    (row,) = pq.read_table(tmp_path / "train/metadata.parquet").to_pylist()
-    assert (row["text"], row["written_by"]) == (text, writer)
+    write("imagefolder", tmp_path, item)
+    (row,) = rows_of(tmp_path, "*/*.parquet")
+    assert (row["text"], row["written_by"], row["license"]) == (text, writer, license)
     assert row["reference_qa"] == asked
+    taken = {"text": "text_", "license": "license_"}
+    assert {name: row[taken.get(name, name)] for name in values} == values
 
 
-def test_captions_file_with_only_model_texts_is_refused(version: Version, tmp_path: Path) -> None:
-    export_version(version, "coco", tmp_path / "out")
-    captions = [str(tmp_path / "out/annotations/captions_train.json")]
+def test_captions_file_with_only_model_texts_is_refused(exported: Exported) -> None:
+    captions = [exported("coco") / "annotations/captions_train.json"]
     with pytest.raises(SourceError, match="a model wrote all texts of") as refused:
-        open_source(resolve(source=f"folder:{tmp_path / 'out/images/train'}", captions=captions))
+        open_folder(exported("coco") / "images/train", captions=captions)
     assert "'written_by'" in refused.value.hint
 
 
 def test_llava_and_sharegpt_conversations_have_one_image_and_all_turns(
-    version: Version, tmp_path: Path
+    version: Version, exported: Exported, tmp_path: Path
 ) -> None:
-    export_version(version, "llava", tmp_path / "llava")
-    export_version(version, "sharegpt", tmp_path / "share")
-    items = by_id(version)
-    for entry in json.loads((tmp_path / "llava/train.json").read_text()):
+    llava, share, items = exported("llava"), exported("sharegpt"), by_id(version)
+    for entry in json.loads((llava / "train.json").read_text()):
         item = items[entry["id"]]
-        assert Image.open(tmp_path / "llava" / entry["image"]).size == (item.width_px, item.height_px)
+        assert Image.open(llava / entry["image"]).size == (item.width_px, item.height_px)
         answers = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
         assert answers == answers_of(item)
         has_image = [turn["value"].startswith("<image>\n") for turn in entry["conversations"]]
         assert has_image == [True] + [False] * 9
-    file, cache = str(tmp_path / "share/train.jsonl"), str(tmp_path / "cache")
-    loaded = load_dataset("json", data_files=file, split="train", cache_dir=cache)
-    assert len(loaded) == version.manifest["rows"]["train"]
-    for row in loaded:
+    file = str(share / "train.jsonl")
+    rows = load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path))
+    assert len(rows) == version.manifest["rows"]["train"]
+    for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 5
         assert sum(message["content"].count("<image>") for message in row["messages"]) == 1
-        assert (tmp_path / "share" / row["images"][0]).is_file()
+        assert (share / row["images"][0]).is_file()
 
 
-def test_pycocotools_reads_captions_and_boxes(version: Version, tmp_path: Path) -> None:
-    export_version(version, "coco", tmp_path / "out")
-    items = by_id(version)
-    files = (tmp_path / f"out/annotations/{kind}_train.json" for kind in ("captions", "instances"))
+def test_pycocotools_reads_captions_and_boxes(version: Version, exported: Exported) -> None:
+    out, items = exported("coco"), by_id(version)
+    files = (out / f"annotations/{kind}_train.json" for kind in ("captions", "instances"))
     captions, instances = (COCO(str(file)) for file in files)
     assert len(captions.getImgIds()) == version.manifest["rows"]["train"]
     for number in captions.getImgIds():
@@ -331,22 +359,29 @@ def test_pycocotools_reads_captions_and_boxes(version: Version, tmp_path: Path) 
         (box,) = instances.loadAnns(instances.getAnnIds(imgIds=[number]))
         assert box["bbox"] == [1, 2, 10, 20] and box["area"] == 200
         assert instances.loadCats([box["category_id"]])[0]["name"] == item.values["things"][0]["label"]
-        assert (tmp_path / "out/images/train" / image["file_name"]).is_file()
+        assert (out / "images/train" / image["file_name"]).is_file()
 
 
-def test_csv_has_a_line_for_each_caption(version: Version, tmp_path: Path) -> None:
-    export_version(version, "csv", tmp_path / "out")
-    with (tmp_path / "out/train.csv").open(newline="") as file:
+def test_csv_has_a_line_for_each_caption(version: Version, exported: Exported) -> None:
+    out, items = exported("csv"), by_id(version)
+    with (out / "train.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    items = by_id(version)
     assert len(rows) == 2 * version.manifest["rows"]["train"]
     for row in rows:
         assert (row["style"], row["title"]) in items[Path(row["filepath"]).stem].captions
-        assert (tmp_path / "out" / row["filepath"]).is_file()
+        assert (out / row["filepath"]).is_file()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_export_after_interrupted_export_is_complete(version: Version, kind: str, tmp_path: Path) -> None:
+def test_image_without_texts_and_values_is_left_out(kind: str, version: Version, tmp_path: Path) -> None:
+    item = replace(next(read_items(version)), captions=[], questions=[], value_turns=[], boxes=None, pairs=[])
+    assert FORMATS[kind](tmp_path, "").add(item) == (kind in ("imagefolder", "webdataset"))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_export_after_interrupted_export_is_complete(
+    version: Version, kind: str, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stop(NullProgress):
         def __call__(self, step: str, done: int, total: int | None, metrics: Any = None) -> None:
             if done == 7:
@@ -355,11 +390,11 @@ def test_export_after_interrupted_export_is_complete(version: Version, kind: str
     with pytest.raises(KeyboardInterrupt):
         export_version(version, kind, tmp_path / "cut", progress=Stop())
     assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(formats, "ITEM_BATCH", 7)  # the size of batches does not change the files
     export_version(version, kind, tmp_path / "cut")
-    export_version(version, kind, tmp_path / "whole")
-    sums = [(tmp_path / name / CHECKSUMS).read_text() for name in ("cut", "whole")]
-    assert sums[0] == sums[1]
-    for line in sums[0].splitlines():
+    sums = (tmp_path / "cut" / CHECKSUMS).read_text()
+    assert sums == (exported(kind) / CHECKSUMS).read_text()
+    for line in sums.splitlines():
         digest, _, name = line.partition("  ")
         assert hashlib.sha256((tmp_path / "cut" / name).read_bytes()).hexdigest() == digest
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -367,13 +402,11 @@ def test_export_after_interrupted_export_is_complete(version: Version, kind: str
 
 @pytest.mark.parametrize("kind", ["cauldron", "messages"])
 def test_parquet_conversations_have_a_list_of_images_and_all_turns(
-    kind: str, version: Version, tmp_path: Path
+    kind: str, version: Version, exported: Exported, tmp_path: Path
 ) -> None:
-    export_version(version, kind, tmp_path / "out")
-    loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
-    items = by_id(version)
-    assert len(loaded) == version.manifest["rows"]["train"]
-    for row in loaded:
+    rows, items = loaded(exported(kind), tmp_path)["train"], by_id(version)
+    assert len(rows) == version.manifest["rows"]["train"]
+    for row in rows:
         item = items[row["sample_id"]]
         assert [image.size for image in row["images"]] == [(item.width_px, item.height_px)]
         if kind == "cauldron":
@@ -381,20 +414,19 @@ def test_parquet_conversations_have_a_list_of_images_and_all_turns(
         else:
             answers = [turn["content"][0]["text"] for turn in row["messages"] if turn["role"] == "assistant"]
         assert answers == answers_of(item)
-    (file,) = (tmp_path / "out").glob("train-*.parquet")
+    (file,) = exported(kind).glob("train-*.parquet")
     group = pq.ParquetFile(file).metadata.row_group(0)
     columns = [group.column(n) for n in range(group.num_columns)]
     pixels = next(column for column in columns if column.path_in_schema.endswith("bytes"))
     assert pixels.compression == "UNCOMPRESSED" and not pixels.is_stats_set
 
 
-def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Version, tmp_path: Path) -> None:
-    done = export_version(version, "dpo", tmp_path / "out")
-    assert (done.images, done.without_text) == (COUNT, 0)
-    loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
-    items = by_id(version)
-    assert len(loaded) == version.manifest["rows"]["train"]
-    for row in loaded:
+def test_dpo_rows_are_conversations_with_better_and_worse_caption(
+    version: Version, exported: Exported, tmp_path: Path
+) -> None:
+    rows, items = loaded(exported("dpo"), tmp_path / "cache")["train"], by_id(version)
+    assert len(rows) == version.manifest["rows"]["train"]
+    for row in rows:
         item = items[row["sample_id"]]
         assert row["image"].size == (item.width_px, item.height_px)
         (asked,), (better,), (worse,) = row["prompt"], row["chosen"], row["rejected"]
@@ -412,6 +444,9 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="already exists"):
         export_version(version, "csv", tmp_path / "there")
+    with pytest.raises(ConfigError, match="no format webdatset") as raised:
+        export_version(version, "webdatset", tmp_path / "out")
+    assert "did you mean webdataset?" in raised.value.hint
     with pytest.raises(ConfigError, match=r"no caption of v1\.0\.0 has the style breif") as raised:
         export_version(version, "csv", tmp_path / "out", style="breif")
     assert "brief" in raised.value.hint
@@ -423,26 +458,10 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
         export_version(replace(version, manifest=without_rows), "csv", tmp_path / "out", splits=("test",))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]  # no unfinished export
     two_pages = [replace(sample, images=sample.images * 2) for sample in samples[:4]]
-    decks, _ = publish_rows(
-        tmp_path / "decks",
-        [true_captions(samples[:4])],
-        sample_table(two_pages).to_batches(),
-        source="decks",
-        decks=True,
-    )
+    batches = sample_table(two_pages).to_batches()
+    decks, _ = publish_rows(tmp_path / "decks", [true_captions(samples[:4])], batches, source="d", decks=True)
     with pytest.raises(ConfigError, match="consists of decks"):
         export_version(decks, "csv", tmp_path / "out")
-
-
-def test_imagefolder_loads_if_a_split_has_no_references(tmp_path: Path) -> None:
-    first, *others = scene_samples(12)
-    without = [replace(sample, references=()) for sample in others]
-    version, _ = make_version(tmp_path / "d", [replace(first, references=("A ring.",)), *without])
-    export_version(version, "imagefolder", tmp_path / "out")
-    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
-    references = {split: sorted(row["references"] for row in part)[-1] for split, part in loaded.items()}
-    assert sorted(references.values()) == [[], ["A ring."]]
-    assert not list((tmp_path / "out").rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -499,9 +518,8 @@ def test_sharegpt_export_has_pairs_and_boxes_for_ms_swift_and_llama_factory(
         assert pair["prompt"][0]["content"].startswith("<image>")
         assert Path(pair["images"][0]).is_relative_to(out) and Path(pair["images"][0]).is_file()
     assert {row["messages"][1]["content"].count("<bbox>") for row in boxes} == {1}
-    assert boxes[0]["objects"]["bbox"] == [[1, 2, 11, 22]] and boxes[0]["objects"]["ref"][0].startswith(
-        "thing"
-    )
+    objects = boxes[0]["objects"]
+    assert objects["bbox"] == [[1, 2, 11, 22]] and objects["ref"][0].startswith("thing")
     known = json.loads((out / "dataset_info.json").read_text())
     assert {known[name]["file_name"] for name in ("train", "train_dpo")} == {"train.jsonl", "train_dpo.jsonl"}
     assert known["train_dpo"]["ranking"] and not any("boxes" in name for name in known)
@@ -517,40 +535,26 @@ def test_export_has_a_line_for_each_text_with_its_own_question(
     items = {item.source_row: item for item in read_items(version, ["train"])}
     first = next(iter(items.values()))
     style, text = first.captions[0]
-    export = FORMATS[kind](tmp_path, "")
     # Another caption of the same style has the same question.
     items[first.source_row] = replace(first, captions=[(style, text), (style, "Other."), *first.captions[1:]])
-    assert all(map(export.add, items.values()))
-    export.close()
-    reader, question, answer = (
-        ("json", "prefix", "suffix") if kind == "paligemma" else ("csv", "question", "answer")
-    )
-    options = {} if kind == "paligemma" else {"sep": "\t"}
+    write(kind, tmp_path, *items.values())
+    is_json = kind == "paligemma"
+    reader, question, answer = ("json", "prefix", "suffix") if is_json else ("csv", "question", "answer")
+    options = {} if is_json else {"sep": "\t"}
     (file,) = tmp_path.glob("train.*")
     rows = load_dataset(reader, data_files=str(file), cache_dir=str(tmp_path / "cache"), **options)["train"]
     lines = [(row["source_row"], row[question], row[answer]) for row in rows]
     for row in rows:
-        if kind == "paligemma":
+        if is_json:
             image = (tmp_path / row["image"]).read_bytes()
         else:
             is_index = len(row["image"]) <= 64
             image = base64.b64decode(rows[int(row["image"])]["image"] if is_index else row["image"])
         assert image == items[row["source_row"]].image
-    assert kind == "paligemma" or rows["index"] == [*range(len(rows))]
+    assert is_json or rows["index"] == [*range(len(rows))]
     expected = [(row, *turn) for row, item in items.items() for turn in item.single_turns]
     assert lines == expected and len(lines) == 5 * len(items) + 1
     assert lines[0][1] == lines[1][1] and lines[1][2] == "Other."
-
-
-def test_sidecar_has_a_line_for_each_caption_that_begins_with_the_trigger(
-    version: Version, tmp_path: Path
-) -> None:
-    export_version(version, "sidecar", tmp_path / "out", style="all", trigger="sks")
-    for item in read_items(version):
-        path = tmp_path / "out" / item.split / f"{item.name}.txt"
-        assert path.read_text().splitlines() == [f"sks, {text}" for _, text in item.captions]
-    rows = [row for row in open_folder(tmp_path / "out").rows if isinstance(row, Sample)]
-    assert rows and not any(row.references for row in rows)
 
 
 def test_lora_export_removes_an_opening_and_reports_frequent_phrases(tmp_path: Path) -> None:
@@ -573,39 +577,22 @@ def test_lora_export_removes_an_opening_and_reports_frequent_phrases(tmp_path: P
     done = export_version(version, "csv", tmp_path / "plain", opening="a pho")
     assert not done.phrases and not done.has_opening
     assert "A photo of a c" in (tmp_path / "plain/train.csv").read_text()
-    with pytest.raises(ConfigError, match="always has all captions"):
-        export_version(version, "parquet", tmp_path / "parquet", opening="a photo of")
 
 
-def test_cauldron_has_the_ratings_of_a_judge(version: Version, tmp_path: Path) -> None:
+def test_cauldron_has_the_ratings_of_a_judge(version: Version, exported: Exported, tmp_path: Path) -> None:
     item = next(read_items(version, ["train"]))
     (_, text), *_ = item.captions
     rated = {"relevance": 4, "grounding": 2, "correctness": 1, "form": 5}
     question = item.questions[0][0]
     scores = {text: rated, question: rated | {"relevance": 3}}
     item = replace(item, scores=scores, questions=[(question, f"sks, {text}")])
-    export = FORMATS["cauldron"](tmp_path, "")
-    export.add(choose_texts(item, style=None, trigger="sks", opening="", only_one=False))
-    export.close()
-    (row,) = pq.read_table(next(tmp_path.glob("*.parquet"))).to_pylist()
+    write("cauldron", tmp_path, choose_texts(item, style=None, trigger="sks", opening="", only_one=False))
+    (row,) = rows_of(tmp_path, "*.parquet")
     assert row["texts"][0]["assistant"] == f"sks, {text}"
     assert row["relevance_ratings"] == [4, None, 3, None, None] and row["relevance_min"] == 3
     assert row["image_correspondence_ratings"] == [2, None, 2, None, None]
     assert row["formatting_min"] == 5
-    export_version(version, "cauldron", tmp_path / "unrated")
-    (path,) = (tmp_path / "unrated").glob("train-*.parquet")
-    assert {*pq.read_table(path)["relevance_min"].to_pylist()} == {None}
-
-
-def test_human_captions_stay_human_in_exported_sidecars(version: Version, tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    sidecar = FORMATS["sidecar"](tmp_path, "")
-    item, *_ = read_items(version, ["train"])
-    human = item.captions[0][1]
-    sidecar.add(replace(item, human_texts=frozenset([human])))
-    sidecar.close()
-    (row,) = open_folder(tmp_path).rows
-    assert isinstance(row, Sample) and row.references == (human,)
+    assert {row["relevance_min"] for row in rows_of(exported("cauldron"), "train-*")} == {None}
 
 
 def test_model_caption_that_equals_a_human_one_without_its_opening_stays_a_models(version: Version) -> None:
@@ -622,9 +609,7 @@ def test_concurrent_export_to_the_same_folder_is_refused(version: Version, tmp_p
     class Second(NullProgress):
         refused = ""
 
-        def __call__(
-            self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None
-        ) -> None:
+        def __call__(self, step: str, done: int, total: int | None, metrics: Any = None) -> None:
             if not self.refused:
                 with pytest.raises(ConfigError, match="another process is exporting to") as caught:
                     export_version(version, "webdataset", out)

@@ -1,6 +1,5 @@
 """Image decoding: valid images become upright RGB, and unusable images are refused with a reason."""
 
-import base64
 import io
 import struct
 import zlib
@@ -13,12 +12,14 @@ from pipeline.errors import ImageError
 from pipeline.images import decode
 from pipeline.images.decode import (
     MAX_SCANS,
+    MIN_HASHED_SIDE_PX,
     check_image,
     pdq_hash,
     prepare_image,
     upright_size,
 )
 from pipeline.images.near_duplicates import MAX_COPY_BITS, as_hashes, image_distances
+from tests.pipeline.images.test_metadata import segment
 from tests.pipeline.images.test_similarity import photo
 
 
@@ -48,12 +49,8 @@ def bomb(width_px: int, height_px: int) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     header = width_px.to_bytes(4, "big") + height_px.to_bytes(4, "big") + b"\x08\x02\0\0\0"
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(b""), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks.items())
 
 
 GOOD = encoded(Image.effect_noise((64, 64), 50), "JPEG")
@@ -118,13 +115,13 @@ def test_jpeg_with_fractional_subsampling_is_refused(sampling: tuple[int, ...]) 
             decoder(bytes(data))
 
 
-def test_lossless_jpeg_is_decoded_in_full() -> None:
-    lossless = (
-        "/9j/7gAOQWRvYmUAZAAAAAAA/8MAEQgABAAEA1IRAEcRAEIRAP/EABUAAQEAAAAAAAAA"
-        "AAAAAAAAAAAH/9oADANSAEcAQgABAAACkUikAAAAAAAD/9k="
-    )
-    info = check_image(base64.b64decode(lossless))
-    assert (info.width_px, info.height_px) == (4, 4)
+def test_large_lossless_jpeg_is_decoded_in_full() -> None:
+    side_px = 2 * MIN_HASHED_SIDE_PX  # other JPEGs of this size are reduced
+    frame = segment(0xC3, struct.pack(">BHHB", 8, side_px, side_px, 3) + b"R\x11\0G\x11\0B\x11\0")
+    table = segment(0xC4, b"\0\1" + bytes(16))  # one code of one bit
+    scan = segment(0xDA, b"\3R\0G\0B\0\1\0\0") + bytes(3 * side_px**2 // 8)
+    info = check_image(b"\xff\xd8" + frame + table + scan + b"\xff\xd9")
+    assert (info.width_px, info.height_px) == (side_px, side_px)
 
 
 def test_mpo_with_many_scans_is_refused() -> None:

@@ -30,6 +30,9 @@ isolation.serve()
 """
 
 
+ANSWER = "os.write(1, struct.pack('!i', len(d))); sys.stdout.buffer.write(d); sys.stdout.flush()"
+
+
 def png(side_px: int = 16, color: str = "red") -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (side_px, side_px), color).save(out, "PNG")
@@ -99,16 +102,8 @@ def test_source_error_is_raised_after_the_images_before_it() -> None:
         ("sys.stdout.buffer.write(b'x' * 999); sys.stdout.flush(); os._exit(0)", "", "decoder_died"),
         ("os.write(1, struct.pack('!iQ', -1, 1 << 50))", "", "decoder_died"),
         ("raise ValueError('odd')", "", "decoder_died"),
-        (
-            "d = b'[' * 900_000; os.write(1, struct.pack('!i', len(d))); sys.stdout.buffer.write(d)",
-            "",
-            "decoder_died",
-        ),
-        (
-            'd = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, struct.pack("!i", len(d)) + d)',
-            "",
-            "decoder_died",
-        ),
+        (f"d = b'[' * 900_000; {ANSWER}", "", "decoder_died"),
+        (f'd = b\'{{"images": [[Infinity, 1, ""]]}}\'; {ANSWER}', "", "decoder_died"),
     ],
 )
 def test_image_that_kills_its_worker_is_rejected_alone(

@@ -19,14 +19,9 @@ from tests.pipeline.images.test_similarity import photo
 
 GPS = 0x8825
 SECRETS = (
-    b"52.5200",
-    b"PhotoSerial-4711",
-    b"Ada Example",
-    b"a private remark",
-    b"ns.adobe.com/xap",
-    b"8BIM",
+    b"52.5200", b"PhotoSerial-4711", b"Ada Example", b"a private remark", b"ns.adobe.com/xap", b"8BIM",
     b"THUMBNAIL",
-)
+)  # fmt: skip
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = (
     b'<x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -62,13 +57,11 @@ def segment(marker: int, content: bytes) -> bytes:
 
 def jpeg(orientation: int = 1, image: Image.Image | None = None, **more: object) -> bytes:
     """Return a photo like a phone's: EXIF, XMP, IPTC, thumbnails, a comment, and a second image after it."""
-    plain = encoded(
-        "JPEG", image, exif=exif_of(orientation), icc_profile=PROFILE, comment=b"a private remark", **more
-    )
+    more |= {"exif": exif_of(orientation), "icc_profile": PROFILE, "comment": b"a private remark"}
+    plain = encoded("JPEG", image, **more)
     jfif = segment(0xE0, b"JFIF\0\x01\x02\0\0\1\0\1\1\1" + b"TNL") + segment(0xE0, b"JFXX\0\x10THUMBNAIL")
-    apps = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP) + segment(
-        0xED, b"Photoshop 3.0\0" + b"8BIM" + b"Ada Example"
-    )
+    apps = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)
+    apps += segment(0xED, b"Photoshop 3.0\0" + b"8BIM" + b"Ada Example")
     multi_picture = segment(0xE2, b"MPF\0PhotoSerial-4711")
     body = plain[2:]
     if body.startswith(b"\xff\xe0"):
@@ -192,6 +185,7 @@ def test_all_frames_of_an_animated_png_are_kept() -> None:
     [
         (tiff(image=photo(1).convert("CMYK")), "RGB"),
         (tiff(image=photo(1).convert("RGBA")), "RGBA"),
+        (tiff(image=indexed(photo(1)).convert("PA")), "RGBA"),
         (tiff(image=Image.new("I;16", (40, 30), 40_000)), "I;16"),
         (encoded("BMP"), "RGB"),
         (webp(lossless=True), "RGB"),
@@ -252,9 +246,7 @@ def test_profile_name_and_trailing_data_in_icc_chunk_are_removed() -> None:
     named = encoded("PNG", icc_profile=PROFILE)
     profile = zlib.compress(PROFILE)
     content = b"Ada Example\0\0" + profile
-    chunk = (
-        struct.pack(">I", len(content)) + b"iCCP" + content + struct.pack(">I", zlib.crc32(b"iCCP" + content))
-    )
+    chunk = metadata._png_chunk(b"iCCP", content)
     start = named.index(b"iCCP") - 4
     (length,) = struct.unpack_from(">I", named, start)
     clean = strip_metadata(named[:start] + chunk + named[start + 12 + length :])

@@ -23,14 +23,11 @@ COCO = {
         {"image_id": 9, "id": 3, "caption": "A brown dog."},
     ],
 }
+SENTENCES = [{"raw": "A dog."}, {"raw": "A brown dog."}]
 KARPATHY = {
     "dataset": "coco",
     "images": [
-        {
-            "filename": "000009.jpg",
-            "split": "restval",
-            "sentences": [{"raw": "A dog."}, {"raw": "A brown dog."}],
-        },
+        {"filename": "000009.jpg", "split": "restval", "sentences": SENTENCES},
         {"filename": "000012.jpg", "split": "val", "sentences": [{"raw": "A cat."}]},
     ],
 }
@@ -51,6 +48,7 @@ FORMS = {
     "flickr30k.csv": "image_name| comment_number| comment\n"
     "000009.jpg| 0| A dog.\n000009.jpg| 1| A brown dog.\n"
     "000012.jpg| 0| A cat.\n",
+    "pandas.tsv": "\tfile\ttext\n0\t000009.jpg\tA dog.\n1\t000009.jpg\tA brown dog.\n2\t000012.jpg\tA cat.\n",
     "sheet.csv": '\ufeffFile_Name;Caption\n000009.jpg;A dog.\n000009.jpg;"A brown dog."\n000012.jpg;A cat.\n',
 }
 
@@ -105,11 +103,7 @@ def test_gzip_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest
 def test_questions_have_one_or_many_answers(tmp_path: Path) -> None:
     rows = [
         {"image": "1", "question": "Is it a dog?", "answer": "yes", "answer_type": "yes/no"},
-        {
-            "image": "1",
-            "question": "What is it?",
-            "answers": ["dog", {"answer": "a dog", "answer_id": 2}, "dog"],
-        },
+        {"image": "1", "question": "What?", "answers": ["dog", {"answer": "a dog", "id": 2}, "dog"]},
         {"image": "2", "question": "How many?", "answer": 2.0},
         {"image": "2", "question": "Is it a cat?", "answer": False},
         {"image": "2", "question": "Why?", "answer": ""},
@@ -124,25 +118,22 @@ def test_questions_have_one_or_many_answers(tmp_path: Path) -> None:
     assert texts_of["2"].captions == ["A dog.", "Two dogs."]
 
 
+def coco(images: str, annotations: str = "") -> bytes:
+    return f'{{"images": [{images}], "annotations": [{annotations}]}}'.encode()
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
         (b"", "has no caption and no question"),
         (b"{}", "has no caption and no question"),
         (b"[1]", "cannot read"),
-        (
-            b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]}',
-            "an object has no 'file_name'",
-        ),
-        (
-            b'{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}',
-            "two of its images have the id 1",
-        ),
-        (
-            b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}',
-            "has no caption",
-        ),
+        (coco('{"id": 1}', '{"image_id": 1, "caption": "x"}'), "an object has no 'file_name'"),
+        (coco('{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}'), "two of its images have the id 1"),
+        (coco('{"id": 1, "file_name": "a.jpg"}', '{"image_id": 1, "bbox": []}'), "has no caption"),
         (b"caption\nA dog.\n", "a row has no file name of an image"),
+        (b'{"images": [1], "annotations": []}', "a value has another form than expected"),
+        (b"image,caption,caption\na.jpg,A dog.,\n", "two columns are named caption"),
         (b"\xff\xfe\x00", "codec can"),
         (b"[" * 100_000, "cannot read"),
         (b"file_name,caption\na.jpg,A dog, running\n", "line 2 has more columns than the first line"),
@@ -205,38 +196,17 @@ def test_caption_files_add_texts_and_splits_to_a_folder(tmp_path: Path) -> None:
     assert len({source.revision, plain.revision, open_folder(folder, captions=files[:1]).revision}) == 3
 
 
-def test_metadata_questions_are_read(tmp_path: Path) -> None:
-    for number in range(3):
-        Image.new("RGB", (8, 6 + number), "red").save(tmp_path / f"{number}.png")
-    table = "file_name,question,answer\n1.png,Is it red?,yes\n1.png,Is it blue?,no\n"
-    (tmp_path / "metadata.csv").write_text(table)
-    whole = {row.source_row: row.reference_qa for row in samples_of(open_folder(tmp_path))}
-    assert {name: [pair.answers for pair in asked or ()] for name, asked in whole.items()} == {
-        "0.png": [], "1.png": [("yes",), ("no",)], "2.png": []
-    }  # fmt: skip
-
-
-def test_missing_caption_file_is_an_error_about_its_path(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="No such file") as caught:
-        read_captions(tmp_path / "c.json")
-    assert caught.value.hint == "check the path and its permissions"
-
-
 def test_caption_file_about_other_images_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "c.json").write_text(FORMS["coco.json"])
-    with pytest.raises(
-        SourceError, match=r"no file name in .* is an image in .*it has 000009\.jpg, 000012\.jpg"
-    ) as caught:
+    problem = r"no file name in .* is an image in .*it has 000009\.jpg, 000012\.jpg"
+    with pytest.raises(SourceError, match=problem) as caught:
         open_folder(tmp_path, captions=[tmp_path / "c.json"])
     assert "a.png" in str(caught.value.hint)
 
 
 def test_split_is_case_insensitive_and_unknown_split_is_refused(tmp_path: Path) -> None:
-    rows = [
-        {"image": "a", "text": "A dog.", "split": "Test"},
-        {"image": "a", "text": "It.", "split": "TRAIN"},
-    ]
+    rows = [{"image": "a", "text": "A dog.", "split": split} for split in ("Test", "TRAIN")]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert read_captions(tmp_path / "a.json")["a"].split == "test"  # the more held-out split of two
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"image": "b", "text": "x", "split": "private"}]))
@@ -278,13 +248,10 @@ def test_rows_that_lack_many_values_are_limited(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_model_written_texts_are_skipped(tmp_path: Path) -> None:
+    by_hand = {"text": "by hand", "written_by": "people"}
     rows = [
         {"file_name": "a", "written_by": "model", "caption": "m", "references": ["human one"]},
-        {
-            "file_name": "b",
-            "written_by": "model",
-            "captions": [{"text": "by model"}, {"text": "by hand", "written_by": "people"}],
-        },
+        {"file_name": "b", "written_by": "model", "captions": [{"text": "by model"}, by_hand]},
         {"file_name": "c", "prompt_id": "caption/brief@3", "caption": "mine"},
         {"file_name": "d", "prompt_id": f"caption/v2@{'0f' * 32}", "caption": "of a version"},
     ]

@@ -9,12 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.files import resolve
-from pipeline.errors import SourceError
-from pipeline.sources import open_source
+from pipeline.errors import ConfigError, SourceError
 from pipeline.sources.tables import read_mapping
-from pipeline.types import Rejected, Sample
+from pipeline.types import ReferenceQA, Sample, Source
 from tests.hub.datasets import photo
+from tests.pipeline.sources.reading import open_path, rejected_of, samples_of
 from tests.scene_data import make_version, pulled, scene_samples, true_captions
 
 
@@ -23,11 +22,7 @@ from tests.scene_data import make_version, pulled, scene_samples, true_captions
     [
         ({"img": b"", "sha": b""}, "img", ""),
         ({"image2": b"", "image": b""}, "image", ""),
-        (
-            {"img": b"", "img_2": b""},
-            "",
-            "several columns contain images: img, img_2 .* --columns image=COLUMN",
-        ),
+        ({"img": b"", "img_2": b""}, "", "several columns contain images: img, img_2 .* --columns image="),
         ({"sha": b""}, "", "no column contains images .* --columns image=COLUMN"),
         ({"url": "a.jpg"}, "", "no column contains images .* if url names the images: .* folder:PATH"),
     ],
@@ -42,23 +37,24 @@ def test_image_column_is_guessed(columns: dict[str, Any], image: str, problem: s
         assert re.search(problem, f"{caught.value} {caught.value.hint}")
 
 
-SENTENCES = [[{"raw": "A dog runs.", "tokens": ["a"]}, {"raw": "A brown dog."}]]
+def open_table(folder: Path, table: dict[str, Any], only_split: str | None = None, **columns: str) -> Source:
+    """Write a table with an image in each row, and open it."""
+    count = len(next(iter(table.values())))
+    pq.write_table(pa.table({"image": [*map(photo, range(count))], **table}), folder / "a.parquet")
+    return open_path("parquet", folder / "a.parquet", columns=columns, source_split=only_split)
+
+
+def first_row(tmp_path: Path, table: dict[str, Any], **columns: str) -> Sample:
+    row = next(open_table(tmp_path, table, **columns).rows)
+    assert isinstance(row, Sample)
+    return row
 
 
 @pytest.mark.parametrize("columns", [{}, {"references": "sentences"}])
 def test_captions_in_objects_are_read(columns: dict[str, str], tmp_path: Path) -> None:
-    table = {"image": [photo(1)], "sentences": SENTENCES, "split": ["TEST "]}
-    pq.write_table(pa.table(table), tmp_path / "a.parquet")
-    (row,) = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns=columns)).rows
-    assert isinstance(row, Sample)
+    sentences = [[{"raw": "A dog runs.", "tokens": ["a"]}, {"raw": "A brown dog."}]]
+    row = first_row(tmp_path, {"sentences": sentences, "split": ["TEST "]}, **columns)
     assert (row.references, row.split) == (("A dog runs.", "A brown dog."), "test")
-
-
-def first_row(tmp_path: Path, table: dict[str, Any], **columns: str) -> Sample:
-    pq.write_table(pa.table({"image": [photo(1)], **table}), tmp_path / "a.parquet")
-    row = next(open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns=columns)).rows)
-    assert isinstance(row, Sample)
-    return row
 
 
 def test_star_pairs_question_and_answer_columns(tmp_path: Path) -> None:
@@ -74,60 +70,79 @@ def test_question_columns_are_guessed_by_name(tmp_path: Path, answers: str) -> N
     table = {"question": ["What runs?"], answers: [["a dog", "dog"]]}
     (asked,) = first_row(tmp_path, table).reference_qa or ()
     assert (asked.question, asked.answers) == ("What runs?", ("a dog", "dog"))
-    assert not first_row(tmp_path, {"question": [7], answers: ["a dog"]}).reference_qa
 
 
 @pytest.mark.parametrize(
-    "table",
+    ("table", "columns"),
     [
-        {"question": [["What?", "Where?"]], "answer": ["a dog"]},
-        {"question": ["Which is it?"], "choices": [["a dog", "a cat"]], "answer": ["A"]},
-        {"question": [7], "answer": ["a dog"]},
+        ({"question": [["What?", "Where?"]], "answer": ["a dog"]}, {}),
+        ({"question": ["Which is it?"], "choices": [["a dog", "a cat"]], "answer": ["A"]}, {}),
+        ({"question": [7], "answer": ["a dog"]}, {}),
+        ({"question": ["What runs?"], "answer": ["a dog"]}, {"question": "none"}),
     ],
 )
-def test_mismatched_question_columns_are_ignored(tmp_path: Path, table: dict[str, Any]) -> None:
-    assert not first_row(tmp_path, table).reference_qa
-
-
-def test_question_none_disables_the_guess(tmp_path: Path) -> None:
-    table = {"question": ["What runs?"], "answer": ["a dog"]}
-    assert first_row(tmp_path, table).reference_qa
-    assert not first_row(tmp_path, table, question="none").reference_qa
+def test_mismatched_or_disabled_question_columns_are_ignored(
+    tmp_path: Path, table: dict[str, Any], columns: dict[str, str]
+) -> None:
+    assert not first_row(tmp_path, table, **columns).reference_qa
 
 
 def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
-    table = {
-        "caption": ['["A dog runs.", "A brown dog."]'],
-        "question": ["What?"],
-        "answer": ["['dog', 'dog', 'cat']"],
-    }
-    row = first_row(tmp_path, table)
+    caption, answer = '["A dog runs.", "A brown dog."]', "['dog', 'dog', 'cat']"
+    row = first_row(tmp_path, {"caption": [caption], "question": ["What?"], "answer": [answer]})
     assert row.references == ("A dog runs.", "A brown dog.")
     assert row.reference_qa and row.reference_qa[0].answers == ("dog", "dog", "cat")
 
 
-def test_mapped_column_without_texts_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [photo(1)], "stars": [5]}), tmp_path / "a.parquet")
-    with pytest.raises(SourceError, match="the column stars contains int64, not captions"):
-        open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"references": "stars"}))
+@pytest.mark.parametrize(
+    ("role", "column", "value", "problem"),
+    [
+        ("references", "fact1", 5, "the column fact1 contains int64, not captions"),
+        *(
+            ("context", "fact1", value, "the column fact1 contains .* which prompts cannot use")
+            for value in ({"x": 1}, b"x", [b"x"], [["x"]], [{"x": "y"}])
+        ),
+        ("image", "foto", 5, "no column is named foto"),
+        ("colour", "fact1", 5, "--columns does not support the role colour"),
+        ("split", "fact*", 5, "several columns match split: fact1, fact2"),
+    ],
+)
+def test_unusable_mapping_is_refused(
+    tmp_path: Path, role: str, column: str, value: object, problem: str
+) -> None:
+    with pytest.raises(SourceError, match=problem):
+        open_table(tmp_path, {"fact1": [value], "fact2": [value]}, **{role: column})
 
 
-@pytest.mark.parametrize("value", [{"x": 1}, b"x", [b"x"], [["x"]], [{"x": "y"}]])
-def test_context_column_without_texts_is_refused(tmp_path: Path, value: object) -> None:
-    pq.write_table(pa.table({"image": [photo(1)], "facts": [value]}), tmp_path / "a.parquet")
-    with pytest.raises(SourceError, match=r"the column facts contains .* which prompts cannot use"):
-        open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"context": "facts"}))
+@pytest.mark.parametrize(
+    ("role", "count", "reason"), [("pages", 21, "too_many_pages"), ("image", 2, "several_images")]
+)
+def test_row_with_too_many_images_is_rejected(tmp_path: Path, role: str, count: int, reason: str) -> None:
+    photos = [[{"bytes": photo(1), "path": None}] * count]
+    source = open_table(tmp_path, {"photos": photos}, **{role: "photos"})
+    assert [row.reason for row in rejected_of(source)] == [reason]
+
+
+def test_list_of_one_image_needs_a_mapping_for_captions(tmp_path: Path) -> None:
+    photos = {"images": [[{"bytes": photo(n), "path": None}] for n in range(2)]}
+    pq.write_table(pa.table(photos), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="consists of decks of pages") as caught:
+        open_path("parquet", tmp_path / "a.parquet", tasks=["caption"])
+    assert "--columns image=COLUMN" in caught.value.hint
+    mapped = open_path("parquet", tmp_path / "a.parquet", tasks=["caption"], columns={"image": "images"})
+    assert len(samples_of(mapped)) == 2
 
 
 def test_version_table_yields_only_human_captions(tmp_path: Path) -> None:
-    samples = [replace(sample, references=("A ring of people.",)) for sample in scene_samples(6)]
+    asked = (ReferenceQA(question="Who stands there?", answers=("people", "men")),)
+    human: dict[str, Any] = {"references": ("A ring of people.",), "reference_qa": asked}
+    samples = [replace(sample, **human) for sample in scene_samples(6)]
     stored, _ = make_version(tmp_path / "d", samples, true_captions(samples))
     with pytest.raises(SourceError, match="whose images are stored elsewhere") as raised:
-        open_source(resolve(source=f"parquet:{stored.path}"))
+        open_path("parquet", stored.path)
     assert "--format parquet" in raised.value.hint
-    version = pulled(stored, tmp_path / "home" / "x")
-    rows = open_source(resolve(source=f"parquet:{version.path}")).rows
-    assert {row.references for row in rows if isinstance(row, Sample)} == {("A ring of people.",)}
+    rows = samples_of(open_path("parquet", pulled(stored, tmp_path / "home" / "x").path))
+    assert {(row.references, row.reference_qa) for row in rows} == {(("A ring of people.",), asked)}
 
 
 def test_all_arrow_string_types_are_text(tmp_path: Path) -> None:
@@ -140,30 +155,20 @@ def test_all_arrow_string_types_are_text(tmp_path: Path) -> None:
 
 def test_split_column_is_case_insensitive(tmp_path: Path) -> None:
     words = ["Train", " TEST", "train ", None, "Val", "TRAIN"]
-    images = [{"bytes": photo(number), "path": None} for number in range(len(words))]
-    pq.write_table(pa.table({"image": images, "part": words}), tmp_path / "a.parquet")
-    config = resolve(source=f"parquet:{tmp_path}/a.parquet", source_split="train", columns={"split": "part"})
-    source = open_source(config)
+    source = open_table(tmp_path, {"part": words}, "train", split="part")
     names = [row.source_row for row in source.rows]
     assert source.count() == len(names) == 3
     assert all([row.source_row for row in source.read(n)] == names[n:] for n in range(4))
 
 
 def test_row_without_a_split_has_no_split(tmp_path: Path) -> None:
-    words = ["train", None, "", " ", "test"]
-    images = [photo(number) for number in range(len(words))]
-    table = pa.table({"image": images, "split": pa.array(words, pa.string())})
-    pq.write_table(table, tmp_path / "a.parquet")
-    rows = list(open_source(resolve(source=f"parquet:{tmp_path}/a.parquet")).rows)
-    assert [row.split for row in rows if isinstance(row, Sample)] == ["train", None, None, None, "test"]
+    source = open_table(tmp_path, {"split": ["train", None, "", " ", "test"]})
+    assert [row.split for row in samples_of(source)] == ["train", None, None, None, "test"]
 
 
 def test_split_none_ignores_the_split_column(tmp_path: Path) -> None:
-    table = {"image": [photo(1), photo(2)], "split": ["fold0", "fold1"]}
-    pq.write_table(pa.table(table), tmp_path / "a.parquet")
-    source = f"parquet:{tmp_path}/a.parquet"
-    refused = list(open_source(resolve(source=source)).rows)
-    assert [row.reason for row in refused if isinstance(row, Rejected)] == ["unknown_split"] * 2
+    table = {"split": ["fold0", "fold1"]}
+    refused = rejected_of(open_table(tmp_path, table))
+    assert [row.reason for row in refused] == ["unknown_split"] * 2
     assert "'fold0' in the column split is not a split: train" in str(refused[0])
-    rows = list(open_source(resolve(source=source, columns={"split": "none"})).rows)
-    assert [row.split for row in rows if isinstance(row, Sample)] == [None, None]
+    assert [row.split for row in samples_of(open_table(tmp_path, table, split="none"))] == [None, None]

@@ -13,6 +13,7 @@ from pipeline.steps.split import name_key
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import Rejected, Sample, Source
 from tests.media import text_pdf, write_pdf, write_video
+from tests.pipeline.sources.reading import rejected_of, samples_of
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,8 @@ def opened(source: str, **settings: Any) -> Source:
 
 def test_long_document_becomes_several_decks(files: Path) -> None:
     source = opened(f"pdf:{files}")
-    outcome_of = rows(source)
-    pages = {
-        name: len(row.images) if isinstance(row, Sample) else row.reason for name, row in outcome_of.items()
-    }
-    assert pages == {
+    pages = {row.source_row: len(row.images) for row in samples_of(source)}
+    assert pages | {row.source_row: row.reason for row in rejected_of(source)} == {
         "bad.pdf": "unreadable_file",
         "short.pdf/0001-0003": 3,
         "talks/long.PDF/0001-0020": 20,
@@ -79,11 +77,9 @@ def test_images_of_one_document_or_video_form_one_split_group(files: Path) -> No
         assert config.split.group_by == "folder"
         given = resolve(source=f"{source}:{files}", split={"group_by": None})
         assert with_source_defaults(given).split.group_by is None
-    decks = {name_key(name, "folder") for name in rows(opened(f"pdf:{files}")) if name != "bad.pdf"}
-    assert decks == {"short.pdf", "talks/long.PDF"}  # not their folders
-    keys = {name: name_key(name, "folder") for name in rows(opened(f"video:{files}"))}
-    assert set(keys.values()) == {"one.mkv", "talks/clip.mp4"}
-    assert name_key("talks/long.PDF/0001-0020", "folder") == "talks/long.PDF"
+    # The group is the file, not its folder.
+    key_of = {"talks/long.PDF/0001-0020": "talks/long.PDF", "one.mkv/00000.000s": "one.mkv"}
+    assert {name: name_key(name, "folder") for name in key_of} == key_of
 
 
 def test_revision_depends_on_files_and_frame_interval(tmp_path: Path) -> None:
@@ -103,18 +99,16 @@ def test_damaged_page_rejects_only_its_row(tmp_path: Path) -> None:
     data = (tmp_path / "a.pdf").read_bytes()
     kids = data[data.index(b"/Kids [") + 7 :].split(b"]")[0].split(b" R")
     broken = kids[24].strip()  # the object of page 25
-    (tmp_path / "a.pdf").write_bytes(
-        data.replace(broken + b" R", b"9999 0 R"[: len(broken) + 2].ljust(len(broken) + 2), 1)
-    )
+    other = b"9999 0 R"[: len(broken) + 2].ljust(len(broken) + 2)
+    (tmp_path / "a.pdf").write_bytes(data.replace(broken + b" R", other, 1))
     decks = rows(opened(f"pdf:{tmp_path}"))
     assert [*decks] == ["a.pdf/0001-0020", "a.pdf/0021-0040", "a.pdf/0041-0045"]
     (bad,) = (row for row in decks.values() if isinstance(row, Rejected))
     assert bad.source_row == "a.pdf/0021-0040" and "page 25" in bad.detail
     pages = rows(opened(f"pdf-pages:{tmp_path}"))
     lost = [name for name, row in pages.items() if isinstance(row, Rejected)]
-    assert (
-        lost in (["a.pdf/0025"], ["a.pdf/0025", "a.pdf/0026"]) and len(pages) == 45
-    )  # pdfium cannot find the next page
+    # pdfium cannot find the next page.
+    assert lost in (["a.pdf/0025"], ["a.pdf/0025", "a.pdf/0026"]) and len(pages) == 45
 
 
 def test_linked_document_is_rejected_without_follow_links(tmp_path: Path) -> None:
@@ -123,9 +117,8 @@ def test_linked_document_is_rejected_without_follow_links(tmp_path: Path) -> Non
     (tmp_path / "folder" / "a.pdf").symlink_to(tmp_path / "private.pdf")
     os.mkfifo(tmp_path / "folder" / "b.pdf")
     outcome_of = rows(opened(f"pdf:{tmp_path / 'folder'}"))
-    assert {name: row.reason for name, row in outcome_of.items() if isinstance(row, Rejected)} == {
-        "a.pdf": "outside_folder", "b.pdf": "not_a_file",
-    }  # fmt: skip
+    refused = {name: row.reason for name, row in outcome_of.items() if isinstance(row, Rejected)}
+    assert refused == {"a.pdf": "outside_folder", "b.pdf": "not_a_file"}
     allowed = rows(opened(f"pdf:{tmp_path / 'folder'}", follow_links=True))
     assert isinstance(allowed["a.pdf/0001-0001"], Sample)
     named = rows(opened(f"pdf:{tmp_path / 'folder/a.pdf'}"))  # the user names the link itself
@@ -136,10 +129,9 @@ def test_missing_document_is_an_error(files: Path, tmp_path: Path, monkeypatch: 
     for name in ("none.pdf", ""):
         with pytest.raises(SourceError, match="no pdf file at"):
             opened(f"pdf:{tmp_path / name}")
-    with pytest.raises(ConfigError, match="does not support --every"):
-        opened(f"pdf:{files}", frame_seconds=2)
-    with pytest.raises(ConfigError, match="consists of decks of pages"):
+    with pytest.raises(ConfigError, match="consists of decks of pages") as refused:
         opened(f"pdf:{files}", tasks=["caption"])
+    assert "--tasks deck_qa" in refused.value.hint
     monkeypatch.setattr(documents, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="need the package pypdfium2") as caught:
         opened(f"pdf:{files}")

@@ -1,6 +1,7 @@
-"""Sources resume at any row, and have default tasks and styles."""
+"""Sources resume at any row, need no digests in a preview, and have default tasks and styles."""
 
-import tarfile
+import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.sources import open_source, with_source_defaults
+from pipeline.sources.source_files import skip_digests
 from tests.hub import datasets
 
 PHOTOS = pa.schema([("image", datasets.IMAGE), ("caption", pa.string())])
@@ -25,26 +27,41 @@ def photos(folder: Path, files: int, rows: int) -> None:
         (folder / f"{file}.parquet").write_bytes(datasets.parquet(records, PHOTOS, rows_a_group=3))
 
 
+def folder_and_archive(tmp_path: Path, count: int) -> tuple[str, str]:
+    (tmp_path / "f").mkdir()
+    for number in range(count):
+        (tmp_path / f"f/{number:02d}.jpg").write_bytes(datasets.photo(number))
+    archive = shutil.make_archive(str(tmp_path / "f"), "tar", tmp_path / "f")
+    return f"folder:{tmp_path / 'f'}", f"archive:{archive}"
+
+
 @pytest.mark.parametrize("start", [1, 12, 40])
 def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
     photos(tmp_path / "p", 3, 7)
-    (tmp_path / "f").mkdir()
-    for number in range(14):
-        (tmp_path / f"f/{number:02d}.jpg").write_bytes(datasets.photo(number))
-    with tarfile.open(tmp_path / "f.tar", "w") as archive:
-        for path in sorted((tmp_path / "f").iterdir()):
-            archive.add(path, path.name)
+    folder, archive = folder_and_archive(tmp_path, 14)
     for settings in (
         {"source": "scenes", "limit": 14},
         {"source": "scenes-deck", "limit": 13},
-        {"source": f"folder:{tmp_path / 'f'}"},
-        {"source": f"archive:{tmp_path / 'f.tar'}"},
+        {"source": folder},
+        {"source": archive},
         {"source": f"parquet:{tmp_path / 'p'}"},
         # All rows are rejected: unknown split.
         {"source": f"parquet:{tmp_path / 'p'}", "columns": {"split": "caption"}},
     ):
         source = open_source(resolve(**settings))
         assert list(source.read(start)) == list(source.rows)[start:], settings
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_source_computes_no_file_digests_within_skip_digests(
+    index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve(source=folder_and_archive(tmp_path, 3)[index])
+    revision = open_source(config).revision
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    with skip_digests():
+        source = open_source(config)
+    assert len(list(source.rows)) == 3 and source.revision != revision
 
 
 def test_decks_support_only_deck_questions() -> None:

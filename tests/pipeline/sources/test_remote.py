@@ -59,17 +59,8 @@ def test_files_of_a_remote_folder_are_read_with_splits() -> None:
     assert len(splits(opened("s3://photos/mine/", source_split="train"))) == 3
 
 
-def test_remote_file_is_read_from_store_or_web_server(tmp_path: Path) -> None:
+def test_remote_file_is_read() -> None:
     assert len(splits(opened("s3://photos/mine/train/0.parquet"))) == 3
-    with running_hub(tmp_path) as hub:
-        files = {
-            "data/train.parquet": datasets.parquet(
-                [{"photo": datasets.cell(number)} for number in range(2)], PLAIN
-            )
-        }
-        hub.hub.storage.seed("dataset", "me/open", files)
-        place = f"{hub.endpoint}/datasets/me/open/resolve/main/data/train.parquet"
-        assert splits(opened(place)) == ["train"] * 2
 
 
 def test_revision_depends_on_contents() -> None:
