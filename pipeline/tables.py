@@ -215,11 +215,13 @@ QA_PAIR = pa.struct(
 REJECTED = pa.field("rejected", STRING)
 # The name of the model that wrote a text, stored if several models write texts.
 MODEL = pa.field("model", STRING)
+# Whether the model gave the answer without the image, stored if the check `blind` was asked.
+BLIND = pa.field("answered_blind", BOOL)
 # Optional fields of annotations in `captions` and `qa`: scores, models and rejected texts.
 _BOTH = [*fields(INT32, *RUBRIC), *fields(FLOAT64, "logprob_mean"), MODEL]
 ADDED = {
     "captions": pa.schema([*fields(FLOAT64, "precision", "coverage"), *_BOTH, REJECTED]),
-    "qa": pa.schema(_BOTH),
+    "qa": pa.schema([BLIND, *_BOTH]),
 }
 ADDED_FIELDS = tuple(dict.fromkeys(name for schema in ADDED.values() for name in schema.names))
 SCORE_NAMES = tuple(name for name in ADDED_FIELDS if name not in (REJECTED.name, MODEL.name))

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import NO_MODEL, Config
 from pipeline.config.sections import AT_SERVER, TITLE
 from pipeline.digests import public_name, without_folders
-from pipeline.tables import MODEL, REJECTED, RUBRIC, Extras
+from pipeline.tables import BLIND, MODEL, REJECTED, RUBRIC, Extras
 from pipeline.tasks import Tasks, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, CLAIMS, CONFIRM, COVERS, RATE, REPAIR
@@ -54,6 +54,7 @@ def row_extras(config: Config, tasks: Tasks, writers: Sequence[str] = ()) -> Ext
         **dict.fromkeys(RUBRIC, bool(config.verify.judge)),
         "logprob_mean": config.generate.logprobs,
         MODEL.name: len(writers) > 1,
+        BLIND.name: "blind" in checks,
         REJECTED.name: config.select.pairs,
     }
     added = tuple(name for name, measured in is_measured.items() if measured)

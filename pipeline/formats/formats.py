@@ -23,6 +23,7 @@ from pipeline.formats.items import ITEM_BATCH, Item
 from pipeline.storage.sidecars import as_line, note_own_lines
 from pipeline.tables import (
     ANSWERS,
+    BLIND,
     BY_MODEL,
     CAPTIONS,
     IMAGE,
@@ -36,8 +37,14 @@ from pipeline.tasks.boxes import BOX_FIELDS
 
 DRAFT, DRAFT_BATCH_LINES = ".metadata.jsonl", 10_000
 SHARD_BYTES = 500_000_000  # bytes of images and texts in a tar file
-# The ratings of FineVision, from 1 to 5, and the scores of a judge that they are taken from
-RATINGS = {"relevance": "relevance", "image_correspondence": "grounding", "formatting": "form"}
+# The ratings of FineVision, from 1 to 5, and the fields that they are taken from: scores of a judge, and
+# whether a question was answered without the image.
+RATINGS = {
+    "relevance": "relevance",
+    "image_correspondence": "grounding",
+    "visual_dependency": BLIND.name,
+    "formatting": "form",
+}
 
 
 class Format:
@@ -383,15 +390,20 @@ def _stored(item: Item) -> dict[str, Any]:
 
 
 def _cauldron_rows(item: Item) -> list[dict[str, Any]]:
-    """Return an image with its turns and the ratings of a judge, as in The Cauldron and FineVision."""
+    """Return an image with its turns and their ratings, as in The Cauldron and FineVision."""
     texts = [{"user": question, "assistant": answer} for question, answer in item.turns]
     keys = [turn[0] if turn in item.questions else turn[1] for turn in item.turns]
     rated = [item.scores.get(key) or {} for key in keys]
     row: dict[str, Any] = {"images": [_stored(item)], "texts": texts}
     for name, score in RATINGS.items():
-        ratings = [scores.get(score) for scores in rated]
+        ratings = [_as_rating(scores.get(score)) for scores in rated]
         row |= {f"{name}_ratings": ratings, f"{name}_min": min(filter(None, ratings), default=None)}
     return [row] if texts else []
+
+
+def _as_rating(value: float | None) -> float | None:
+    """Return a score as it is, and 1 or 5 for questions that were or were not answered without the image."""
+    return (1 if value else 5) if isinstance(value, bool) else value
 
 
 def _message_rows(item: Item) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.commands import Done, require_success, run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
@@ -45,6 +46,9 @@ def test_annotations_are_verified_and_changed_thresholds_send_no_request(verifie
         assert kinds == ({"claims"} if row["task"] == "caption" else {"round_trip", "blind"})
         assert row["agreement"] == 1.0
         assert (row["alignment"] is not None) == (row["task"] == "caption")
+    version = pipeline.load(verified)
+    pairs = [pair for split in version.values() for pairs in split["qa"] for pair in pairs]
+    assert pairs and all(pair["answered_blind"] in (False, True) for pair in pairs)
     config = verified.parent / "loose.yaml"
     thresholds = "{max_true_captions_lost: 0.5, lowest_alignment_frac: 0.0}"
     config.write_text(f"verify: {thresholds}\nfilter: {{max_caption_words: 12}}\n")

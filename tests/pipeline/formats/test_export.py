@@ -584,13 +584,14 @@ def test_cauldron_has_the_ratings_of_a_judge(version: Version, exported: Exporte
     (_, text), *_ = item.captions
     rated = {"relevance": 4, "grounding": 2, "correctness": 1, "form": 5}
     question = item.questions[0][0]
-    scores = {text: rated, question: rated | {"relevance": 3}}
+    scores = {text: rated, question: rated | {"relevance": 3, "answered_blind": False}}
     item = replace(item, scores=scores, questions=[(question, f"sks, {text}")])
     write("cauldron", tmp_path, choose_texts(item, style=None, trigger="sks", opening="", only_one=False))
     (row,) = rows_of(tmp_path, "*.parquet")
     assert row["texts"][0]["assistant"] == f"sks, {text}"
     assert row["relevance_ratings"] == [4, None, 3, None, None] and row["relevance_min"] == 3
     assert row["image_correspondence_ratings"] == [2, None, 2, None, None]
+    assert row["visual_dependency_ratings"] == [None, None, 5, None, None]
     assert row["formatting_min"] == 5
     assert {row["relevance_min"] for row in rows_of(exported("cauldron"), "train-*")} == {None}
 
