@@ -77,7 +77,7 @@ MISTAKES = (
     ),
     Mistake(
         "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
-        "2 image not embedded", "docs/sources.md", add_urls,
+        "the column image contains string, not images", "docs/sources.md", add_urls,
     ),
     Mistake(
         "no network", f"{PHOTOS} --engine vllm --model Qwen/Nope", "127.0.0.1:9 does not answer",
@@ -153,6 +153,11 @@ MISTAKES = (
         "column of a prompt misspelled", f"{PHOTOS} --columns context=title --task t.yaml",
         "uses row.titel", "did you mean row.title?",
         add("t.yaml {name: t, kind: caption, prompt: 'Describe {{ row.titel }}.'}"),
+    ),
+    Mistake(
+        "column of a prompt mapped by a misspelled name", f"{PHOTOS} --columns context=tilte --task t.yaml",
+        "uses row.title", "to use the column title: --columns context=title",
+        add("t.yaml {name: t, kind: caption, prompt: 'Describe {{ row.title }}.'}"),
     ),
     Mistake(
         "unquoted yes and no", f"{PHOTOS} --task t.yaml",
