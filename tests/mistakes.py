@@ -141,6 +141,7 @@ MISTAKES = (
         "--host 127.0.0.1", CAPTIONER,
     ),
     Mistake("source without folder:", "generate photos", "(--source folder:photos?)", code=2),
+    Mistake("source before --", "generate photos -- --seed 1", "(--source folder:photos?)", code=2),
     Mistake("caption style misspelled", f"{PHOTOS} --styles atl", "no caption style atl", "mean alt?"),
     Mistake(
         "name of a language", f"{PHOTOS} --language german", "'german' is not a language code", "language",

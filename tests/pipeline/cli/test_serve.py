@@ -25,7 +25,7 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
     monkeypatch.setattr("pipeline.inference.engines.plan_server", plan_server)
     ran: list[Any] = []
     monkeypatch.setattr("os.execvpe", lambda *arguments: ran.append(arguments))
-    monkeypatch.setattr("sys.argv", ["synth", "serve", "--"])
+    monkeypatch.setattr("sys.argv", ["synth", "serve", "--", "--seed", "1"])
     context: Any = SimpleNamespace(args=["--seed", "1"])
     file = tmp_path / "synth.yaml"
     file.write_text("limit: 3\nmodel: org/model\nserver: {flags: [--max-num-seqs=8]}\n")
