@@ -183,10 +183,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
 
 @pytest.mark.parametrize(
     ("row", "reason"),
-    [
-        *((row, None) for row in KEPT),
-        *((row, reason) for reason, rows in REJECTED.items() for row in rows),
-    ],
+    [*((row, None) for row in KEPT), *((row, reason) for reason, rows in REJECTED.items() for row in rows)],
 )
 def test_text_is_kept_or_rejected_with_reason(row: str | tuple[str, str], reason: str | None) -> None:
     assert reasons(GOOD, row) == [None, reason]
