@@ -117,6 +117,10 @@ MISTAKES = (
     Mistake(
         "check misspelled", f"{PHOTOS} --verify claim", "('claim'; did you mean claims?)", "verify.checks",
     ),
+    Mistake(
+        "file in place of a folder", f"{PHOTOS} {EMBEDDED} --out photos/0.png",
+        "a file exists where a folder should be", "--out",
+    ),
     Mistake("split misspelled", "export --split valid", "'valid' is not one of", "--split", code=2),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
     Mistake("no vLLM", "generate --source scenes --engine vllm", "vLLM is not installed here"),

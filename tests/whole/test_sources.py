@@ -69,20 +69,6 @@ def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: 
     assert [part["text"] for part in parts[:-1:2]] == [f"Page {number}:" for number in range(1, 21)]
 
 
-def test_image_in_two_splits_is_held_out(hub: RunningHub, tmp_path: Path) -> None:
-    rows_ = datasets.flickr_rows(4)
-    # a copy of the first image, which is in `train`
-    rows_[3] = rows_[3] | {"image": rows_[0]["image"], "split": "test"}
-    (tmp_path / "rows.parquet").write_bytes(datasets.parquet(rows_, datasets.FLICKR))
-    source = ("--source", "parquet:rows.parquet", "--json")
-    with running_chat(ChatServer()) as chat:
-        version = generate_version(hub, tmp_path, *source, "--base-url", chat.url)
-    assert_counts_add_up(version, 4)
-    (row,) = version.read("test").to_pylist()
-    assert row["image"]["bytes"] == datasets.photo(0)
-    assert "rows.parquet" not in json.dumps(version.manifest["config"])
-
-
 def test_published_files_name_no_local_path_or_server(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k(hub.hub.storage, 6, repo="me/copy")
     arguments = ("--source", "flickr30k:me/copy", "--out", "d", "--json")

@@ -106,10 +106,26 @@ def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
     assert row.reference_qa and row.reference_qa[0].answers == ("dog", "dog", "cat")
 
 
-def test_mapped_column_without_texts_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [photo(1)], "stars": [5]}), tmp_path / "a.parquet")
-    with pytest.raises(SourceError, match="the column stars contains int64, not captions"):
-        open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"references": "stars"}))
+def test_context_values_are_texts_and_unpaired_answers_reject_their_row(tmp_path: Path) -> None:
+    table = {"tags": [["a", "b"]], "stock": [3], "q": [["What?", "Where?"]], "a": [["a dog"]]}
+    assert first_row(tmp_path, table, context="tags,stock").context == (("tags", "a, b"), ("stock", "3"))
+    columns = {"question": "q", "answer": "a"}
+    (row,) = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns=columns)).rows
+    assert isinstance(row, Rejected) and row.reason == "unpaired_answers"
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"references": "stars"}, "the column stars contains int64, not captions"),
+        ({"image": "url"}, "the column url contains string, not images"),
+        ({"pages": "urls"}, "the column urls contains list<.*string>, not images"),
+    ],
+)
+def test_mapped_column_of_another_type_is_refused(columns: dict[str, str], problem: str) -> None:
+    schema = pa.table({"image": [b""], "stars": [5], "url": ["a.jpg"], "urls": [["a.jpg"]]}).schema
+    with pytest.raises(SourceError, match=problem):
+        read_mapping(schema, columns)
 
 
 @pytest.mark.parametrize("value", [{"x": 1}, b"x", [b"x"], [["x"]], [{"x": "y"}]])
