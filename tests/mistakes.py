@@ -122,6 +122,10 @@ MISTAKES = (
         "a file exists where a folder should be", "--out",
     ),
     Mistake("split misspelled", "export --split valid", "'valid' is not one of", "--split", code=2),
+    Mistake(
+        "two options for one key", "generate --source scenes --tasks qa --no-model",
+        "--no-model and --tasks exclude each other", "pass one",
+    ),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
     Mistake("no vLLM", "generate --source scenes --engine vllm", "vLLM is not installed here"),
     Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher can only describe"),

@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import run_process, run_synth
 from tests.mistakes import MISTAKES, PHOTOS, Mistake, add_photos, environment
 from tests.whole.conftest import ROOT
@@ -47,26 +45,6 @@ def test_mistake_gives_one_error_with_hint(mistake: Mistake, outcomes: dict[str,
 
 def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[str]:
     return run_synth(*command.split(), cwd=folder, env=environment(folder) | more)
-
-
-def test_missing_language_option_is_a_warning(tmp_path: Path) -> None:
-    numbers = count()
-
-    def script(times: int, body: dict[str, Any]) -> Act:
-        german = "Zwei kleine Hunde laufen gemeinsam im hellen Sand am Strand entlang und spielen Ball."
-        english = "A small dog runs along the beach."
-        return Act(json.dumps({"caption": german if next(numbers) % 6 else english}))
-
-    add_photos(tmp_path)
-    with running_chat(ChatServer(script)) as chat:
-        command = f"{PHOTOS} --tasks caption --base-url {chat.url} --json"
-        done = run(tmp_path, command)
-        warning = "filter rejected 5 of 6 annotations, 5 of them as other language: set the language"
-        assert f"warning: {warning}" in done.stderr
-        assert "--language" in done.stderr
-        made = json.loads(run(tmp_path, f"{command} --language de").stdout)
-    assert made["steps"]["filter"] == {"input": 6, "kept": 5, "rejected": {"other_language": 1}}
-    assert "- de" in (tmp_path / made["path"] / "README.md").read_text()
 
 
 def test_missing_package_error_shows_install_command(tmp_path: Path) -> None:

@@ -96,8 +96,3 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: s
 def test_contradicting_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(problem)):
         resolve(source="scenes", **settings)
-
-
-def test_settings_that_require_each_other_are_accepted_if_both_are_set() -> None:
-    assert resolve(source="scenes", verify={"repair": True, "checks": ["claims"]}).verify.repair
-    assert resolve(source="scenes", generate={"samples": 3}, select={"pairs": True}).select.pairs

@@ -72,13 +72,17 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
     assert not list(describe_empty_splits(whole, resolve(source="scenes")))
 
 
-def test_repeated_images_cause_no_rejection_warning() -> None:
+def test_rejection_warning_states_reason_and_remedy_and_ignores_repeated_images() -> None:
     """Tables with a row for each caption repeat the image; the captions are kept."""
     repeated = StepSummary("source", "images", 134, 20, {"duplicate_image": 114})
     assert not list(describe_losses(STEPS, [repeated]))
     damaged = StepSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
     (text,) = describe_losses(STEPS, [damaged])
     assert text.startswith("source rejected 16 of 20 images, 16 of them as unreadable image")
+    german = StepSummary("filter", "annotations", 6, 1, {"other_language": 5})
+    (text,) = describe_losses(STEPS, [german])
+    problem = "filter rejected 5 of 6 annotations, 5 of them as other language: set the language"
+    assert text == f"{problem} of the texts: --language (filter.language)"
 
 
 def test_damaged_version_stops_a_run_before_the_first_request(tmp_path: Path) -> None:
