@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.digests import hash_to_unit
 from tests.chat.server import Act, ChatServer, running_chat, task_name, task_of, uuid_of
-from tests.commands import Done, read_result, run_synth
+from tests.commands import Done, read_result, require_success, run_synth
 from tests.whole.conftest import load_rows, read_card, read_manifest, save_photos
 
 COLORS = ("red", "blue", "green", "black")
@@ -164,8 +164,7 @@ def test_precision_is_measured_before_rejection_and_corrected(
     for number, name in enumerate(names):
         (tmp_path / "photos" / f"{name}.txt").write_text(f"A {' '.join(truth_of(number))} can be seen.")
     command = ("generate", *CAPTIONS, "--verify", "claims", "--base-url", server.url)
-    done = run_synth(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = require_success(run_synth(*command, cwd=tmp_path))
     check = checks_of(tmp_path)["claims"]
     assert check["passed"]["count"] == 3 * COUNT and check["judges_itself"]
     assert check["true"]["low"] < 1 - 1 / 6 < check["true"]["high"] < 1

@@ -1,15 +1,12 @@
 """Mistakes of new users: each gives one error with a hint, before torch is loaded."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.commands import run_process, run_synth
+from tests.commands import read_result, run_process, run_python
 from tests.mistakes import MISTAKES, PHOTOS, Mistake, add_photos, environment
 from tests.whole.conftest import ROOT
 
@@ -23,11 +20,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "path").mkdir()
     (folder / "path" / "torch.py").write_text(NO_TORCH)
     env = os.environ | {"PYTHONPATH": f"{folder / 'path'}:{ROOT}"}
-    command = [sys.executable, "-m", "tests.mistakes", str(folder)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded: dict[str, Any] = json.loads(done.stdout)
-    return loaded
+    return read_result(run_python("-m", "tests.mistakes", folder, cwd=folder, env=env))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
@@ -41,10 +34,6 @@ def test_mistake_gives_one_error_with_hint(mistake: Mistake, outcomes: dict[str,
     if code == 1:
         error, hint = errors.strip().splitlines()[-2:]
         assert error.startswith("synth: ") and hint.startswith("  hint: ")
-
-
-def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return run_synth(*command.split(), cwd=folder, env=environment(folder) | more)
 
 
 def test_missing_package_error_shows_install_command(tmp_path: Path) -> None:

@@ -32,16 +32,6 @@ def test_filter_language_is_detectable_or_any(yaml_value: str, language: str | N
         assert resolve(file).filter.language == language
 
 
-def test_undetectable_language_of_a_task_is_reported_once() -> None:
-    task = {"name": "notes", "kind": "text", "prompt": "Take notes."}
-    assert (
-        resolve(source="scenes", custom_tasks=[task | {"language": "any"}]).custom_tasks[0].language == "any"
-    )
-    with pytest.raises(ConfigError, match="this language cannot be detected") as caught:
-        resolve(source="scenes", custom_tasks=[task | {"language": "xx"}])
-    assert str(caught.value).count("language:") == 1
-
-
 @pytest.mark.parametrize(
     ("judge", "problem"),
     [

@@ -21,20 +21,9 @@ from pipeline.executors.messages import (
 )
 from pipeline.inference.engines import EngineChoice
 from pipeline.plan import Model, Plan
-from pipeline.run import STEPS, RunResult, generate_dataset
-from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
+from pipeline.run import STEPS, generate_dataset
+from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
-
-
-def run(folder: Path, script: Script) -> RunResult:
-    with running_chat(ChatServer(script)) as chat:
-        server = {"max_failure_frac": 1.0}
-        config = resolve(source="scenes", limit=12, base_url=[chat.url], model="model", server=server)
-        return generate_dataset(config, folder)
-
-
-def warnings_of(result: RunResult) -> list[str]:
-    return describe_warnings(STEPS, result.plan, result.version, result.funnel)
 
 
 def test_unanswered_requests_are_reported_with_a_message_of_the_server(
@@ -50,7 +39,11 @@ def test_unanswered_requests_are_reported_with_a_message_of_the_server(
         answered.add(str(body))
         return Act(status=413) if len(answered) > 20 else None
 
-    warnings = [text for text in warnings_of(run(tmp_path, script)) if "server" in text]
+    with running_chat(ChatServer(script)) as chat:
+        server = {"max_failure_frac": 1.0}
+        config = resolve(source="scenes", limit=12, base_url=[chat.url], model="model", server=server)
+        result = generate_dataset(config, tmp_path)
+    warnings = describe_warnings(STEPS, result.plan, result.version, result.funnel)
     assert any(text.startswith("12 requests got only errors") and "scripted 500" in text for text in warnings)
     assert any("rejected by the server" in text and "scripted 413" in text for text in warnings), warnings
 
