@@ -32,7 +32,7 @@ def find_checkpoint(captioner: str) -> Path:
 
 
 def note_training_data(captioner: Path, version: "Version", split: str = "test") -> None:
-    """Print a note if a captioner was trained on the images of this split, or not only on this version."""
+    """Print a note if the training data of a captioner contained the images of this split, or may have."""
     from trainer.runtime.checkpoint_folder import read_data_digests
 
     digests, own = {*read_data_digests(captioner)}, version.manifest["digest"]
