@@ -165,10 +165,6 @@ def test_large_photo_is_scaled_down_and_its_boxes_are_in_original_pixels(tmp_pat
         assert sizes == [(1344, 1344), (1988, 980)] and small in sent
         boxes = {row["width_px"]: row["find"][0]["bbox_2d"] for row in load_rows(tmp_path / "d")}
         assert boxes == {2400: [0, 0, 1200, 600], 1344: [0, 0, 994, 490]}
-        sent.clear()
-        (tmp_path / "larger.yaml").write_text("generate: {max_pixels: 2200000}")
-        generate(tmp_path, chat, "--task", "find.yaml", "--config", "larger.yaml")
-        assert sorted(Image.open(io.BytesIO(data)).size for data in sent) == [(1344, 1344), (2072, 1036)]
 
 
 def test_requests_cover_only_new_tasks_and_changed_rows(shop: Path, server: ChatServer, model: Model) -> None:

@@ -87,14 +87,8 @@ def test_version_of_shards_equals_version_of_one_process(
     rows = rows_of(many.version)
     assert rows == rows_of(one.version) and len(rows) > 5
     reasons = {reason for step in many.funnel for reason in step.rejected}
-    assert reasons >= {
-        "duplicate_image",
-        "near_duplicate_image",
-        "near_held_out_image",
-        "duplicate",
-        "caption_of_many_images",
-        "answer_not_confirmed",
-        "answer_too_common",
-    }
+    of_images = "duplicate_image near_duplicate_image near_held_out_image"
+    of_texts = "duplicate caption_of_many_images answer_not_confirmed answer_too_common"
+    assert reasons >= {*of_images.split(), *of_texts.split()}
     if is_remote:
         remove(out)
