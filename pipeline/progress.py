@@ -62,7 +62,8 @@ class LineProgress(Progress):
             return
         self.last_line = now
         details = self.describe(done, total, metrics)
-        self.line(f"{step}: {done}{f' of {total}' if total else ''}{f' ({details})' if details else ''}")
+        count = f"{done:,}{f' of {total:,}' if total else ''}"
+        self.line(f"{step}: {count}{f' ({details})' if details else ''}")
 
     def message(self, text: str, *, transient: bool = False) -> None:
         """See Progress. A transient message is printed at most once per LINE_INTERVAL_S."""

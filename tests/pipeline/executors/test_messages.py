@@ -56,7 +56,7 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", samples, in_train)
     (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"group_by": "folder"}))
     assert warning == (
-        "the validation and the test split has no images, but `synth train` needs some: "
+        "the validation and the test splits have no images, but `synth train` needs some: "
         "use more images, or, if the source states no splits, another --seed, or smaller groups (--group-by)"
     )
     (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"test_frac": 0}))
