@@ -3,14 +3,13 @@
 import pyarrow as pa
 
 from pipeline.config.sections import FilterConfig
+from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.steps.base import RowStep
 from pipeline.tasks import Tasks
 
 
 def judge_texts(table: pa.Table, settings: tuple[FilterConfig, Tasks, int | None]) -> pa.Table:
     """Append scores and `reason`. `settings` are the last arguments of `filter_annotations`."""
-    from pipeline.filtering import filter_annotations, own_prompt_grams  # compiles large patterns
-
     config, tasks, caption_words = settings
     grams = own_prompt_grams(tuple(task.name for task in tasks.asked))
     return filter_annotations(table, config, grams, tasks, caption_words)

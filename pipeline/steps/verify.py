@@ -33,6 +33,7 @@ from pipeline.dataset.calibration import (
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.dataset.records import described, read_record
 from pipeline.digests import weights_revision
+from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
 from pipeline.inference import verification
 from pipeline.inference.journal import Journal
@@ -375,8 +376,6 @@ class AnnotationChecker:
 
     def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
         """Return the columns of the filter step for each new caption, or None if that step rejects it."""
-        from pipeline.filtering import filter_annotations, own_prompt_grams  # compiles large patterns
-
         drafts = [one.row | {"text": text} for one, text in zip(subjects, texts, strict=True)]
         columns = pa.schema(fields(STRING, "task", "style", "text", "question", "answer", "record"))
         table = pa.Table.from_pylist(drafts, schema=columns)  # columns that a draft lacks are null
