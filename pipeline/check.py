@@ -16,7 +16,7 @@ from pipeline.storage.files import open_parquet, read_json
 from pipeline.storage.object_store import is_remote
 
 RUN_AGAIN = "run `synth generate` again"
-AGAIN = "run `synth generate` with the same settings: it writes the file from the replies in the journal"
+REWRITE = "run `synth generate` with the same settings: it writes the file from the replies in the journal"
 STEP_FILES = ("steps/*/*.parquet", "steps/read/*/*.parquet", "shards/*/steps/*/*.parquet", "ladder.parquet")
 
 
@@ -44,7 +44,7 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
     # A run may remove a file in the meantime in order to rewrite it.
     for path in sorted((path for pattern in STEP_FILES for path in dataset.path.glob(pattern)), key=str):
         with suppress(FileNotFoundError):
-            yield _check_file(path, _count_rows, READ_AGAIN if path.parent.parent.name == "read" else AGAIN)
+            yield _check_file(path, _count_rows, READ_AGAIN if path.parent.parent.name == "read" else REWRITE)
     stored = set[str]()
     for path in ImageStore(dataset.path).paths():
         with suppress(FileNotFoundError):

@@ -156,7 +156,7 @@ class Plan:
         }
 
     def record_models(self) -> dict[str, Any]:
-        """Return what the record of a step states about the models, with digests of their settings."""
+        """Return the models with digests of their settings, for the record of a step."""
         settings = {name: _settings_digest(self, name) for name in self.models}
         return {"models": self.describe_models(), "model_settings": settings}
 

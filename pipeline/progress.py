@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 from pipeline.text.escape import printable
 
@@ -14,8 +13,8 @@ LINE_INTERVAL_S = 10.0
 WARNING, LOSS = "yellow", "red"
 
 
-class Progress(Protocol):
-    """Receives the progress, messages and warnings of a command."""
+class Progress:
+    """Receives the progress, messages and warnings of a command. Displays override its methods."""
 
     def __call__(
         self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /
@@ -29,19 +28,8 @@ class Progress(Protocol):
         """Show a warning."""
 
 
-class NullProgress:
+class NullProgress(Progress):
     """A Progress that shows nothing."""
-
-    def __call__(
-        self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /
-    ) -> None:
-        """See Progress."""
-
-    def message(self, text: str, *, transient: bool = False) -> None:
-        """See Progress."""
-
-    def warn(self, text: str) -> None:
-        """See Progress."""
 
 
 @contextmanager
@@ -54,7 +42,7 @@ def show_progress() -> Iterator["LineProgress"]:
         display.end()
 
 
-class LineProgress:
+class LineProgress(Progress):
     """A Progress that prints plain lines to stderr. `warnings` has all warnings so far."""
 
     def __init__(self) -> None:
@@ -74,7 +62,8 @@ class LineProgress:
             return
         self.last_line = now
         details = self.describe(done, total, metrics)
-        self.line(f"{step}: {done}{f' of {total}' if total else ''}{f' ({details})' if details else ''}")
+        count = f"{done:,}{f' of {total:,}' if total else ''}"
+        self.line(f"{step}: {count}{f' ({details})' if details else ''}")
 
     def message(self, text: str, *, transient: bool = False) -> None:
         """See Progress. A transient message is printed at most once per LINE_INTERVAL_S."""

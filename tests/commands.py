@@ -39,6 +39,13 @@ def run_process(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
+def run_python(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Done:
+    """Run `python ARGUMENTS` successfully in a new process."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    return require_success(done)
+
+
 def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Done:
     """Run `synth ARGUMENTS` in this process, with its own folder, environment and streams."""
     command = [str(SYNTH), *map(str, arguments)]

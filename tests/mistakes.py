@@ -77,7 +77,7 @@ MISTAKES = (
     ),
     Mistake(
         "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
-        "2 image not embedded", "docs/sources.md", add_urls,
+        "the column image contains string, not images", "docs/sources.md", add_urls,
     ),
     Mistake(
         "no network", f"{PHOTOS} --engine vllm --model Qwen/Nope", "127.0.0.1:9 does not answer",
@@ -117,7 +117,15 @@ MISTAKES = (
     Mistake(
         "check misspelled", f"{PHOTOS} --verify claim", "('claim'; did you mean claims?)", "verify.checks",
     ),
+    Mistake(
+        "file in place of a folder", f"{PHOTOS} {EMBEDDED} --out photos/0.png",
+        "a file exists where a folder should be", "--out",
+    ),
     Mistake("split misspelled", "export --split valid", "'valid' is not one of", "--split", code=2),
+    Mistake(
+        "two options for one key", "generate --source scenes --tasks qa --no-model",
+        "--no-model and --tasks exclude each other", "pass one",
+    ),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
     Mistake("no vLLM", "generate --source scenes --engine vllm", "vLLM is not installed here"),
     Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher can only describe"),
@@ -141,6 +149,7 @@ MISTAKES = (
         "--host 127.0.0.1", CAPTIONER,
     ),
     Mistake("source without folder:", "generate photos", "(--source folder:photos?)", code=2),
+    Mistake("source before --", "generate photos -- --seed 1", "(--source folder:photos?)", code=2),
     Mistake("caption style misspelled", f"{PHOTOS} --styles atl", "no caption style atl", "mean alt?"),
     Mistake(
         "name of a language", f"{PHOTOS} --language german", "'german' is not a language code", "language",
@@ -153,6 +162,11 @@ MISTAKES = (
         "column of a prompt misspelled", f"{PHOTOS} --columns context=title --task t.yaml",
         "uses row.titel", "did you mean row.title?",
         add("t.yaml {name: t, kind: caption, prompt: 'Describe {{ row.titel }}.'}"),
+    ),
+    Mistake(
+        "column of a prompt mapped by a misspelled name", f"{PHOTOS} --columns context=tilte --task t.yaml",
+        "uses row.title", "to use the column title: --columns context=title",
+        add("t.yaml {name: t, kind: caption, prompt: 'Describe {{ row.title }}.'}"),
     ),
     Mistake(
         "unquoted yes and no", f"{PHOTOS} --task t.yaml",

@@ -7,7 +7,6 @@ packages when they run, so that `synth --help` does not load torch, transformers
 import gc
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -188,9 +187,6 @@ def _exit_with(problem: str, hint: str) -> None:
 def sigterm_as_ctrl_c() -> Iterator[list[int]]:
     """Raise KeyboardInterrupt on SIGTERM. Yield a list that collects the numbers of these signals."""
     arrived: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
-        yield arrived
-        return
 
     def interrupt(number: int, _: FrameType | None) -> None:
         arrived.append(number)

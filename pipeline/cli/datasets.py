@@ -10,18 +10,18 @@ from typer import Argument, BadParameter, Exit, Option
 
 from pipeline.cli.options import (
     LAST_MADE,
+    AnyDataset,
     AsJson,
     Dataset,
     Images,
     Split,
-    dataset_argument,
     dataset_path,
     open_data,
     option,
     path_option,
 )
 from pipeline.cli.output import echo, print_run_result, say, show
-from pipeline.errors import did_you_mean
+from pipeline.errors import StoreError, did_you_mean
 from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ FORMAT = Option(
 
 
 def check(
-    data: Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub)")] = None,
+    data: AnyDataset = None,
     repair: Annotated[bool, Option("--repair", help="Remove damaged replies from journals.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -49,8 +49,6 @@ def check(
 
     Exits with 1 if anything is damaged.
     """
-    from pipeline.errors import StoreError
-
     results = []
     for result in _check_all(data, repair=repair):
         results.append(result)
@@ -86,7 +84,7 @@ def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
 
 
 def export(
-    data: Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub)")] = None,
+    data: AnyDataset = None,
     kind: Annotated[str | None, FORMAT] = None,
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     style: Annotated[

@@ -52,11 +52,12 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
 def vllm_flags(context: Context, option: str) -> list[str]:
     """Return the arguments after `--`. Raises BadParameter if there are others, and suggests `option`."""
-    if context.args and "--" not in sys.argv:
+    flags = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+    if len(context.args) > len(flags):
         name = context.args[0]
         value = f"folder:{name}" if option == "--source" and Path(name).is_dir() else name
         raise BadParameter(f"unexpected argument: {name} ({option} {value}?); flags for vLLM come after --")
-    return list(context.args)
+    return flags
 
 
 def read_names(text: str | None) -> list[str] | None:

@@ -32,7 +32,7 @@ def find_checkpoint(captioner: str) -> Path:
 
 
 def note_training_data(captioner: Path, version: "Version", split: str = "test") -> None:
-    """Print a note if a captioner was trained on the images of this split, or not only on this version."""
+    """Print a note if the training data of a captioner contained the images of this split, or may have."""
     from trainer.runtime.checkpoint_folder import read_data_digests
 
     digests, own = {*read_data_digests(captioner)}, version.manifest["digest"]
@@ -159,7 +159,7 @@ def print_run_result(
     for summary in result.funnel:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.rejected.items())
         rejected = f" (rejected: {reasons})" if reasons else ""
-        say(f"{summary.step}: {summary.kept} of {summary.input} {summary.unit} kept{rejected}")
+        say(f"{summary.step}: {summary.kept:,} of {summary.input:,} {summary.unit} kept{rejected}")
     if version.manifest["model"]["name"] != NO_MODEL:
         _print_requests(result.stats, servers)
     for text in warnings:
@@ -193,7 +193,7 @@ def _print_requests(stats: "RequestStats", servers: "Servers | None") -> None:
     notes = [f"{stats.total - num_answered:,} reused from the journal"] if stats.total > num_answered else []
     notes += [f"{stats.asked - num_answered:,} retries"] if stats.asked > num_answered else []
     details = f" ({', '.join(notes)})" if notes else ""
-    say(f"sent {stats.asked} requests for {stats.total} replies{details}")
+    say(f"sent {stats.asked:,} requests for {stats.total:,} replies{details}")
     if stats.asked:
         cost = stats.cost(servers) if servers else None
         paid = f"; cost: {cost:,.4g}" if cost is not None else ""

@@ -1,4 +1,4 @@
-"""The options of a run, which `generate` and `preview` share.
+"""The options of a run, which `generate`, `preview` and `estimate` share.
 
 `--help` shows the options that most runs need. `--help-all` shows all options.
 """

@@ -7,6 +7,7 @@ from typer import BadParameter, Option
 
 from pipeline.cli.options import ONLY_MADE, AsJson, Dataset, dataset_argument, dataset_path
 from pipeline.cli.output import echo, say
+from pipeline.errors import StoreError
 from pipeline.progress import size
 from pipeline.storage.object_store import is_remote
 
@@ -18,7 +19,6 @@ def _open_dataset(name: str | None, *, for_removal: bool = False) -> "DatasetDir
     """Return a dataset. Raises StoreError if there is none, and BadParameter if `name` contains a version."""
     from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.version import MANIFEST, dataset_dir_of
-    from pipeline.errors import StoreError
 
     path = dataset_path(name, is_only=for_removal)
     if for_removal and is_remote(path):

@@ -104,17 +104,14 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
         with path.open(encoding="utf-8") as file:
             is_json = path.suffix == ".json"
             values = (json.load(file) if is_json else yaml.load(file, _UniqueKeyLoader)) or {}  # noqa: S506
-    except RecursionError:
-        raise ConfigError(f"config file {path} is nested too deeply", hint=example) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"config file {path} is not JSON: {error}", hint=example) from None
+    except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+        kind = "JSON" if is_json else "YAML"
+        problem = f"config file {path} is not {kind}: {one_line(error, 1000)}"
+        raise ConfigError(problem, hint=example) from None
     except (OSError, UnicodeDecodeError) as error:
         problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = f"pass a YAML file; {example}"
         raise ConfigError(f"cannot read config file {path}: {problem}", hint=hint) from None
-    except yaml.YAMLError as error:
-        problem = f"config file {path} is not YAML: {one_line(error, 1000)}"
-        raise ConfigError(problem, hint=example) from None
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} must contain keys and values", hint=example)
     return values

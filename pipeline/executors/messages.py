@@ -144,8 +144,9 @@ def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
     empty = [split for split, share in shares.items() if share and not version.manifest["rows"].get(split)]
     if empty and version.num_rows >= MIN_ROWS_FOR_SPLITS:
         groups = ", or smaller groups (--group-by)" if config.split.group_by else ""
+        verb = "splits have" if len(empty) > 1 else "split has"
         yield (
-            f"the {' and the '.join(empty)} split has no images, but `synth train` needs some: "
+            f"the {' and the '.join(empty)} {verb} no images, but `synth train` needs some: "
             f"use more images, or, if the source states no splits, another --seed{groups}"
         )
 

@@ -151,6 +151,11 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
                 raise SourceError(problem, hint="use columns of strings or numbers")
     if "image" not in columns and "pages" not in columns:
         columns |= _guess_images(schema)
+    for name in (*columns.get("image", ()), *columns.get("pages", ())):
+        kind = schema.field(name).type
+        if is_text(kind.value_type if is_list(kind) else kind):
+            problem = f"the column {name} contains {kind}, not images"
+            raise SourceError(problem, hint=f"if it names the images: {NAMED_IMAGES_HINT}")
     if "references" not in mapping:
         known = ("references",) if _is_own_version(schema) else CAPTION_COLUMNS
         texts = [name for name in known if name in schema.names and _holds_texts(schema.field(name).type)]

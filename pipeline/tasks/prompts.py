@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -164,7 +165,9 @@ def check_names(task: Task, folders: Folders, columns: Sequence[str]) -> None:
         raise ConfigError(problem, hint=hint) from None
     if unknown:
         problem = f"the prompt {name} uses row.{unknown[0]}, which is not a context column"
-        hint = f"to use the column {unknown[0]}: --columns context={','.join([*columns, *unknown])}"
+        close = get_close_matches(unknown[0], columns)  # they may misspell the column
+        names = [column for column in columns if column not in close]
+        hint = f"to use the column {unknown[0]}: --columns context={','.join([*names, *unknown])}"
         known = [f"row.{column}" for column in columns]
         raise ConfigError(problem, unknown=f"row.{unknown[0]}", known=known, hint=hint)
     if unneeded := sorted(results - {*task.needs}):

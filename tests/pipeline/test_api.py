@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.images.decode import deck_id, image_id
 from pipeline.install import installed_version
 from pipeline.sources.join import join_images
 from tests.chat.server import ChatServer, running_chat
+from tests.commands import run_python
 from tests.hub.pusher import Pusher
 from tests.hub.server import running_hub
 from tests.scene_data import make_version, pulled, scene_samples, true_captions
@@ -86,9 +86,8 @@ print(*(name for name in packages if name in sys.modules), pipeline.__version__)
 """
 
 
-def test_import_loads_no_heavy_package() -> None:
-    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [installed_version()]
+def test_import_loads_no_heavy_package(tmp_path: Path) -> None:
+    assert run_python("-c", LOADED, cwd=tmp_path).stdout.split() == [installed_version()]
     assert {"generate", "load", "push", "export", "Config", "SynthError"} < {*pipeline.__all__}
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         pipeline.lod  # noqa: B018
@@ -98,9 +97,7 @@ def test_readme_example_generates_exports_pushes_and_loads(tmp_path: Path) -> No
     (block,) = (text for text in PYTHON_BLOCK.findall(README) if "pipeline.generate(" in text)
     code = f"{block}\nprint(dataset.num_rows, result.stats.asked)"
     with running_hub(tmp_path / "hub") as hub, Pusher(hub, tmp_path / "home") as client:
-        command, env = [sys.executable, "-c", code], hub.env(client.home)
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = run_python("-c", code, cwd=tmp_path, env=hub.env(client.home))
         assert hub.hub.storage.repos["dataset", "ORG/NAME"].tags.keys() >= {"v1.0.0"}
     assert done.stdout.splitlines()[0] == "v1.0.0 20" and done.stdout.splitlines()[-1].endswith("} 60")
     assert list((tmp_path / "shards").glob("*.tar"))

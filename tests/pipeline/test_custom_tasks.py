@@ -122,6 +122,8 @@ def text_task(prompt: str, **keys: Any) -> str:
         ("{name: t, kind: poem, prompt: a}", "bad value for kind: Input should be 'caption', "),
         ("{name: t, kind: text, prompt: a, min_word: 3}", "unknown config key: min_word"),
         ("{name: T, kind: text, prompt: a}", "'T' is not a name in lower case"),
+        ("{name: t, kind: labels, prompt: a, labels: [yes, no]}", "put a string in quotes"),
+        ("{name: t, kind: text, prompt: a, language: xx}", "this language cannot be detected"),
         ("[1]", "must contain keys and values"),
         (text_task("lost.j2"), "lost.j2"),
         (text_task("{{ row.title }}"), "uses row.title, which is not a context column"),

@@ -12,21 +12,17 @@ from pipeline.digests import public_name, without_folders
     [
         ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
         ("tiny-vit", "tiny-vit"),
-        # A path of another machine.
-        ("/scratch/somebody/clip-ft", "clip-ft"),
+        ("/scratch/somebody/clip-ft", "clip-ft"),  # a path of another machine
         ("~/models/clip-ft", "clip-ft"),
         ("./clip-ft", "clip-ft"),
+        ("models/mine", "mine"),
+        ("models/theirs", "models/theirs"),  # not a folder here, so it may be a name on the Hub
     ],
 )
-def test_published_model_path_has_no_folders(name: str, published: str) -> None:
-    assert without_folders(name) == published == public_name(f"{name}@0123abcd")
-
-
-def test_folders_are_removed_from_a_relative_path_only_if_it_exists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_published_model_path_has_no_folders(
+    name: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert without_folders("models/mine") == "mine"
-    # It may be a name on the Hub.
-    assert without_folders("models/theirs") == "models/theirs"
+    assert without_folders(name) == published
+    assert public_name(f"{name}@0123abcd") == published

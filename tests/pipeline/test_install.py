@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pipeline import install
 from pipeline.cli import EXTRAS
 from pipeline.images.rendering import PACKAGES
 from pipeline.install import ROOT, install_command
+from tests.commands import run_python
 from tests.test_architecture import MODULES, PATHS, imports, parse
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -88,6 +88,5 @@ def test_uninstalled_source_folder_is_installed_with_extra(monkeypatch: pytest.M
 
 def test_module_runs_next_to_a_folder_named_prompts(tmp_path: Path) -> None:
     (tmp_path / "prompts").mkdir()
-    command = [sys.executable, "-m", "pipeline", "--version"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"synth {install.installed_version()}\n")
+    done = run_python("-m", "pipeline", "--version", cwd=tmp_path)
+    assert done.stdout == f"synth {install.installed_version()}\n"

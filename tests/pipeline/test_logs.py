@@ -1,14 +1,13 @@
 """Log records are appended to a file of the folder, and to stderr on request."""
 
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline import logs
+from tests.commands import run_python
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +37,8 @@ def test_log_enabled_twice_in_one_folder_has_each_record_once(tmp_path: Path) ->
     assert (tmp_path / logs.FILE).read_text().count("once") == 1
 
 
-def test_show_log_prints_debug_records_to_stderr() -> None:
+def test_show_log_prints_debug_records_to_stderr(tmp_path: Path) -> None:
     code = "import logging, pipeline.logs as logs; logs.show_log(); logging.getLogger('trainer.x').debug('x')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = run_python("-c", code, cwd=tmp_path)
     assert "DEBUG trainer.x: x" in result.stderr
     assert result.stdout == ""

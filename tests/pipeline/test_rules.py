@@ -18,20 +18,8 @@ from pipeline.tables import STRING, fields
 from pipeline.tasks import Tasks
 from tests.step_runs import numbered_table
 
-SCHEMA = pa.schema(
-    fields(
-        STRING,
-        "annotation_id",
-        "task",
-        "style",
-        "text",
-        "question",
-        "answer",
-        "answer_type",
-        "record",
-        "prompt_id",
-    )
-)
+COLUMNS = "annotation_id task style text question answer answer_type record prompt_id"
+SCHEMA = pa.schema(fields(STRING, *COLUMNS.split()))
 GOOD = "A red kite over a grey harbour."
 CATS = "A cat on a mat, a cat in a hat, a cat by a door, a cat on a bed"
 
@@ -183,58 +171,39 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
 
 @pytest.mark.parametrize(
     ("row", "reason"),
-    [
-        *((row, None) for row in KEPT),
-        *((row, reason) for reason, rows in REJECTED.items() for row in rows),
-    ],
+    [*((row, None) for row in KEPT), *((row, reason) for reason, rows in REJECTED.items() for row in rows)],
 )
 def test_text_is_kept_or_rejected_with_reason(row: str | tuple[str, str], reason: str | None) -> None:
     assert reasons(GOOD, row) == [None, reason]
 
 
 STYLED = (
-    ("alt", "A red kite", None),
-    ("alt", "Image of a red kite over a bay", None),
+    ("alt", "A red kite", None), ("alt", "Image of a red kite over a bay", None),
     ("alt", f"A red kite {'over a wonderful harbour ' * 5}".strip(), "too_long"),
-    ("brief", "A red kite", "too_short"),
-    ("plain", "a long red kite over some harbour " * 28, "too_long"),
+    ("brief", "A red kite", "too_short"), ("plain", "a long red kite over some harbour " * 28, "too_long"),
     ("detailed", " ".join(f"A kite{n} flies over bay{n} by shop{n}." for n in range(40)), None),
     ("dense", "A red kite flies over a grey harbour.", "too_short"),
-    ("tags", "kite, red kite, harbour", None),
-    ("tags", "kite, kite, kite, harbour", "keywords"),
-    ("tags", "kite [0.98], harbour [0.5]", "junk"),
-    ("tags", "kite (0.98), harbour (0.5)", "keywords"),
-    ("tags", "kite, 海滩, harbour", "keywords"),
-    ("tags", "kite harbour sand running dog", "keywords"),
-    ("tags", "kite, a harbour with many boats in it", "keywords"),
-    ("tags", "none, none", "keywords"),
-    ("tags", "kite, no people, harbour", "keywords"),
-    ("tags", "kite, no parking, harbour", None),
+    ("tags", "kite, red kite, harbour", None), ("tags", "kite, kite, kite, harbour", "keywords"),
+    ("tags", "kite [0.98], harbour [0.5]", "junk"), ("tags", "kite (0.98), harbour (0.5)", "keywords"),
+    ("tags", "kite, 海滩, harbour", "keywords"), ("tags", "kite harbour sand running dog", "keywords"),
+    ("tags", "kite, a harbour with many boats in it", "keywords"), ("tags", "none, none", "keywords"),
+    ("tags", "kite, no people, harbour", "keywords"), ("tags", "kite, no parking, harbour", None),
     ("tags", "kite = toy, harbour = place", "keywords"),
-    ("tags", "the kite is red, the sea is blue", "keywords"),
-    ("ocr", "Sorry, we're closed", None),
-    ("ocr", "STOP (partially visible)", "unanswerable"),
-    ("ocr", "Top left: STOP", "unanswerable"),
-    ("ocr", "The sign says STOP", "unanswerable"),
-    ("ocr", "The text of this agreement is binding.", None),
-    ("ocr", "STOP (120, 40, 300, 90)", "junk"),
-    ("ocr", "EXIT", None),
-    ("ocr", "SALE | 50% | *today* SALE | 50% | *today*", None),
-    ("ocr", "| Kite | 1 | | --- | --- |", "junk"),
+    ("tags", "the kite is red, the sea is blue", "keywords"), ("ocr", "Sorry, we're closed", None),
+    ("ocr", "STOP (partially visible)", "unanswerable"), ("ocr", "Top left: STOP", "unanswerable"),
+    ("ocr", "The sign says STOP", "unanswerable"), ("ocr", "The text of this agreement is binding.", None),
+    ("ocr", "STOP (120, 40, 300, 90)", "junk"), ("ocr", "EXIT", None),
+    ("ocr", "SALE | 50% | *today* SALE | 50% | *today*", None), ("ocr", "| Kite | 1 | | --- | --- |", "junk"),
     ("ocr", "Liberté, égalité, 出口", None),
     ("ocr", "There is text, but it is too small to be read.", "unanswerable"),
-    ("ocr", "Lost in Translation", None),
-    ("ocr", "MENU in English", None),
-    ("ocr", "No text messages while driving", None),
-    ("ocr", "TEST", None),
-    ("ocr", "No text is visible", "unanswerable"),
-    ("ocr", "Sortie (in English: exit)", "unanswerable"),
+    ("ocr", "Lost in Translation", None), ("ocr", "MENU in English", None),
+    ("ocr", "No text messages while driving", None), ("ocr", "TEST", None),
+    ("ocr", "No text is visible", "unanswerable"), ("ocr", "Sortie (in English: exit)", "unanswerable"),
     ("human", "Three men drink tea at a cafe \u2615", None),
     ("human", "Three \u2615 men drink tea at a cafe", "junk"),
-    ("plain", "Three men drink tea at a cafe \u2615", "junk"),
-    ("ocr", "exit exit " * 40, "repetitive"),
+    ("plain", "Three men drink tea at a cafe \u2615", "junk"), ("ocr", "exit exit " * 40, "repetitive"),
     ("ocr", " ".join(map(str, range(3000))), None),
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("style", "text", "reason"), STYLED)
@@ -257,37 +226,27 @@ def test_bounds_of_each_style_make_room_for_the_requested_words(
     assert [reason in ("too_short", "too_long") for reason in marked] == [True, False, False, True]
 
 
-@pytest.mark.parametrize(
-    ("answer", "language", "reason"),
-    [
-        ("zwei", "de", None), ("two", "en", None), ("a couple", "en", None), ("forty", "en", None),
-        ("city", "en", "answer_not_a_number"), ("red", "en", "answer_not_a_number"),
-    ],
-)  # fmt: skip
-def test_number_is_required_only_of_english_answers(answer: str, language: str, reason: str | None) -> None:
-    question = {"en": "Which count is on the kite?", "de": "Welche Zahl ist auf dem Drachen?"}[language]
-    pair = {"question": question, "answer": answer, "answer_type": "number"}
-    rows = numbered_table(SCHEMA, [pair])
-    rules = FilterConfig(language=language)
-    assert filter_annotations(rows, rules)["reason"].to_pylist() == [reason]
+OWN = TaskConfig(name="own", kind="question", prompt="Ask something.")
+SENTENCE = {"task": "qa", "question": "Who flies the kite?", "answer": "It is flown by a man."}
+NUMBER = {"task": "qa", "question": "Which count is on the kite?", "answer_type": "number"}
+GERMAN = {"question": "Welche Zahl ist auf dem Drachen?", "answer": "zwei"}
 
 
 @pytest.mark.parametrize(
     ("row", "settings", "reason"),
     [
-        ({}, {}, "too_long"),
-        ({"prompt_id": "human"}, {}, None),
-        ({}, {"max_answer_words": 12}, None),
-        ({"task": "own"}, {}, None),
+        (SENTENCE, {}, "too_long"), (SENTENCE, {"max_answer_words": 12}, None),
+        (SENTENCE | {"prompt_id": "human"}, {}, None), (SENTENCE | {"task": "own"}, {}, None),
+        (NUMBER | {"answer": "two"}, {}, None), (NUMBER | {"answer": "a couple"}, {}, None),
+        (NUMBER | {"answer": "forty"}, {}, None), (NUMBER | {"answer": "city"}, {}, "answer_not_a_number"),
+        (NUMBER | {"answer": "red"}, {}, "answer_not_a_number"), (NUMBER | GERMAN, {"language": "de"}, None),
     ],
-)
-def test_sentence_as_answer_is_rejected_unless_allowed(
+)  # fmt: skip
+def test_bounds_of_answers_depend_on_their_type_origin_and_language(
     row: dict[str, str], settings: dict[str, Any], reason: str | None
 ) -> None:
-    own = TaskConfig(name="own", kind="question", prompt="Ask something.")
-    pair = {"question": "Who flies the kite?", "answer": "It is flown by a man."}
-    rows = numbered_table(SCHEMA, [{"task": "qa"} | pair | row])
-    marked = filter_annotations(rows, FilterConfig(**settings), tasks=Tasks(custom=[own]))
+    rows = numbered_table(SCHEMA, [row])
+    marked = filter_annotations(rows, FilterConfig(**settings), tasks=Tasks(custom=[OWN]))
     assert marked["reason"].to_pylist() == [reason]
 
 
@@ -311,17 +270,6 @@ def test_clean_columns_lack_openings_and_personal_data() -> None:
     assert marked["redaction_count"].to_pylist() == [1, 1]
 
 
-def test_filter_settings_change_the_reason_of_a_caption() -> None:
-    short = "A kite flies over harbours."
-    assert reasons(short) == [None]
-    assert reasons(short, min_caption_words=6) == ["too_short"]
-    german = "Ein roter Drache fliegt über dem grauen Hafen der Stadt."
-    assert reasons(german, language=None) == [None]
-    assert reasons(german, language="de") == [None]
-    english = "A man with a red kite walks along the grey harbour at noon."
-    assert reasons(english, language="de") == ["other_language"]
-
-
 @pytest.mark.parametrize(
     ("text", "settings", "reason"),
     [
@@ -337,9 +285,13 @@ def test_filter_settings_change_the_reason_of_a_caption() -> None:
         # The detector reports Swedish.
         ("Et barn på en cykel", {"language": "da"}, None),
         ("A black cat sleeps on a red sofa in the kitchen", {"language": "da"}, "other_language"),
+        ("Ein roter Drache fliegt über dem grauen Hafen der Stadt.", {"language": None}, None),
+        ("Ein roter Drache fliegt über dem grauen Hafen der Stadt.", {"language": "de"}, None),
+        ("A kite flies over harbours.", {}, None),
+        ("A kite flies over harbours.", {"min_caption_words": 6}, "too_short"),
     ],
 )
-def test_caption_language_is_checked_against_the_configured_language(
+def test_caption_is_checked_against_the_settings(
     text: str, settings: dict[str, Any], reason: str | None
 ) -> None:
     assert reasons(text, **settings) == [reason]
@@ -378,22 +330,18 @@ def test_personal_data_within_a_record_is_redacted() -> None:
     assert marked["redaction_count"].to_pylist() == [2] and marked["reason"].to_pylist() == [None]
 
 
-SAYS_NOTHING = """
+EMPTY = """
 ... | I don't know | not sure | Unsure | unclear from here | Not visible in the image | cannot be determined
 N/A | There is no clock | too blurry to tell | The text is illegible | It's hard to say | Unreadable. | null
 no idea | none of the above | Can't tell
 """
-SAYS_SOMETHING = "no | nothing | none | 2 | no one | not a dog | cannon | clear | Not yet begun | null island"
+MEANINGFUL = "no | nothing | none | 2 | no one | not a dog | cannon | clear | Not yet begun | null island"
 
 
-@pytest.mark.parametrize("answer", re.split(r" \| |\n", SAYS_NOTHING.strip()))
-def test_answer_without_content_is_detected(answer: str) -> None:
-    assert says_nothing(answer)
-
-
-@pytest.mark.parametrize("answer", SAYS_SOMETHING.split(" | "))
-def test_short_meaningful_answer_is_not_empty(answer: str) -> None:
-    assert not says_nothing(answer)
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_empty_answers_say_nothing_and_short_meaningful_ones_do(*, is_empty: bool) -> None:
+    answers = re.split(r" \| |\n", EMPTY.strip()) if is_empty else MEANINGFUL.split(" | ")
+    assert {answer: says_nothing(answer) for answer in answers} == dict.fromkeys(answers, is_empty)
 
 
 @pytest.mark.parametrize(

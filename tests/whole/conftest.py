@@ -1,5 +1,6 @@
 """Run `synth` commands in an empty folder."""
 
+import csv
 import io
 import json
 import signal
@@ -76,6 +77,15 @@ def save_photos(folder: Path, count: int, suffix: str = "png") -> Path:
     for number in range(count):
         (folder / "photos" / f"{number:02}.{suffix}").write_bytes(_photo_bytes(number, suffix))
     return folder
+
+
+def write_metadata(folder: Path, **columns: list[str]) -> None:
+    """Write `photos/metadata.csv` for the photos of `save_photos`."""
+    with (folder / "photos/metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", *columns])
+        rows = enumerate(zip(*columns.values(), strict=True))
+        writer.writerows([f"{number:02}.png", *values] for number, values in rows)
 
 
 def write_training_settings(folder: Path) -> None:

@@ -28,26 +28,20 @@ expect.set_options(timeout=120_000)  # ms, only ends a test that hangs
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
     """Return a version whose run rejected a near-duplicate image and a duplicate text."""
     folder = tmp_path_factory.mktemp("dataset")
-    rejected: dict[str, int] = {"duplicate": 1, "near_duplicate_image": 1}
-    funnel: list[dict[str, Any]] = [
-        {"step": "dedupe", "unit": "annotations", "input": 4, "kept": 2, "rejected": rejected},
-        {"step": "balance", "unit": "annotations", "input": 2, "kept": 2, "rejected": {}},
-    ]
-    version, _ = make_version(folder, scene_samples(120), funnel=funnel)
+    reasons = {"duplicate": 1, "near_duplicate_image": 1}
+    dedupe = {"step": "dedupe", "unit": "annotations", "input": 4, "kept": 2, "rejected": reasons}
+    version, _ = make_version(folder, scene_samples(120), funnel=[dedupe])
     a, b = (sample.id for sample in scene_samples(2))
     lost = [
         {"sample_id": a, "clean_text": "a red ring", "reason": "duplicate"},
         {"sample_id": b, "clean_text": "A dot.", "reason": "near_duplicate_image", "near_duplicate_of": a},
     ]
-    tables = {"kept": [{"sample_id": a}, {"sample_id": b}], "rejected": lost}
-    schema = pa.schema(
-        [(name, pa.string()) for name in ("sample_id", "near_duplicate_of", "clean_text", "reason")]
-    )
-    for step in ("dedupe", "balance"):
-        (folder / "steps" / step).mkdir(parents=True)
-        for which, rows in tables.items():
-            table = pa.Table.from_pylist(rows if step == "dedupe" or which == "kept" else [], schema=schema)
-            pq.write_table(table, folder / "steps" / step / f"{which}.parquet")
+    columns = ("sample_id", "near_duplicate_of", "clean_text", "reason")
+    schema = pa.schema([(name, pa.string()) for name in columns])
+    (folder / "steps/dedupe").mkdir(parents=True)
+    for name, rows in {"kept": [{"sample_id": a}, {"sample_id": b}], "rejected": lost}.items():
+        table = pa.Table.from_pylist(rows, schema=schema)
+        pq.write_table(table, folder / "steps/dedupe" / f"{name}.parquet")
     return version
 
 

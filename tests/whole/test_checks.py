@@ -13,8 +13,8 @@ import pytest
 
 from pipeline.digests import hash_to_unit
 from tests.chat.server import Act, ChatServer, running_chat, task_name, task_of, uuid_of
-from tests.commands import Done, read_result, run_synth
-from tests.whole.conftest import load_rows, read_card, read_failure, read_manifest, save_photos
+from tests.commands import Done, read_result, require_success, run_synth
+from tests.whole.conftest import load_rows, read_card, read_manifest, save_photos
 
 COLORS = ("red", "blue", "green", "black")
 THINGS = ("kite", "boat", "horse", "clock")
@@ -164,8 +164,7 @@ def test_precision_is_measured_before_rejection_and_corrected(
     for number, name in enumerate(names):
         (tmp_path / "photos" / f"{name}.txt").write_text(f"A {' '.join(truth_of(number))} can be seen.")
     command = ("generate", *CAPTIONS, "--verify", "claims", "--base-url", server.url)
-    done = run_synth(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = require_success(run_synth(*command, cwd=tmp_path))
     check = checks_of(tmp_path)["claims"]
     assert check["passed"]["count"] == 3 * COUNT and check["judges_itself"]
     assert check["true"]["low"] < 1 - 1 / 6 < check["true"]["high"] < 1
@@ -303,15 +302,3 @@ def test_judge_gets_only_its_key(tmp_path: Path, model: Model, server: ChatServe
     steps = generate(tmp_path, server, "--config", "synth.yaml", *rated, **keys)["steps"]
     red = sum(caption_of(number)[0] == "red" for number in range(COUNT))
     assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == num_requests
-
-
-def test_invalid_judge_is_refused_without_request(tmp_path: Path, model: Model, server: ChatServer) -> None:
-    for name, complaint in (
-        (f"model@{server.url}", "also writes the texts"),
-        ("judge-7b", "has no server"),
-        (f"other@{server.url}", "does not serve other"),
-        ("judge-7b@ftp://x", "is not a model and its server"),
-    ):
-        done = run(tmp_path, server, *CAPTIONS, "--judge", name)
-        assert complaint in read_failure(done)[0], done.stderr
-    assert not model.requests

@@ -19,7 +19,7 @@ from pipeline.formats.formats import FORMATS, PARQUET
 from pipeline.tasks import TASKS
 from pipeline.tasks.checks import CHECKING
 from tests.commands import read_result
-from tests.whole.conftest import SYNTH, Run, read_failure
+from tests.whole.conftest import SYNTH, Run
 
 COMMANDS = (  # in the order of a user's work
     "init", "doctor", "preview", "estimate", "generate", "serve", "report", "review sample", "review apply",
@@ -46,11 +46,6 @@ def test_help_shows_common_options_and_help_all_shows_all(synth: Run) -> None:
     assert f"Tasks: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)}." in every
     assert f"Checks: {', '.join(get_args(Check))}." in every
     assert f"{', '.join([PARQUET, *FORMATS][:-1])} or {[*FORMATS][-1]}." in exported
-
-
-def test_options_for_one_key_exclude_each_other(synth: Run) -> None:
-    problem, _ = read_failure(synth("generate", "--source", "scenes", "--tasks", "qa", "--no-model"))
-    assert "--no-model and --tasks exclude each other" in problem
 
 
 def test_source_list_is_printed_as_json(synth: Run) -> None:

@@ -54,12 +54,3 @@ def test_read_only_folder_is_an_error(tmp_path: Path) -> None:
     error, hint = read_failure(done)
     assert "read-only" in error
     assert "--out" in hint
-
-
-def test_missing_model_and_file_in_place_of_folder_are_errors(synth: Run, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    error, _ = read_failure(synth("generate", "--source", "scenes", "--model", "empty"))
-    assert "empty needs a server" in error
-    (tmp_path / "d").write_text("")
-    error, _ = read_failure(synth("generate", "--source", "scenes", "--out", "d"))
-    assert "a file exists where a folder should be" in error

@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from tests.chat.server import Act, ChatServer, running_chat, task_of
-from tests.commands import require_success
+from tests.commands import run_python
 from tests.whole.conftest import ROOT, read_manifest
 
 STEP = '''"""Step: quiet. Reject captions in capitals."""
@@ -61,10 +59,9 @@ def test_added_step_needs_one_new_file_and_its_place_in_the_order(tmp_path: Path
     run.unlink()
     run.write_text(text)
     with running_chat(ChatServer(reply)) as chat:
-        command = [sys.executable, "-m", "pipeline", "generate", "--source", "scenes", "--limit", "20"]
-        command += ["--out", "data", "--tasks", "caption", "--base-url", chat.url]
-        env = os.environ | {"PYTHONPATH": str(package)}
-        require_success(subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True))
+        command = ("-m", "pipeline", "generate", "--source", "scenes", "--limit", "20", "--out", "data")
+        options, env = ("--tasks", "caption", "--base-url", chat.url), {"PYTHONPATH": str(package)}
+        run_python(*command, *options, cwd=tmp_path, env=os.environ | env)
     funnel = {step["step"]: step for step in read_manifest(tmp_path / "data")["funnel"]}
     steps = ["validate", "filter", "quiet", "verify", "dedupe", "balance", "split", "review"]
     assert list(funnel) == ["read", "ask", *steps, "write"]

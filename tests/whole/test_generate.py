@@ -78,18 +78,6 @@ def test_damaged_version_gives_a_warning_if_a_run_adds_nothing(whole: Whole, tmp
     assert f"warning: {text}" in done.stderr and "sent 0 requests" in done.stderr
 
 
-def test_more_scenes_make_minor_version_and_only_new_scenes_are_asked(whole: Whole) -> None:
-    folder, _ = whole
-    before = DatasetDir(folder).version("v1.0.0")
-    source = ("--source", "scenes", "--limit", str(SCENES + 8))
-    done = run_synth("generate", *source, "--out", folder, cwd=folder)
-    assert f"sent {8 * 3} requests for {(SCENES + 8) * 3} replies" in done.stderr, done.stderr
-    after = DatasetDir(folder).version()
-    assert (after.name, after.manifest["parent"]) == ("v1.1.0", "v1.0.0")
-    held_out = [{*version.read("test")["sample_id"].to_pylist()} for version in (before, after)]
-    assert held_out[0] <= held_out[1]
-
-
 def test_killed_run_resumes_to_same_version(tmp_path: Path) -> None:
     command = [str(SYNTH), *GENERATE, "--model", "model", "--base-url"]
     with running_chat(ChatServer()) as chat:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import yaml
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.sources.scenes import draw_sample
-from tests.commands import Done, run_synth
+from tests.commands import Done, run_python, run_synth
 from tests.hub.server import RunningHub
 from tests.whole.conftest import write_training_settings
 
@@ -106,10 +104,7 @@ def test_pushed_captioner_has_card_with_its_data(maker: User, hub: RunningHub) -
     for part in card.split("```python")[1:]:
         *lines, last = part.split("```")[0].replace("photo.jpg", "scene.png").strip().splitlines()
         code += [*lines, f"print({last.partition('  #')[0]})"]
-    env = hub.env(maker.folder / "home")
-    command = [sys.executable, "-c", "\n".join(code)]
-    done = subprocess.run(command, cwd=maker.folder, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", "\n".join(code), cwd=maker.folder, env=hub.env(maker.folder / "home"))
     printed = done.stdout.strip().splitlines()[-2:]
     caption = maker.synth("caption", "me/captioner", "scene.png", "--json").stdout
     assert maker.json("evaluate", "me/captioner")["images"] > 0

@@ -6,8 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
@@ -79,12 +77,6 @@ def generate_json(folder: Path, command: str, *arguments: str, captions: str = "
     options = ("--source", "folder:photos", "--captions", captions, "--out", "d", "--json")
     result: dict[str, Any] = json.loads(synth(folder, command, *options, *arguments).stdout)
     return result
-
-
-def cells(folder: Path, count: int) -> list[dict[str, Any]]:
-    """Return the first photos as cells of an image column."""
-    paths = sorted((folder / "photos").iterdir())[:count]
-    return [{"bytes": path.read_bytes(), "path": None} for path in paths]
 
 
 def rows_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -182,36 +174,3 @@ def test_missing_captions_and_contradicting_options_are_one_error(photos: Path) 
     (photos / "s.yaml").write_text("captions: [coco.json]\nverify: {checks: [claims]}")
     done = synth(photos, "generate", "--no-model", "--config", "s.yaml", *folder, code=1)
     assert "--no-model excludes a model, but the" in done.stderr
-
-
-def test_table_questions_keep_answers_and_deck_questions_their_deck(photos: Path) -> None:
-    images = cells(photos, 3)
-    asked = [["is it red", "how many are there"], ["is it a bowl"], ["where is it"]]
-    answers = [["yes", "two"], ["yes", "no"], ["here"]]
-    pq.write_table(pa.table({"image": images, "q": asked, "a": answers}), photos / "t.parquet")
-    questions = [f"Who wrote page {n}?" for n in range(3)]
-    decks = pa.table({"pages": [[image] * 2 for image in images], "q": questions, "a": ["Ada"] * 3})
-    pq.write_table(decks, photos / "decks.parquet")
-    columns = ("generate", "--no-model", "--json", "--columns", "question=q,answer=a")
-    done = json.loads(synth(photos, *columns, "--source", "parquet:t.parquet", "--out", "t").stdout)
-    assert done["steps"]["read"]["rejected"] == {"unpaired_answers": 1}
-    questions_and_answers = [pair for row in rows_of(photos, done).values() for pair in row["qa"]]
-    pairs = sorted((pair["question"], pair["answer"]) for pair in questions_and_answers)
-    assert pairs == [("how many are there?", "two"), ("is it red?", "yes"), ("where is it?", "here")]
-    columns = (*columns[:-1], f"{columns[-1]},pages=pages")
-    done = json.loads(synth(photos, *columns, "--source", "parquet:decks.parquet", "--out", "k").stdout)
-    assert done["steps"]["validate"] == {"input": 3, "kept": 3, "rejected": {}}
-
-
-def test_rows_of_one_image_keep_all_questions(photos: Path) -> None:
-    images = cells(photos, 2)
-    questions = ["Is it a red bowl?", "Is it a cup?", "Is it a green bowl?", "Is it a red bowl?"]
-    table = {"image": [images[n] for n in (0, 1, 0, 0)], "q": questions, "a": ["no", "yes", "yes", "no"]}
-    pq.write_table(pa.table(table | {"caption": ["A bowl stands on a table."] * 4}), photos / "t.parquet")
-    columns = ("--columns", "question=q,answer=a")
-    command = ("generate", "--no-model", "--source", "parquet:t.parquet", *columns, "--json")
-    done = json.loads(synth(photos, *command, "--out", "t").stdout)
-    rows = [*rows_of(photos, done).values()]
-    assert sorted(len(row["qa"]) for row in rows) == [1, 2]
-    assert [row["references"] for row in rows] == [["A bowl stands on a table."]] * 2
-    assert done["steps"]["read"]["rejected"] == {"duplicate_image": 2}

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.install import DISTRIBUTION, PACKAGES
 from tests.chat.server import ChatServer, running_chat
-from tests.commands import Done, require_success
+from tests.commands import Done, require_success, run_python
 from tests.hostile import LONG
 from tests.resolve import EXTRAS, PLATFORM, PYTHONS, RESOLUTIONS, ROOT, UV, resolve
 from tests.whole.conftest import save_photos
@@ -42,8 +42,7 @@ def test_image_script_installs_and_runs_doctor(tmp_path: Path, source_tree: Path
     python = tmp_path / "env" / "bin" / "python"
     command = ["sh", str(ROOT / "deploy" / "install.sh"), str(source_tree), "heic"]
     env = os.environ | {"PYTHON": str(python)}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = require_success(subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True))
     assert f"ok   synth        {DISTRIBUTION} 0.1.0 on Python 3" in done.stdout
     assert "no   embedded     missing: torch" in done.stdout
     command = [str(python.with_name("synth")), "doctor", "--sources"]
@@ -76,18 +75,15 @@ def test_wheel_contains_all_files_for_generate(tmp_path: Path, wheel: Path) -> N
     code = "import pipeline; assert 'installed' in pipeline.__file__; from pipeline.cli import main; main()"
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     with running_chat(ChatServer()) as chat:
-        generate = ["generate", "--source", "folder:photos", "--base-url", chat.url]
-        command = [sys.executable, "-c", code, *generate]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        generate = ("generate", "--source", "folder:photos", "--base-url", chat.url)
+        run_python("-c", code, *generate, cwd=tmp_path, env=env)
     assert (tmp_path / "data" / "folder-photos" / "versions" / "v1.0.0" / "README.md").exists()
 
 
 def test_job_script_dependencies_resolve(wheel: Path) -> None:
     command = [UV, "pip", "compile", "--quiet", "--python-version", "3.12", "--find-links", str(wheel.parent)]
     command += ["--python-platform", PLATFORM, str(ROOT / "deploy" / "hf_job.py")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = require_success(subprocess.run(command, capture_output=True, text=True))
     assert f"{DISTRIBUTION}==0.1.0" in done.stdout
     assert "vllm==" in done.stdout
 

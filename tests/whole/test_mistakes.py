@@ -1,17 +1,12 @@
 """Mistakes of new users: each gives one error with a hint, before torch is loaded."""
 
-import json
 import os
-import subprocess
-import sys
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chat.server import Act, ChatServer, running_chat
-from tests.commands import run_process, run_synth
+from tests.commands import read_result, run_process, run_python
 from tests.mistakes import MISTAKES, PHOTOS, Mistake, add_photos, environment
 from tests.whole.conftest import ROOT
 
@@ -25,11 +20,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "path").mkdir()
     (folder / "path" / "torch.py").write_text(NO_TORCH)
     env = os.environ | {"PYTHONPATH": f"{folder / 'path'}:{ROOT}"}
-    command = [sys.executable, "-m", "tests.mistakes", str(folder)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded: dict[str, Any] = json.loads(done.stdout)
-    return loaded
+    return read_result(run_python("-m", "tests.mistakes", folder, cwd=folder, env=env))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
@@ -43,30 +34,6 @@ def test_mistake_gives_one_error_with_hint(mistake: Mistake, outcomes: dict[str,
     if code == 1:
         error, hint = errors.strip().splitlines()[-2:]
         assert error.startswith("synth: ") and hint.startswith("  hint: ")
-
-
-def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return run_synth(*command.split(), cwd=folder, env=environment(folder) | more)
-
-
-def test_missing_language_option_is_a_warning(tmp_path: Path) -> None:
-    numbers = count()
-
-    def script(times: int, body: dict[str, Any]) -> Act:
-        german = "Zwei kleine Hunde laufen gemeinsam im hellen Sand am Strand entlang und spielen Ball."
-        english = "A small dog runs along the beach."
-        return Act(json.dumps({"caption": german if next(numbers) % 6 else english}))
-
-    add_photos(tmp_path)
-    with running_chat(ChatServer(script)) as chat:
-        command = f"{PHOTOS} --tasks caption --base-url {chat.url} --json"
-        done = run(tmp_path, command)
-        warning = "filter rejected 5 of 6 annotations, 5 of them as other language: set the language"
-        assert f"warning: {warning}" in done.stderr
-        assert "--language" in done.stderr
-        made = json.loads(run(tmp_path, f"{command} --language de").stdout)
-    assert made["steps"]["filter"] == {"input": 6, "kept": 5, "rejected": {"other_language": 1}}
-    assert "- de" in (tmp_path / made["path"] / "README.md").read_text()
 
 
 def test_missing_package_error_shows_install_command(tmp_path: Path) -> None:

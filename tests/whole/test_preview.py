@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from pipeline.inference.model_licenses import UNKNOWN_LICENSE
 from tests.chat.server import Act, ChatServer, running_chat, task_name, task_of
 from tests.commands import Done, require_success, run_synth
+from tests.media import write_pdf
 from tests.whole.conftest import save_photos
 
 IMAGES = "images: at most 1,003,520 px, about 1,280 tokens"
@@ -75,7 +75,9 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     assert not (photos / "data/folder-photos/.trial").exists()
     page = (photos / "data/folder-photos/preview.html").read_text()
     assert ".trial" not in page and str(photos) not in page
-    made = json.loads(run(photos, "generate", *source, "--json").stdout)
+    done = run(photos, "generate", *source, "--json")
+    assert "next: synth report data/folder-photos" in done.stderr
+    made = json.loads(done.stdout)
     assert made["version"] == "v1.0.0"
     assert made["requests"]["total"] == 24
     assert made["requests"]["asked"] == 10  # requests for the five other images
@@ -120,24 +122,11 @@ def test_estimate_counts_verification_retries_rejections_and_cost(photos: Path, 
     assert shown[2].startswith("all 12 images: about 24 requests and ")
 
 
-def test_near_duplicate_image_is_rejected_before_any_request(photos: Path, server: ChatServer) -> None:
-    Image.open(photos / "photos/03.jpg").resize((200, 150)).save(photos / "photos/03-small.jpg")
-    (photos / "none.yaml").write_text("dedupe: {images: none}")
-    command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
-    done = run(photos, *command)
-    asks = f"asks qa of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); 1 request per image"
-    assert f"folder:photos to data/folder-photos: {asks}" in done.stderr
-    assert "next: synth report data/folder-photos" in done.stderr
-    result = json.loads(done.stdout)
-    rejected = {"near_duplicate_image": 1, "unreadable_image": 1}
-    assert result["steps"]["read"] == {"input": 14, "kept": 12, "rejected": rejected}
-    hint = "for slides or charts, set dedupe.images: graphics"
-    assert f"read: 1 near duplicate image (03-small.jpg): {hint}" in done.stderr
-    assert result["requests"]["total"] == 12
-    assert '"what":"repeats 03.jpg"' in (photos / run(photos, "report").stdout.strip()).read_text()
-    similar = {"near_duplicates.parquet", "image_groups.parquet"}
-    source = photos / "data/folder-photos/steps/read"
-    assert similar <= {path.name for path in source.iterdir()}
-    kept = json.loads(run(photos, *command, "--config", "none.yaml").stdout)
-    assert kept["steps"]["read"]["kept"] == 13
-    assert not similar & {path.name for path in source.iterdir()}
+@pytest.mark.parametrize(("options", "warns"), [((), True), (("--limit", "33"), False)])
+def test_estimate_warns_if_the_number_of_images_is_unknown(
+    options: tuple[str, ...], server: ChatServer, tmp_path: Path, *, warns: bool
+) -> None:
+    write_pdf(tmp_path / "long.pdf", 33)
+    source = ("--source", "pdf-pages:long.pdf", "--tasks", "caption", "--base-url", server.url)
+    done = run(tmp_path, "estimate", *source, *options)
+    assert ("the number of images is unknown" in done.stderr) == warns

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 
 from pipeline.images.decode import image_id, prepare_image
 from tests.chat.server import Act, ChatServer, running_chat, task_name
-from tests.commands import Done, require_success, run_synth
+from tests.commands import Done, require_success, run_python, run_synth
 from tests.hub.server import RunningHub
 from tests.hub.storage import File
 from tests.pipeline.images.test_metadata import gif, jpeg, leaked, png, tiff, webp
@@ -90,9 +88,7 @@ def test_pushed_images_are_upright_and_without_metadata(home: Path, hub: Running
     assert repo.private
     sent = [read(hub, file) for file in repo.commits[repo.tags["v1.0.0"]].files.values()]
     assert [leaked(data) for data in sent] == [[]] * len(sent)
-    env = hub.env(home / "reader")
-    command = [sys.executable, "-c", LOAD, "me/photos"]
-    loaded = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    loaded = run_python("-c", LOAD, "me/photos", cwd=home, env=hub.env(home / "reader"))
     rows = {row[0]: row[1:] for row in json.loads(loaded.stdout)}
     assert set(rows) == {image_id(data) for data in PHOTOS.values()}
     for data in PHOTOS.values():

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.commands import require_success, run_synth
+from tests.commands import require_success, run_python, run_synth
 from tests.hub.server import running_hub
+from tests.whole.conftest import ROOT
 from tests.whole.test_import import COUNT, generate_json, photos
 
 __all__ = ["photos"]
-ROOT = Path(__file__).parents[2]
 TRL = ROOT / ".venv-trl"
 LOAD = """
 import datasets, pickle, sys
@@ -52,9 +52,7 @@ def train_by_trl(kind: str, *data: str, cwd: Path, env: dict[str, str]) -> None:
     """Train the tiny teacher with a trainer of TRL. Assert that vision and language weights change."""
     assert (TRL / "trl").is_dir(), "TRL is set up by: make .stamps/trl"
     env = env | {"PYTHONPATH": f"{TRL}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-c", TRAIN, kind, str(TINY_WEIGHTS), *data]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", TRAIN, kind, TINY_WEIGHTS, *data, cwd=cwd, env=env)
     loss, *moved = done.stdout.split()[-3:]
     assert 0 < float(loss) < 100 and moved == ["True", "True"]
 

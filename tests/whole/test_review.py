@@ -56,23 +56,6 @@ def test_invalid_reviews_are_reported_and_change_nothing(
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
 
 
-def test_reviews_that_leave_no_row_are_refused_and_not_stored(synth: Run, tmp_path: Path) -> None:
-    assert synth("generate", "--source", "scenes", "--limit", "4", "--out", "d").returncode == 0
-    folder = DatasetDir(tmp_path / "d")
-    names = [text_name(row) for row in pq.read_table(folder.step_file("split")).to_pylist()]
-
-    def bad(texts: list[tuple[str, str]]) -> str:
-        reviews = [Review(sample_id=id_, content=text, verdict="bad", reason="other") for id_, text in texts]
-        (tmp_path / "m.jsonl").write_text(format_lines(reviews))
-        return synth("review", "apply", "d", "m.jsonl").stderr
-
-    assert "review: 1 reviews applied" in bad(names[:1])
-    before = folder.reviews.read_text()
-    assert "no rows are left, so no version was made" in bad(names)
-    assert folder.reviews.read_text() == before
-    assert "review: 2 reviews applied" in bad(names[1:2])
-
-
 def test_review_stays_pending_while_its_text_is_missing(
     write_reviews: Callable[..., Path], synth: Run, tmp_path: Path
 ) -> None:

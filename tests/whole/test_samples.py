@@ -10,7 +10,7 @@ import pytest
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version, read_version
-from tests.commands import read_result, run_synth
+from tests.commands import read_result, require_success, run_synth
 from tests.hostile import LONG
 from tests.whole.test_readers import train_by_trl
 
@@ -100,8 +100,7 @@ def test_changing_the_selection_rule_sends_no_request(chosen: Chosen, folder: Pa
 
 @pytest.mark.skipif(not LONG, reason="half a minute: make test-long; test_readers.py runs TRL")
 def test_trl_trains_on_exported_pairs(chosen: Chosen, folder: Path) -> None:
-    exported = run_synth("export", "d@v2.0.0", "--format", "dpo", "--out", "pairs", cwd=folder)
-    assert exported.returncode == 0, exported.stderr
+    require_success(run_synth("export", "d@v2.0.0", "--format", "dpo", "--out", "pairs", cwd=folder))
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     train_by_trl("DPO", "pairs", cwd=folder, env=env)
 

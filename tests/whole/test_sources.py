@@ -1,4 +1,4 @@
-"""Named sources, from the Hub to a version and back."""
+"""Sources, from the Hub, archives and folders to a version."""
 
 import io
 import json
@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
-from tests.chat.server import ChatServer, running_chat
+from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
+from tests.pipeline.images.test_similarity import cropped, photo, stored_again
+from tests.whole.conftest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +72,6 @@ def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: 
     assert [part["text"] for part in parts[:-1:2]] == [f"Page {number}:" for number in range(1, 21)]
 
 
-def test_image_in_two_splits_is_held_out(hub: RunningHub, tmp_path: Path) -> None:
-    rows_ = datasets.flickr_rows(4)
-    # a copy of the first image, which is in `train`
-    rows_[3] = rows_[3] | {"image": rows_[0]["image"], "split": "test"}
-    (tmp_path / "rows.parquet").write_bytes(datasets.parquet(rows_, datasets.FLICKR))
-    source = ("--source", "parquet:rows.parquet", "--json")
-    with running_chat(ChatServer()) as chat:
-        version = generate_version(hub, tmp_path, *source, "--base-url", chat.url)
-    assert_counts_add_up(version, 4)
-    (row,) = version.read("test").to_pylist()
-    assert row["image"]["bytes"] == datasets.photo(0)
-    assert "rows.parquet" not in json.dumps(version.manifest["config"])
-
-
 def test_published_files_name_no_local_path_or_server(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k(hub.hub.storage, 6, repo="me/copy")
     arguments = ("--source", "flickr30k:me/copy", "--out", "d", "--json")
@@ -118,3 +107,39 @@ def test_version_from_archive_names_no_local_place(hub: RunningHub, tmp_path: Pa
     assert "nothing new" in synth(hub, tmp_path, "generate", "--no-model", *source).stderr
     published = b"".join(path.read_bytes() for path in version.path.rglob("*.*"))
     assert b"of-ada" not in published and str(tmp_path).encode() not in published
+
+
+def test_copies_are_merged_and_crops_share_split_and_excluded_images_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "test").mkdir()
+    images = [photo(seed) for seed in range(8)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / "photos" / f"{number}.png")
+        (tmp_path / "photos" / f"{number}.txt").write_text("A drawing.")
+    stored_again(images[0]).resize((200, 150)).save(tmp_path / "photos" / "0-copy.jpg")
+    cropped(images[1]).save(tmp_path / "photos" / "1-crop.png")
+    stored_again(images[7]).save(tmp_path / "test" / "7.jpg")
+    source = ("--source", "folder:photos", "--exclude", "folder:test", "--out", "d", "--tasks", "caption")
+
+    def script(_: int, body: dict[str, Any]) -> Act:
+        text = f"A lamp stands near the door with number {uuid_of(body)[:8]}."
+        return Act(json.dumps({"caption": text}))
+
+    with running_chat(ChatServer(script)) as chat:
+        require_success(run_synth("generate", *source, "--base-url", chat.url, cwd=tmp_path))
+    read, rejected, deduped = (
+        pq.read_table(tmp_path / "d/steps" / f"{name}.parquet").to_pylist()
+        for name in ("read/kept", "read/rejected", "dedupe/kept")
+    )
+    samples = {row["source_row"]: row["sample_id"] for row in read}
+    assert [(row["source_row"], row["reason"], row["detail"]) for row in rejected] == [
+        ("0-copy.jpg", "near_duplicate_image", samples["0.png"]),
+        ("7.png", "banned_image", "folder"),
+    ]
+    groups: dict[str, set[str]] = {}
+    for row in deduped:
+        groups.setdefault(row["image_group"], set()).add(row["sample_id"])
+    assert {samples["1.png"], samples["1-crop.png"]} in groups.values()
+    manifest = read_manifest(tmp_path / "d")
+    assert manifest["leakage"]["banned_images"] == 1
+    assert str(tmp_path) not in json.dumps(manifest) and "folder:test" not in json.dumps(manifest)

@@ -54,7 +54,7 @@ def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: 
     assert "newer" not in synth("export", "data/elsewhere@v1.1.0", "--format", "csv").stderr
 
 
-def test_versions_are_listed_and_removed(synth: Run, photos: Path) -> None:
+def test_versions_are_listed_after_a_removal(synth: Run, photos: Path) -> None:
     source = f"folder:{photos}"
     assert synth("generate", "--no-model", "--source", source, "--limit", "4").returncode == 0
     assert synth("generate", "--no-model", "--source", source).returncode == 0
@@ -67,13 +67,6 @@ def test_versions_are_listed_and_removed(synth: Run, photos: Path) -> None:
     for command in ("list", "gc"):
         refused = synth("versions", command, f"{data}@v9.9.9")
         assert refused.returncode == 2 and "name the dataset without a version" in refused.stderr
-    assert synth("versions", "gc").stdout.startswith("freed 0 kB in ")
-    shutil.rmtree(data / "versions" / "v1.1.0")
-    # The next run needs the images.
-    assert synth("versions", "gc", str(data)).stdout == f"freed 0 kB in {data}\n"
-    again = synth("generate", "--no-model", "--source", source)
-    assert "images were read by an earlier run" in again.stderr and "made v1.0.0" in again.stderr
-    assert len([*(data / "images").iterdir()]) == 2  # each image once
 
 
 def test_run_without_limit_that_finds_nothing_more_makes_a_complete_version(synth: Run, photos: Path) -> None:

@@ -21,9 +21,8 @@ from pipeline.inference.engines import TINY_WEIGHTS
 from tests.commands import require_success, run_synth
 from tests.hostile import LONG
 from tests.scene_data import scene_samples, scenes_by_id, score_annotations
-from tests.whole.conftest import SYNTH, descendants, is_alive, restore_sigint, wait_until
+from tests.whole.conftest import ROOT, SYNTH, descendants, is_alive, restore_sigint, wait_until
 
-ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 KEY = "test-key-of-nobody"
 SERVER = "vllm.entrypoints"  # in the command of a server
@@ -134,8 +133,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_running_server_replies_like_embedded_engine(served: str, embedded: Path, tmp_path: Path) -> None:
     folder = tmp_path / "d"
-    done = run_synth(*generate(folder, "--base-url", served), cwd=tmp_path, env=environment())
-    assert done.returncode == 0, done.stderr
+    require_success(run_synth(*generate(folder, "--base-url", served), cwd=tmp_path, env=environment()))
     assert DatasetDir(folder).version().manifest["model"]["revision"] == weights_revision(TINY_WEIGHTS)
     funnel = funnel_of(folder)
     assert funnel["ask"]["kept"] == SCENES * 3
@@ -158,8 +156,7 @@ def test_server_enforces_schema_of_custom_task(served: str, tmp_path: Path) -> N
     settings = {"name": "things", "kind": "record", "prompt": "What is there?", "output": output}
     task.write_text(json.dumps(settings))
     options = ("--task", str(task), "--base-url", served)
-    done = run_synth(*generate(tmp_path / "d", *options, scenes=8), cwd=tmp_path, env=environment())
-    assert done.returncode == 0, done.stderr
+    require_success(run_synth(*generate(tmp_path / "d", *options, scenes=8), cwd=tmp_path, env=environment()))
     version = DatasetDir(tmp_path / "d").version()
     things = [row["things"] for _, batch in version.batches(["things"]) for row in batch.to_pylist()]
     assert len(things) == 8 and funnel_of(tmp_path / "d")["validate"]["rejected"] == {}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.cli.generate import serve
-from pipeline.errors import ConfigError, EngineError
+from pipeline.errors import EngineError
 from pipeline.inference.vllm import VLLM_PYTHON
 
 
@@ -25,7 +25,7 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
     monkeypatch.setattr("pipeline.inference.engines.plan_server", plan_server)
     ran: list[Any] = []
     monkeypatch.setattr("os.execvpe", lambda *arguments: ran.append(arguments))
-    monkeypatch.setattr("sys.argv", ["synth", "serve", "--"])
+    monkeypatch.setattr("sys.argv", ["synth", "serve", "--", "--seed", "1"])
     context: Any = SimpleNamespace(args=["--seed", "1"])
     file = tmp_path / "synth.yaml"
     file.write_text("limit: 3\nmodel: org/model\nserver: {flags: [--max-num-seqs=8]}\n")
@@ -41,14 +41,6 @@ def test_serve_reads_model_and_server_from_the_settings_of_a_run(
     file.write_text("models: {large: {model: org/large, flags: [--max-num-seqs=8]}}\nmodel: large\n")
     serve(context, None, 8123, file)
     assert calls[-1][0] == "org/large" and calls[-1][1].flags == ("--max-num-seqs=8", "--seed", "1")
-    for text, problem in (
-        ("server: {startup_timeout: 1800}", r"unknown config key: server\.startup_timeout"),
-        ("modle: org/model", "unknown config key: modle"),
-        ("model: 3", "bad value for model"),
-    ):
-        file.write_text(text)
-        with pytest.raises(ConfigError, match=problem):
-            serve(context, None, 8123, file)
 
 
 def test_taken_port_and_missing_interpreter_end_serve_with_an_error(

@@ -32,16 +32,6 @@ def test_filter_language_is_detectable_or_any(yaml_value: str, language: str | N
         assert resolve(file).filter.language == language
 
 
-def test_undetectable_language_of_a_task_is_reported_once() -> None:
-    task = {"name": "notes", "kind": "text", "prompt": "Take notes."}
-    assert (
-        resolve(source="scenes", custom_tasks=[task | {"language": "any"}]).custom_tasks[0].language == "any"
-    )
-    with pytest.raises(ConfigError, match="this language cannot be detected") as caught:
-        resolve(source="scenes", custom_tasks=[task | {"language": "xx"}])
-    assert str(caught.value).count("language:") == 1
-
-
 @pytest.mark.parametrize(
     ("judge", "problem"),
     [
@@ -96,8 +86,3 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: s
 def test_contradicting_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(problem)):
         resolve(source="scenes", **settings)
-
-
-def test_settings_that_require_each_other_are_accepted_if_both_are_set() -> None:
-    assert resolve(source="scenes", verify={"repair": True, "checks": ["claims"]}).verify.repair
-    assert resolve(source="scenes", generate={"samples": 3}, select={"pairs": True}).select.pairs

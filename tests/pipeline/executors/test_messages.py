@@ -21,20 +21,9 @@ from pipeline.executors.messages import (
 )
 from pipeline.inference.engines import EngineChoice
 from pipeline.plan import Model, Plan
-from pipeline.run import STEPS, RunResult, generate_dataset
-from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
+from pipeline.run import STEPS, generate_dataset
+from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
-
-
-def run(folder: Path, script: Script) -> RunResult:
-    with running_chat(ChatServer(script)) as chat:
-        server = {"max_failure_frac": 1.0}
-        config = resolve(source="scenes", limit=12, base_url=[chat.url], model="model", server=server)
-        return generate_dataset(config, folder)
-
-
-def warnings_of(result: RunResult) -> list[str]:
-    return describe_warnings(STEPS, result.plan, result.version, result.funnel)
 
 
 def test_unanswered_requests_are_reported_with_a_message_of_the_server(
@@ -50,7 +39,11 @@ def test_unanswered_requests_are_reported_with_a_message_of_the_server(
         answered.add(str(body))
         return Act(status=413) if len(answered) > 20 else None
 
-    warnings = [text for text in warnings_of(run(tmp_path, script)) if "server" in text]
+    with running_chat(ChatServer(script)) as chat:
+        server = {"max_failure_frac": 1.0}
+        config = resolve(source="scenes", limit=12, base_url=[chat.url], model="model", server=server)
+        result = generate_dataset(config, tmp_path)
+    warnings = describe_warnings(STEPS, result.plan, result.version, result.funnel)
     assert any(text.startswith("12 requests got only errors") and "scripted 500" in text for text in warnings)
     assert any("rejected by the server" in text and "scripted 413" in text for text in warnings), warnings
 
@@ -63,7 +56,7 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", samples, in_train)
     (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"group_by": "folder"}))
     assert warning == (
-        "the validation and the test split has no images, but `synth train` needs some: "
+        "the validation and the test splits have no images, but `synth train` needs some: "
         "use more images, or, if the source states no splits, another --seed, or smaller groups (--group-by)"
     )
     (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"test_frac": 0}))
@@ -72,13 +65,17 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
     assert not list(describe_empty_splits(whole, resolve(source="scenes")))
 
 
-def test_repeated_images_cause_no_rejection_warning() -> None:
+def test_rejection_warning_states_reason_and_remedy_and_ignores_repeated_images() -> None:
     """Tables with a row for each caption repeat the image; the captions are kept."""
     repeated = StepSummary("source", "images", 134, 20, {"duplicate_image": 114})
     assert not list(describe_losses(STEPS, [repeated]))
     damaged = StepSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
     (text,) = describe_losses(STEPS, [damaged])
     assert text.startswith("source rejected 16 of 20 images, 16 of them as unreadable image")
+    german = StepSummary("filter", "annotations", 6, 1, {"other_language": 5})
+    (text,) = describe_losses(STEPS, [german])
+    problem = "filter rejected 5 of 6 annotations, 5 of them as other language: set the language"
+    assert text == f"{problem} of the texts: --language (filter.language)"
 
 
 def test_damaged_version_stops_a_run_before_the_first_request(tmp_path: Path) -> None:

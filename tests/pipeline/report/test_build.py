@@ -86,17 +86,9 @@ def test_step_with_lost_rows_is_marked(tmp_path: Path) -> None:
 
 def test_deck_is_shown_with_all_its_pages(tmp_path: Path) -> None:
     samples = [draw_sample(0, index, DECKS) for index in range(3)]
-    pair = {
-        "question": "Which page is gray?",
-        "answer": "2",
-        "answer_type": "span",
-        "evidence_pages": [2],
-        "expression": "",
-    }
-    rows = [
-        {"sample_id": s.id, "task": "deck_qa", "prompt_id": "p", "style": "", "split": "train", **pair}
-        for s in samples
-    ]
+    pair = {"question": "Which page is gray?", "answer": "2", "answer_type": "span", "evidence_pages": [2]}
+    pair |= {"expression": "", "task": "deck_qa", "prompt_id": "p", "style": "", "split": "train"}
+    rows = [{"sample_id": sample.id, **pair} for sample in samples]
     version, _ = make_version(tmp_path, samples, pa.Table.from_pylist(rows))
     assert "pages" in version.manifest["columns"]
     assert not {"image", "reference_qa"} & set(version.manifest["columns"])

@@ -103,6 +103,8 @@ def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
             for value in ({"x": 1}, b"x", [b"x"], [["x"]], [{"x": "y"}])
         ),
         ("image", "foto", 5, "no column is named foto"),
+        ("image", "fact1", "a.jpg", "the column fact1 contains string, not images"),
+        ("pages", "fact1", ["a.jpg"], "the column fact1 contains list<.*string>, not images"),
         ("colour", "fact1", 5, "--columns does not support the role colour"),
         ("split", "fact*", 5, "several columns match split: fact1, fact2"),
     ],
@@ -121,6 +123,12 @@ def test_row_with_too_many_images_is_rejected(tmp_path: Path, role: str, count: 
     photos = [[{"bytes": photo(1), "path": None}] * count]
     source = open_table(tmp_path, {"photos": photos}, **{role: "photos"})
     assert [row.reason for row in rejected_of(source)] == [reason]
+
+
+def test_row_with_unpaired_questions_is_rejected(tmp_path: Path) -> None:
+    table = {"q": [["What?", "Where?"]], "a": [["a dog"]]}
+    source = open_table(tmp_path, table, question="q", answer="a")
+    assert [row.reason for row in rejected_of(source)] == ["unpaired_answers"]
 
 
 def test_list_of_one_image_needs_a_mapping_for_captions(tmp_path: Path) -> None:

@@ -27,6 +27,14 @@ def add(samples: tuple[Sample, ...]) -> tuple[list[dict[str, Any]], list[tuple[s
     return merged, [(copy["source_row"], copy["detail"]) for copy in images.copies]
 
 
+QUESTIONS = tuple(ReferenceQA(question=f"Is it {color}?", answers=("yes",)) for color in ("red", "blue"))
+
+
+def test_first_row_gets_the_questions_of_its_copies_once() -> None:
+    rows, _ = add(tuple(replace(COPIED, reference_qa=asked) for asked in (QUESTIONS[:1], QUESTIONS)))
+    assert [pair["question"] for pair in rows[0]["reference_qa"]] == ["Is it red?", "Is it blue?"]
+
+
 def test_first_row_gets_the_texts_and_the_most_held_out_split_of_its_copies() -> None:
     rows, rejected = add(COPIES)
     assert [(row["source_row"], row["split"], row["references"]) for row in rows] == [

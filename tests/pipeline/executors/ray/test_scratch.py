@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -21,7 +20,6 @@ from pipeline.inference.requests import build_requests
 from pipeline.storage import object_store
 from pipeline.storage.files import remove, write_json
 from pipeline.storage.object_store import local_copy, parse_dataset_path
-from pipeline.types import Reply
 from tests.plans import request_plan
 from tests.step_runs import plan_of
 from tests.whole.conftest import wait_until
@@ -42,14 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedRun]
 
 def keep(folder: DatasetDir, *numbers: int) -> None:
     with Journal(folder.journal) as journal:
-        for n in numbers:
-            values: dict[str, Any] = {
-                "attempt": 0,
-                "finish_reason": "stop",
-                "prompt_tokens": 5,
-                "reply_tokens": 2,
-            }
-            journal.keep([(REQUESTS[n], Reply(request_id=REQUESTS[n].id, text=f"{n}", **values), None)])
+        journal.keep([(REQUESTS[n], REQUESTS[n].reply(f"{n}", "stop", 5, 2), None) for n in numbers])
 
 
 def replies(path: Path) -> int:
