@@ -235,9 +235,9 @@ def test_folder_without_captioner_is_refused(tmp_path: Path) -> None:
         transformers_files(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "mamba", "lfm2"])
+@pytest.mark.parametrize("family", ["gemma3_text", "mamba", "lfm2", "qwen3_5_text", "granitemoehybrid"])
 def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(family: str) -> None:
-    """The families have a narrow attention window, recurrent layers, or both kinds of layers."""
+    """The families have a narrow attention window, recurrent layers, or several kinds of layers."""
     torch.manual_seed(1)
     narrow = {"sliding_window": 12} if family == "gemma3_text" else {}
     model = {"model_type": family, **FAMILIES[family][0], **narrow}
