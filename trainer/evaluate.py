@@ -28,6 +28,7 @@ from trainer.model.decoder import ScratchDecoder
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import folder_name
 from trainer.prompts import preferred_source
+from trainer.runtime.devices import gather_slices, own_slice
 from trainer.tokenizer import TargetText, scored_prompt
 
 CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
@@ -204,7 +205,7 @@ def _generate(
 ) -> tuple[list[str], dict[tuple[int, int], list[str]]]:
     """Return the caption of each image, and the answers to the questions of the examples in `asked`.
 
-    The states of HELD_IMAGES images are in memory at the same time.
+    Processes share the captions. The states of HELD_IMAGES images are in memory at the same time.
     """
     source, style = prompt
     prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))
@@ -214,21 +215,23 @@ def _generate(
     answer_source = preferred_source(captioner.config.prompts, "") or ""
     captions: list[str] = []
     answers: dict[tuple[int, int], list[str]] = {}
-    for start in range(0, len(examples), HELD_IMAGES):
-        part = examples[start : start + HELD_IMAGES]
+    images = range(len(examples))[own_slice()]
+    for start in range(0, len(images), HELD_IMAGES):
+        part_images = images[start : start + HELD_IMAGES]
+        part = [examples[image] for image in part_images]
         held = hold_features(features, part)
         for first in range(0, len(part), size):
             states_BNV = held(part[first : first + size])
             prompt_BT = prompt_T.expand(len(states_BNV), -1)
             texts = captioner.generate(states_BNV, prompt_BT, decoding)
             captions += [checkpoint.tokenizer.decode(ids) for ids in texts]
-        keys = [(image, index) for image in range(start, start + len(part)) for index in asked[image]]
+        keys = [(image, index) for image in part_images for index in asked[image]]
         pairs = [
             (examples[i], question.question) for i, index in keys for question in examples[index].questions
         ]
         remaining = iter(answer_questions(checkpoint, held, pairs, answer_source))
         answers |= {key: list(islice(remaining, len(examples[key[1]].questions))) for key in keys}
-    return captions, answers
+    return gather_slices(captions), answers
 
 
 def answer_questions(

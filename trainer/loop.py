@@ -8,11 +8,9 @@ import math
 import signal
 import statistics
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,17 +23,16 @@ from pipeline.progress import Progress
 from trainer.config import MIN_EVALUATIONS, TrainConfig
 from trainer.data import Example, batches
 from trainer.evaluate import evaluate
-from trainer.features import LoadedFeatures
+from trainer.features import LoadedFeatures, load_ahead
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.encoder import weights_digest
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import Schedule, build_optimizer
-from trainer.runtime.devices import all_reduce_gradients, autocast, max_over_processes
+from trainer.runtime.devices import all_reduce_gradients, autocast, own_slice, sum_over_processes
 from trainer.runtime.training_state import Log, delay_signals, save_resume
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
 
-BATCHES_AHEAD = 4
 READ_EVERY = 10  # steps between reads of loss and norm, which wait for the device
 SAVE_EVERY_S = 300.0  # the state to resume from is also saved after each evaluation
 MAX_SKIPPED_STEPS = 10  # training fails after more consecutive skipped steps
@@ -83,18 +80,8 @@ class BatchLoader:
         return Batch(loaded, len(examples), int(texts.learned_CT.sum()), texts.total_weight)
 
     def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
-        """Yield a batch for each list of example indices. A thread loads the next batches during a step."""
-        pool = ThreadPoolExecutor(1)
-        examples = ([self.examples[index] for index in indices] for indices in order)
-        tasks = (pool.submit(self.load, part) for part in examples)
-        try:
-            pending = deque(islice(tasks, BATCHES_AHEAD))
-            while pending:
-                batch = pending.popleft().result()
-                pending.extend(islice(tasks, 1))
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
+        """Yield a batch for each list of example indices."""
+        return load_ahead(self.load, ([self.examples[index] for index in indices] for indices in order))
 
     def collate(self, examples: list[Example]) -> TextBatch:
         """Return a batch with all texts of the examples."""
@@ -108,7 +95,10 @@ class BatchLoader:
 
 @dataclass(slots=True)
 class Validation:
-    """Scores the captioner on validation images, and saves it when the score improves."""
+    """Scores the captioner on validation images, and saves it when the score improves.
+
+    Processes share the images and have equal scores.
+    """
 
     checkpoint: Checkpoint
     examples: list[Example]
@@ -120,8 +110,11 @@ class Validation:
     # for the progress display: the latest scores, or a note that the remaining time has no evaluations
     shown: dict[str, str] = field(default_factory=lambda: {"evaluations": "not timed yet"})
 
-    def score(self, out: Path, log: Log, done: int) -> None:
-        """Score the captioner after `done` steps. Raises TrainError if the loss is not a number."""
+    def score(self, out: Path, log: Log | None, done: int) -> None:
+        """Score the captioner after `done` steps. Only the process with a log writes files.
+
+        Raises TrainError if the loss is not a number.
+        """
         config = self.checkpoint.captioner.config
         prompt, decoding = scored_prompt(config.prompts), config.decoding(num_beams=1)
         result = evaluate(self.checkpoint, self.examples, self.loader.features, prompt, decoding)
@@ -134,12 +127,14 @@ class Validation:
         self.shown["CIDEr-D"] = f"{cider_d:.3f}, with shuffled images {shuffled_cider_d:.3f}"
         losses = {} if loss is None else {"validation_loss": loss}
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
-        log.write(step=done, **losses, **scores)
+        if log:
+            log.write(step=done, **losses, **scores)
         # Early captions all score about 0, and a single image always does, because none of its words is rarer
         # than others. Then the lower loss wins or, without validation texts, the later step.
         score, tie_breaker = round(cider_d, SCORE_DIGITS), float(done) if loss is None else -loss
         if (score, tie_breaker) > (self.best_score, -self.best_loss):
-            self.checkpoint.save(out)
+            if log:
+                self.checkpoint.save(out)
             self.best_score, self.best_loss, self.evaluations_without_gain = score, -tie_breaker, 0
             self.best_cider_d = cider_d if result["images"] > 1 else None
         else:
@@ -149,7 +144,7 @@ class Validation:
     def loss(self) -> float | None:
         """Return the weighted mean validation loss per token, or None if there are no texts."""
         captioner, total, weight = self.checkpoint.captioner.eval(), 0.0, 0.0
-        examples = [example for example in self.examples if example.texts]
+        examples = [example for example in self.examples if example.texts][own_slice()]
         # A batch of the same size as a micro-batch fits in memory.
         config = self.loader.config
         size = math.ceil(config.batch_size / (config.gradient_accumulation_steps * self.loader.processes))
@@ -158,6 +153,7 @@ class Validation:
             texts = self.loader.collate(part)
             total += captioner.loss(self.loader.features(part).to(captioner.device), texts).item()
             weight += texts.total_weight
+        total, weight = sum_over_processes([total, weight])
         return total / weight if weight else None
 
 
@@ -245,9 +241,7 @@ class Trainer:
 
     def end_stage_early(self, done: int, progress: Progress) -> None:
         """End the stage early if the score did not improve in `patience` evaluations."""
-        is_over = 0 < self.config.patience <= self.validation.evaluations_without_gain
-        # Only the first process scores the validation split.
-        if not max_over_processes(int(is_over), self.device):
+        if not 0 < self.config.patience <= self.validation.evaluations_without_gain:
             return
         before = self.schedule.total_steps
         end = self.schedule.end_early(done)
@@ -338,7 +332,7 @@ def run_steps(
 
             is_scored = done % evaluate_every == 0 or done in trainer.schedule.ends
             # A signal may reach only one process, but all processes must stop at the same step.
-            is_interrupted = bool(max_over_processes(len(signals), trainer.device))
+            is_interrupted = any(sum_over_processes([len(signals)]))
             if log:
                 values: dict[str, Any] = {"step": done, "stage": stage, "loss": loss, "norm": norm}
                 values |= {"rate": max(group["lr"] for group in optimizer.param_groups)}
@@ -353,10 +347,9 @@ def run_steps(
                     problem = f"the loss is {float(loss)} and the gradient norm {float(norm)} at step {step}"
                     raise TrainError(problem, hint="use lower learning rates (--lr)")
             if is_scored:
-                if log:
-                    progress.message("scoring the validation split", transient=True)
-                    trainer.validation.score(out, log, done)
-                    shown = {"loss": shown["loss"], **trainer.validation.shown}
+                progress.message("scoring the validation split", transient=True)
+                trainer.validation.score(out, log, done)
+                shown = {"loss": shown["loss"], **trainer.validation.shown}
                 trainer.end_stage_early(done, progress)
             progress(stage, done, trainer.schedule.total_steps, shown)
             if log and (is_scored or is_interrupted or time.monotonic() - saved_at >= SAVE_EVERY_S):
@@ -366,7 +359,7 @@ def run_steps(
             if is_interrupted:
                 break
         if not is_interrupted:  # a signal may have arrived while the last state was saved
-            is_interrupted = bool(max_over_processes(len(signals), trainer.device))
+            is_interrupted = any(sum_over_processes([len(signals)]))
     if is_interrupted:
         if signal.SIGTERM in signals and callable(signal.getsignal(signal.SIGTERM)):
             signal.raise_signal(signal.SIGTERM)  # the default handler exits with the code for SIGTERM

@@ -20,6 +20,7 @@ from trainer.features import OnlineFeatures
 from trainer.loop import BatchLoader, Trainer, build_trainer
 from trainer.model.checkpoint import build_checkpoint, load_checkpoint
 from trainer.optimizer import build_optimizer
+from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
 
 
@@ -171,12 +172,30 @@ def test_diverging_loss_ends_the_training(version: Version, tmp_path: Path) -> N
         train_captioner(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
 
 
-def test_two_processes_have_same_losses_as_one_process(version: Version, tmp_path: Path, clip: str) -> None:
+COUNT_TEXTS = """
+import os
+from trainer.model.caption_model import CaptionerModel
+generate, counts = CaptionerModel.generate, []
+def counted(self, states_BNV, *options):
+    counts.append(len(states_BNV))
+    Path(f"texts-{os.environ['RANK']}").write_text(str(sum(counts)))
+    return generate(self, states_BNV, *options)
+CaptionerModel.generate = counted
+"""
+
+
+def test_two_processes_have_the_losses_and_scores_of_one_and_share_the_evaluations(
+    version: Version, tmp_path: Path, clip: str
+) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0, evaluations=1)
     train_captioner(version, config, tmp_path / "one")
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    (tmp_path / "process.py").write_text(PROCESS)
+    (tmp_path / "process.py").write_text(PROCESS.replace("torch.set_num", f"{COUNT_TEXTS}torch.set_num"))
     command = [*TWO_PROCESSES, "process.py", str(version.path), "config.json", "two"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    one, two = ([line for line in log if "validation_loss" in line] for log in logs)
+    assert two == [pytest.approx(line, rel=1e-4) for line in one] and len(one) == 1
+    assert (tmp_path / "texts-1").read_text() == str(config.evaluate_images // 2)
