@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.cli.output import note_training_data
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TrainError
-from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
+from tests.notes import Notes
 from tests.trainer.small_trainings import CPU, LORA, losses, replace
 from trainer.config import TrainConfig
 from trainer.data import choose_examples, examples_in
@@ -124,18 +124,12 @@ def test_first_data_of_another_source_is_reported(
 ) -> None:
     """It may include the test images."""
     config = TrainConfig.model_validate(NEXT | {"init": str(started["scratch"])})
-    texts: list[str] = []
-
-    class Note(NullProgress):
-        def message(self, text: str, *, transient: bool = False) -> None:
-            texts.append(text)
-
+    notes = Notes()
     other = {**version.manifest, "source": {"name": "folder", "settings": {}}}
     for number, manifest in enumerate((version.manifest, other)):
-        train_captioner(
-            dataclasses.replace(version, manifest=manifest), config, tmp_path / str(number), progress=Note()
-        )
-        assert sum("may include test images" in text for text in texts) == number
+        changed = dataclasses.replace(version, manifest=manifest)
+        train_captioner(changed, config, tmp_path / str(number), progress=notes)
+        assert sum("may include test images" in text for text in notes.texts) == number
 
 
 @pytest.mark.parametrize(
