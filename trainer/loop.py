@@ -8,7 +8,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -78,10 +78,6 @@ class BatchLoader:
         parts = [part for first in range(count) if (part := own[first::count])]
         loaded = [MicroBatch(self.features.load(part), self.collate(part), part) for part in parts]
         return Batch(loaded, len(examples), int(texts.learned_CT.sum()), texts.total_weight)
-
-    def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
-        """Yield a batch for each list of example indices."""
-        return load_ahead(self.load, ([self.examples[index] for index in indices] for indices in order))
 
     def collate(self, examples: list[Example]) -> TextBatch:
         """Return a batch with all texts of the examples."""
@@ -182,9 +178,10 @@ class Trainer:
         """Yield (step, batch) pairs from step `first` to the end of the schedule, which may come earlier."""
         if first >= self.schedule.total_steps:
             return
-        num_images = len(self.loader.examples)
-        order = batches(num_images, min(self.config.batch_size, num_images), self.config.seed, first)
-        for step, batch in zip(count(first), self.loader.load_ahead(order), strict=False):
+        examples = self.loader.examples
+        order = batches(len(examples), min(self.config.batch_size, len(examples)), self.config.seed, first)
+        parts = ([examples[index] for index in indices] for indices in order)
+        for step, batch in zip(count(first), load_ahead(self.loader.load, parts), strict=False):
             yield step, batch
             if step + 1 >= self.schedule.total_steps:
                 return
@@ -200,31 +197,45 @@ class Trainer:
         return self.schedule.apply(optimizer, step)
 
     def forward_backward(self, batch: Batch, *, rewarded: bool = False) -> Tensor:
-        """Accumulate the gradients of all micro-batches, summed over all processes. Returns the loss.
+        """Compute the gradients of a step, summed over all processes. Returns the loss.
 
-        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. Raises
-        TrainError if a micro-batch does not fit in the memory of a GPU.
+        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. Once a
+        micro-batch does not fit in the memory of a GPU, the blocks of a language model are recomputed in the
+        backward pass. Raises TrainError if it still does not fit.
         """
+        captioner, loss = self.checkpoint.captioner, None
+        try:
+            loss = self._add_gradients(batch, rewarded=rewarded)
+        except torch.OutOfMemoryError:
+            decoder = captioner.decoder
+            if not (isinstance(decoder, PretrainedDecoder) and decoder.recompute_blocks()):
+                hint = (
+                    "set more gradient_accumulation_steps (with --resume in train.json) or a smaller decoder"
+                )
+                raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
+        if loss is None:  # the memory of the failed step is free after the `except` block
+            captioner.zero_grad()
+            return self.forward_backward(batch, rewarded=rewarded)
+        return all_reduce_gradients(captioner, loss)
+
+    def _add_gradients(self, batch: Batch, *, rewarded: bool) -> Tensor:
+        """Accumulate the gradients of the micro-batches of this process. Returns its part of the loss."""
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
         self.rewards = []
-        try:
-            for loaded, texts, examples in batch.micro_batches:
-                with autocast(self.config.precision, self.device):
-                    states_BNV = self.loader.features.states(loaded, self.device)
-                    if rewarded:
-                        assert self.critic
-                        sampled, rewards = self.critic.sample(states_BNV.detach(), examples)
-                        self.rewards += rewards
-                        loss = captioner.loss(states_BNV, sampled)
-                        loss = loss / (batch.num_images * self.critic.num_samples)
-                    else:
-                        loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.weight
-                loss.backward()
-                total += loss.detach()
-        except torch.OutOfMemoryError:
-            hint = "set more gradient_accumulation_steps (for --resume, in train.json), or a smaller decoder"
-            raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
-        return all_reduce_gradients(captioner, total)
+        for loaded, texts, examples in batch.micro_batches:
+            with autocast(self.config.precision, self.device):
+                states_BNV = self.loader.features.states(loaded, self.device)
+                if rewarded:
+                    assert self.critic
+                    sampled, rewards = self.critic.sample(states_BNV.detach(), examples)
+                    self.rewards += rewards
+                    loss = captioner.loss(states_BNV, sampled)
+                    loss = loss / (batch.num_images * self.critic.num_samples)
+                else:
+                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.weight
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def clip_and_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         """Clip the gradients and update the weights. Returns the gradient norm.
@@ -299,6 +310,9 @@ def build_trainer(
     validation = Validation(checkpoint, validation_set, loader)
     skipped_steps = torch.zeros((), dtype=torch.long, device=device)
     trainer = Trainer(checkpoint, config, loader, validation, device, Schedule(config), skipped_steps)
+    decoder = checkpoint.captioner.decoder
+    if config.lora_rank and device.type == "cpu" and isinstance(decoder, PretrainedDecoder):
+        decoder.recompute_blocks()  # a lack of main memory is not reported, but ends the process
     if config.stage_steps["scst"]:
         trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
     weights = checkpoint.captioner.state_dict()

@@ -24,15 +24,18 @@ from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
 
 
-@pytest.fixture
-def small_trainer(version: Version, clip: str) -> Trainer:
-    config = replace(encoder=clip, dropout=0.0).with_defaults(40)
-    examples = examples_in(version, "train")
+def trainer_of(version: Version, **changes: Any) -> Trainer:
+    config = replace(dropout=0.0, **changes).with_defaults(40)
+    examples = examples_in(version, "train", config.text_source)
     checkpoint = build_checkpoint(version, config, examples)
     features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
-    return build_trainer(
-        checkpoint, BatchLoader(config, checkpoint.tokenizer, examples, features), examples[:3], CPU
-    )
+    loader = BatchLoader(config, checkpoint.tokenizer, examples, features)
+    return build_trainer(checkpoint, loader, examples[:3], CPU)
+
+
+@pytest.fixture
+def small_trainer(version: Version, clip: str) -> Trainer:
+    return trainer_of(version, encoder=clip)
 
 
 def test_four_images_are_memorized(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,12 +63,8 @@ def test_micro_batches_do_not_change_the_loss(version: Version, tmp_path: Path, 
 
 def test_text_weights_depend_on_style_and_source(version: Version, clip: str) -> None:
     weights = {"detailed": 0.25, "human": 3.0, "answer": 0.0}
-    config = replace(encoder=clip, text_source="mixed", text_weights=weights).with_defaults(40)
-    examples = examples_in(version, "train", "mixed")
-    checkpoint = build_checkpoint(version, config, examples)
-    loader = BatchLoader(
-        config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU)
-    )
+    loader = trainer_of(version, encoder=clip, text_source="mixed", text_weights=weights).loader
+    examples = loader.examples
     (batch,) = loader.load(examples[:3]).micro_batches
     expected = {("human", "brief"): 3.0, ("synthetic", "brief"): 1.0, ("synthetic", "detailed"): 0.25}
     learned = [expected.get((text.source, text.style), 0.0) for e in examples[:3] for text in e.texts]
@@ -130,6 +129,27 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     # The remaining time has no evaluations before the first one.
     assert "evaluations" in shown[10] and "evaluations" not in shown[11]
     assert len(losses(tmp_path)) == 12
+
+
+def test_blocks_are_recomputed_once_a_step_does_not_fit_in_memory(
+    version: Version, clip: str, language_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(version, encoder=clip, decoder=language_model)
+    captioner = trainer.checkpoint.captioner.train()
+    batch, decoder = trainer.loader.load(trainer.loader.examples[:2]), captioner.decoder
+    expected, loss = trainer.forward_backward(batch), decoder.loss
+    weights = next(captioner.connector.parameters())
+    gradient = weights.grad
+    captioner.zero_grad()
+
+    def exceed(*arguments: Any) -> torch.Tensor:
+        if not decoder.model.is_gradient_checkpointing:  # type: ignore[union-attr]
+            raise torch.OutOfMemoryError
+        return loss(*arguments)
+
+    monkeypatch.setattr(decoder, "loss", exceed)
+    assert torch.equal(trainer.forward_backward(batch), expected)
+    torch.testing.assert_close(weights.grad, gradient)
 
 
 def test_step_that_does_not_fit_in_memory_is_an_error_with_a_hint(

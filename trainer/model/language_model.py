@@ -62,8 +62,7 @@ class PretrainedDecoder(PrefixDecoder):
     def add_adapters(self, rank: int, dropout: float) -> None:
         """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes other weights.
 
-        The blocks are then recomputed in the backward pass, if the model supports it. Raises TrainError if
-        peft is not installed or supports no layer of the model.
+        Raises TrainError if peft is not installed or supports no layer of the model.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -81,8 +80,13 @@ class PretrainedDecoder(PrefixDecoder):
         except ValueError as error:
             hint = "train the whole model: --lora-rank 0"
             raise TrainError(f"this model does not support LoRA adapters: {error}", hint=hint) from None
-        if self.model.supports_gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def recompute_blocks(self) -> bool:
+        """Recompute blocks in the backward pass from now on. Returns False if this saves no memory."""
+        if self.model.is_gradient_checkpointing or not self.model.supports_gradient_checkpointing:
+            return False
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return True
 
     def add_dropout(self, rate: float) -> None:
         """Add dropout to the embedding and to the outputs of attention and MLP. For Qwen3 models."""
