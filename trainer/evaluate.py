@@ -19,7 +19,7 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.images.clip import ClipScorer
 from pipeline.text.vqa_answers import normalize_answer
-from trainer.config import ENCODERS, default_texts
+from trainer.config import ENCODERS
 from trainer.data import Example, Question, examples_in, most_common
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.metrics import Rarity, bootstrap, derangement, score, score_each, tokenize
@@ -163,15 +163,8 @@ def evaluate_version(
     if clip and is_own_encoder(clip, config.encoder["made_from"]):
         problem = f"{clip} is the encoder of this captioner, which would bias the CLIP score"
         raise TrainError(problem, hint="choose another CLIP: --clip-score")
-    mixture = config.data.get("texts", "synthetic")
-    try:
-        examples = examples_in(version, split, mixture, to_score=True)
-    except TrainError:
-        existing = default_texts(version.manifest)
-        if existing == mixture:
-            raise
-        examples = examples_in(version, split, existing, to_score=True)
-    features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
+    examples = examples_in(version, split, "mixed", to_score=True)
+    features = OnlineFeatures(checkpoint.captioner.encoder, checkpoint.captioner.device)
     prompt, decoding = scored_prompt(config.prompts, style), config.decoding(beams)
     scores = evaluate(checkpoint, examples, features, prompt, decoding, questions=True, clip=clip)
     return {"split": split, **scores}

@@ -37,7 +37,8 @@ MIN_FREE_BYTES = 10**9  # that stored states leave on the disk
 SAVE_EVERY_S = 1.0  # each save of states waits for the disk twice
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
-Part, Loaded = TypeVar("Part"), TypeVar("Loaded")
+Part = TypeVar("Part")
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True, slots=True)
