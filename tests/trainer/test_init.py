@@ -166,34 +166,20 @@ def test_default_style_is_learned_in_the_last_training(version: Version, started
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "error"),
+    ("kind", "options", "error"),
     [
-        (None, {}, "lacks config.json"),
-        (["config.json"], {}, "lacks tokenizer.json"),
-        ("encoder", {}, "its config.json lacks 'encoder'"),
+        ("clip", {}, "lacks tokenizer.json"),
+        ("clip with a tokenizer", {}, "its config.json lacks 'encoder'"),
         ("captioner", {"encoder": "tiny-vit"}, "has encoder clip.*, not tiny-vit"),
         ("captioner", {"encoder_states": "2x2"}, "has encoder_states all, not 2x2"),
     ],
 )
 def test_wrong_folder_or_other_model_is_refused_before_a_folder_is_made(
-    version: Version,
-    started: dict[str, Path],
-    clip: str,
-    tmp_path: Path,
-    files: Any,
-    options: Any,
-    error: str,
+    version: Version, started: dict[str, Path], clip: str, tmp_path: Path, kind: str, options: Any, error: str
 ) -> None:
-    init = tmp_path / "init"
-    if files == "captioner":
-        init = started["scratch"]
-    elif files == "encoder":
-        shutil.copytree(clip, init)
+    init = shutil.copytree(started["scratch"] if kind == "captioner" else clip, tmp_path / "init")
+    if kind == "clip with a tokenizer":
         (init / "tokenizer.json").write_text("{}")
-    else:
-        init.mkdir()
-        for name in files or ():
-            (init / name).write_text("{}")
     with pytest.raises((TrainError, ConfigError), match=error):
         train(version, init=str(init), out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -24,6 +24,8 @@ from trainer.model import pretrained
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import load_decoder
 
+KINDS: list[Any] = [(save_vit, load_encoder), (lambda f: save_language_model(f, "qwen3"), load_decoder)]
+
 
 def change(folder: str | Path, name: str, **values: Any) -> None:
     path = Path(folder, name)
@@ -67,9 +69,7 @@ def test_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
         ClipScorer(folder)
 
 
-@pytest.mark.parametrize(
-    ("save", "load"), [(save_vit, load_encoder), (lambda f: save_language_model(f, "qwen3"), load_decoder)]
-)
+@pytest.mark.parametrize(("save", "load"), KINDS)
 def test_code_in_a_model_is_never_run(
     tmp_path: Path, save: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,9 +86,7 @@ def test_code_in_a_model_is_never_run(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("save", "load"), [(save_vit, load_encoder), (lambda f: save_language_model(f, "qwen3"), load_decoder)]
-)
+@pytest.mark.parametrize(("save", "load"), KINDS)
 def test_damaged_or_mismatching_files_are_refused(tmp_path: Path, save: Any, load: Any) -> None:
     weights = tmp_path / "model.safetensors"
     folder = save(tmp_path)
