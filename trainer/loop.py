@@ -335,7 +335,7 @@ def run_steps(
     done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
     state.clear()  # frees a copy of all weights and moments
     started, saved_at, is_interrupted = time.monotonic(), time.monotonic(), False
-    earlier_s, shown = log.seconds if log else 0.0, dict[str, str]()
+    earlier_s, shown_loss = log.seconds if log else 0.0, dict[str, str]()
     with delay_signals() as signals:
         for step, batch in trainer.batches(done):
             stage = trainer.begin_step(optimizer, step)
@@ -356,16 +356,15 @@ def run_steps(
             if is_scored or is_interrupted or done % READ_EVERY == 0:  # reads wait for the device
                 if log:
                     log.flush()
-                shown = {"loss": f"{float(loss):.3f}", **trainer.validation.shown}
+                shown_loss = {"loss": f"{float(loss):.3f}"}
                 if int(trainer.skipped_steps) >= MAX_SKIPPED_STEPS:
                     problem = f"the loss is {float(loss)} and the gradient norm {float(norm)} at step {step}"
                     raise TrainError(problem, hint="use lower learning rates (--lr)")
             if is_scored:
                 progress.message("scoring the validation split", transient=True)
                 trainer.validation.score(out, log, done)
-                shown = {"loss": shown["loss"], **trainer.validation.shown}
                 trainer.end_stage_early(done, progress)
-            progress(stage, done, trainer.schedule.total_steps, shown)
+            progress(stage, done, trainer.schedule.total_steps, shown_loss | trainer.validation.shown)
             if log and (is_scored or is_interrupted or time.monotonic() - saved_at >= SAVE_EVERY_S):
                 log.flush()
                 save_resume(out, {**trainer.state(optimizer, done), "run": run})

@@ -19,9 +19,7 @@ class DecodingConfig:
         changed = {name: value for name, value in asdict(self).items() if value != getattr(GREEDY, name)}
         lengths = {"max_new_tokens": max_tokens, "min_new_tokens": min(self.min_new_tokens, max_tokens)}
         options: dict[str, Any] = changed | lengths
-        if self.num_beams > 1:
-            options["early_stopping"] = "never"  # a longer text may have a better mean log-probability
-        else:
+        if self.num_beams == 1:
             options.pop("length_penalty", None)  # transformers warns of it
         if self.temperature > 0:
             options |= {"do_sample": True, "top_k": 0}
