@@ -7,9 +7,9 @@ forward, backward, clipping and AdamW for 64 images with 5 captions each. States
 ViT-B/32, or of ViT-B/16 with `--states 197`. `packed` means all captions of an image in one row, as in
 training, and `apart` means one row per caption with its own copy of the image. `of the floor` is the step
 time divided by the time for its (packed) matrix products at the speed of one large product on this machine.
-1.0 is optimal, and the inverse is the MFU. Kernel launches and synchronizations are counted only on a GPU.
-The feature store is filled from JPEGs of 500 x 375 px as in training, compared with the bare encoder, and
-read as in a step.
+1.0 is optimal, and the inverse is the MFU. With `--cpu`, seconds are CPU time. Kernel launches and
+synchronizations are counted only on a GPU. The feature store is filled from JPEGs of 500 x 375 px as in
+training, compared with the bare encoder, and read as in a step.
 """
 
 import argparse
@@ -60,6 +60,11 @@ SCRATCH: dict[str, dict[str, Any]] = {
     "512 x 6": {"vocab_size": VOCABULARY, "width": 512, "depth": 6, "heads": 8, "dropout": 0.1},
 }
 GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
+def now(device: torch.device) -> float:
+    """Return seconds of the wall clock or, on a CPU, of CPU time, which other processes change less."""
+    return time.process_time() if device.type == "cpu" else time.monotonic()
 
 
 def text_batch(images: int) -> TextBatch:
@@ -113,9 +118,9 @@ def step_of(
             loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
-        issued = time.monotonic()
+        issued = now(device)
         loss.item()
-        return time.monotonic() - issued
+        return now(device) - issued
 
     return step
 
@@ -128,11 +133,11 @@ def gemm_flops(device: torch.device, precision: Precision) -> float:
     seconds = []
     with matmul_precision(precision):
         for _ in range(6):
-            started = time.monotonic()
+            started = now(device)
             for _ in range(5):
                 one @ one
             _wait(device)
-            seconds.append((time.monotonic() - started) / 5)
+            seconds.append((now(device) - started) / 5)
     return 2 * side**3 / statistics.median(seconds[1:])  # skip the first step, which compiles kernels
 
 
@@ -165,9 +170,9 @@ def cell(
         torch.cuda.reset_peak_memory_stats()
     seconds, waited = [], []
     for _ in range(rounds):
-        started = time.monotonic()
+        started = now(device)
         waited.append(step())
-        seconds.append(time.monotonic() - started)
+        seconds.append(now(device) - started)
     median = statistics.median(seconds)
     floor = flops_of_step(name, images, states, device) / gemm_flops(device, precision)
     row: dict[str, Any] = {
@@ -211,9 +216,9 @@ def captions_per_s(
 
     seconds = []
     for _ in range(min(rounds, 3) + 1):
-        started = time.monotonic()
+        started = now(device)
         write()
-        seconds.append(time.monotonic() - started)
+        seconds.append(now(device) - started)
     with FlopCounterMode(display=False) as counter:
         write()
     return images / min(seconds), min(seconds) * gemm_flops(device, "fp32") / counter.get_total_flops()
@@ -226,10 +231,10 @@ def encoder_images_per_s(images: int, device: torch.device) -> float:
     pixels: Tensor = torch.randn(images, 3, 224, 224, device=device)
     seconds = []
     for _ in range(3):
-        started = time.monotonic()
+        started = now(device)
         captioner.encoder(pixels)
         _wait(device)
-        seconds.append(time.monotonic() - started)
+        seconds.append(now(device) - started)
     return images / min(seconds)
 
 
@@ -240,13 +245,13 @@ def stored_images_per_s(images: int, device: torch.device) -> tuple[float, float
     examples = [Example(str(number), noise_jpeg(number), (), ()) for number in range(images)]
     with TemporaryDirectory() as first, TemporaryDirectory() as second:
         store_features(encoder, examples[:1], Path(first), device, NullProgress())
-        started = time.monotonic()
+        started = now(device)
         features = store_features(encoder, examples, Path(second), device, NullProgress())
-        stored = time.monotonic()
+        stored = now(device)
         for _ in range(10):
             features.states(features.load(examples), device)
         _wait(device)
-        read = time.monotonic()
+        read = now(device)
     return images / (stored - started), 10 * images / (read - stored)
 
 

@@ -143,21 +143,21 @@ class Captioner:
         """Generate one text per preprocessed image and return its tokens. Prompts must have equal lengths."""
         return self.checkpoint.captioner.generate(self._encode(pixels_BCHW), torch.tensor(prompts), decoding)
 
+    @torch.inference_mode()
     def _encode(self, pixels_BCHW: Tensor) -> Tensor:
-        encoder = self.checkpoint.captioner.encoder
-        with torch.inference_mode():
-            states_BNV: Tensor = encoder(pixels_BCHW.to(next(encoder.parameters()).device))
+        states_BNV: Tensor = self.checkpoint.captioner.encoder(
+            pixels_BCHW.to(self.checkpoint.captioner.device)
+        )
         return states_BNV
 
     def _describe(
         self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], decoding: DecodingConfig
     ) -> list[list[str]]:
         """Return the texts about each image, one per prompt."""
-        captioner, tokenizer, B = self.checkpoint.captioner, self.checkpoint.tokenizer, len(pixels_BCHW)
-        states_BNV = self._encode(pixels_BCHW)
-        prompts_BT = [torch.tensor(ids).expand(B, -1) for ids in prompts]
+        captioner, states_BNV = self.checkpoint.captioner, self._encode(pixels_BCHW)
+        prompts_BT = [torch.tensor(ids).expand(len(states_BNV), -1) for ids in prompts]
         by_prompt = [captioner.generate(states_BNV, prompt_BT, decoding) for prompt_BT in prompts_BT]
-        return [[tokenizer.decode(ids) for ids in texts] for texts in zip(*by_prompt, strict=True)]
+        return [[*map(self.checkpoint.tokenizer.decode, texts)] for texts in zip(*by_prompt, strict=True)]
 
     def prepare(self, picture: Picture) -> Tensor | ImageError:
         """Return the preprocessed image (3, H, W), or an error if it cannot be read."""

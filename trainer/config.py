@@ -153,9 +153,7 @@ class TrainConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy loss."""
     lora_rank: int = Field(default=0, ge=0)
-    """Rank of LoRA adapters for a language model. Its blocks are then recomputed in the backward pass, which
-    saves memory. 0 trains all its weights.
-    """
+    """Rank of LoRA adapters for a language model. 0 trains all its weights."""
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout of the adapters."""
     precision: Precision = "fp32"

@@ -19,7 +19,7 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.images.clip import ClipScorer
 from pipeline.text.vqa_answers import normalize_answer
-from trainer.config import ENCODERS, default_texts
+from trainer.config import ENCODERS
 from trainer.data import Example, Question, examples_in, most_common
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.metrics import Rarity, bootstrap, derangement, score, score_each, tokenize
@@ -28,6 +28,7 @@ from trainer.model.decoder import ScratchDecoder
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import folder_name
 from trainer.prompts import preferred_source
+from trainer.runtime.devices import gather_slices, own_slice
 from trainer.tokenizer import TargetText, scored_prompt
 
 CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
@@ -162,15 +163,8 @@ def evaluate_version(
     if clip and is_own_encoder(clip, config.encoder["made_from"]):
         problem = f"{clip} is the encoder of this captioner, which would bias the CLIP score"
         raise TrainError(problem, hint="choose another CLIP: --clip-score")
-    mixture = config.data.get("texts", "synthetic")
-    try:
-        examples = examples_in(version, split, mixture, to_score=True)
-    except TrainError:
-        existing = default_texts(version.manifest)
-        if existing == mixture:
-            raise
-        examples = examples_in(version, split, existing, to_score=True)
-    features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
+    examples = examples_in(version, split, "mixed", to_score=True)
+    features = OnlineFeatures(checkpoint.captioner.encoder, checkpoint.captioner.device)
     prompt, decoding = scored_prompt(config.prompts, style), config.decoding(beams)
     scores = evaluate(checkpoint, examples, features, prompt, decoding, questions=True, clip=clip)
     return {"split": split, **scores}
@@ -204,7 +198,7 @@ def _generate(
 ) -> tuple[list[str], dict[tuple[int, int], list[str]]]:
     """Return the caption of each image, and the answers to the questions of the examples in `asked`.
 
-    The states of HELD_IMAGES images are in memory at the same time.
+    Processes share the captions. The states of HELD_IMAGES images are in memory at the same time.
     """
     source, style = prompt
     prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))
@@ -214,21 +208,23 @@ def _generate(
     answer_source = preferred_source(captioner.config.prompts, "") or ""
     captions: list[str] = []
     answers: dict[tuple[int, int], list[str]] = {}
-    for start in range(0, len(examples), HELD_IMAGES):
-        part = examples[start : start + HELD_IMAGES]
+    images = range(len(examples))[own_slice()]
+    for start in range(0, len(images), HELD_IMAGES):
+        part_images = images[start : start + HELD_IMAGES]
+        part = [examples[image] for image in part_images]
         held = hold_features(features, part)
         for first in range(0, len(part), size):
             states_BNV = held(part[first : first + size])
             prompt_BT = prompt_T.expand(len(states_BNV), -1)
             texts = captioner.generate(states_BNV, prompt_BT, decoding)
             captions += [checkpoint.tokenizer.decode(ids) for ids in texts]
-        keys = [(image, index) for image in range(start, start + len(part)) for index in asked[image]]
+        keys = [(image, index) for image in part_images for index in asked[image]]
         pairs = [
             (examples[i], question.question) for i, index in keys for question in examples[index].questions
         ]
         remaining = iter(answer_questions(checkpoint, held, pairs, answer_source))
         answers |= {key: list(islice(remaining, len(examples[key[1]].questions))) for key in keys}
-    return captions, answers
+    return gather_slices(captions), answers
 
 
 def answer_questions(

@@ -10,12 +10,14 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -29,12 +31,14 @@ from trainer.data import Example
 from trainer.model.encoder import Encoder
 from trainer.runtime.devices import autocast
 
-BATCH_IMAGES = 64
+BATCH_IMAGES, BATCHES_AHEAD = 64, 4
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 MIN_FREE_BYTES = 10**9  # that stored states leave on the disk
 SAVE_EVERY_S = 1.0  # each save of states waits for the disk twice
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
+Part = TypeVar("Part")
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,20 @@ def hold_features(features: FeatureSource, examples: Sequence[Example]) -> Featu
     return lambda chosen: states_BNV[[rows[example.sample_id] for example in chosen]]
 
 
+def load_ahead(load: Callable[[Part], Loaded], parts: Iterable[Part]) -> Iterator[Loaded]:
+    """Yield `load(part)` for each part. A thread loads the next parts while the caller uses one."""
+    pool = ThreadPoolExecutor(1)
+    tasks = (pool.submit(load, part) for part in parts)
+    try:
+        pending = deque(islice(tasks, BATCHES_AHEAD))
+        while pending:
+            loaded = pending.popleft().result()
+            pending.extend(islice(tasks, 1))
+            yield loaded
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @torch.inference_mode()
 def store_features(
     encoder: Encoder, examples: Sequence[Example], folder: Path, device: torch.device, progress: Progress
@@ -116,19 +134,19 @@ def store_features(
         store.require_room(len(missing))
         pending: list[tuple[list[bytes], Tensor]] = []  # batches that are not on disk yet
         saved_at = time.monotonic()
-        for start in range(0, len(missing), BATCH_IMAGES):
-            batch = missing[start : start + BATCH_IMAGES]
+        batches = [missing[start : start + BATCH_IMAGES] for start in range(0, len(missing), BATCH_IMAGES)]
+        loaded = load_ahead(online.load, ([example_of[key] for key in batch] for batch in batches))
+        for number, (batch, pixels_BCHW) in enumerate(zip(batches, loaded, strict=True), 1):
             with autocast("bf16", device):  # states are stored in bf16
-                states_BNV = online([example_of[key] for key in batch]).bfloat16()
+                states_BNV = online.states(pixels_BCHW, device).bfloat16()
             pending.append((batch, states_BNV.cpu().contiguous()))
-            is_last = start + BATCH_IMAGES >= len(missing)
-            if is_last or time.monotonic() - saved_at >= SAVE_EVERY_S:
+            if number == len(batches) or time.monotonic() - saved_at >= SAVE_EVERY_S:
                 keys = [key for batch, _ in pending for key in batch]
                 states_BNV = torch.cat([states_BNV for _, states_BNV in pending])
                 store.append(len(row_of), states_BNV.view(torch.uint8).numpy(), keys)
                 row_of |= {key: row for row, key in enumerate(keys, len(row_of))}
                 pending, saved_at = [], time.monotonic()
-            progress("features", start + len(batch), len(missing))
+            progress("features", min(number * BATCH_IMAGES, len(missing)), len(missing))
         # Open the file before the lock is released, because another process may then delete it.
         shape = (len(row_of), store.record_bytes)
         stored = np.memmap(store.path / STATES, dtype=np.uint8, mode="r", shape=shape)

@@ -8,11 +8,9 @@ import math
 import signal
 import statistics
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,17 +23,16 @@ from pipeline.progress import Progress
 from trainer.config import MIN_EVALUATIONS, TrainConfig
 from trainer.data import Example, batches
 from trainer.evaluate import evaluate
-from trainer.features import LoadedFeatures
+from trainer.features import LoadedFeatures, load_ahead
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.encoder import weights_digest
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import Schedule, build_optimizer
-from trainer.runtime.devices import all_reduce_gradients, autocast, max_over_processes
+from trainer.runtime.devices import all_reduce_gradients, autocast, own_slice, sum_over_processes
 from trainer.runtime.training_state import Log, delay_signals, save_resume
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
 
-BATCHES_AHEAD = 4
 READ_EVERY = 10  # steps between reads of loss and norm, which wait for the device
 SAVE_EVERY_S = 300.0  # the state to resume from is also saved after each evaluation
 MAX_SKIPPED_STEPS = 10  # training fails after more consecutive skipped steps
@@ -82,20 +79,6 @@ class BatchLoader:
         loaded = [MicroBatch(self.features.load(part), self.collate(part), part) for part in parts]
         return Batch(loaded, len(examples), int(texts.learned_CT.sum()), texts.total_weight)
 
-    def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
-        """Yield a batch for each list of example indices. A thread loads the next batches during a step."""
-        pool = ThreadPoolExecutor(1)
-        examples = ([self.examples[index] for index in indices] for indices in order)
-        tasks = (pool.submit(self.load, part) for part in examples)
-        try:
-            pending = deque(islice(tasks, BATCHES_AHEAD))
-            while pending:
-                batch = pending.popleft().result()
-                pending.extend(islice(tasks, 1))
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
-
     def collate(self, examples: list[Example]) -> TextBatch:
         """Return a batch with all texts of the examples."""
         for example in examples:
@@ -108,7 +91,10 @@ class BatchLoader:
 
 @dataclass(slots=True)
 class Validation:
-    """Scores the captioner on validation images, and saves it when the score improves."""
+    """Scores the captioner on validation images, and saves it when the score improves.
+
+    Processes share the images and have equal scores.
+    """
 
     checkpoint: Checkpoint
     examples: list[Example]
@@ -120,8 +106,11 @@ class Validation:
     # for the progress display: the latest scores, or a note that the remaining time has no evaluations
     shown: dict[str, str] = field(default_factory=lambda: {"evaluations": "not timed yet"})
 
-    def score(self, out: Path, log: Log, done: int) -> None:
-        """Score the captioner after `done` steps. Raises TrainError if the loss is not a number."""
+    def score(self, out: Path, log: Log | None, done: int) -> None:
+        """Score the captioner after `done` steps. Only the process with a log writes files.
+
+        Raises TrainError if the loss is not a number.
+        """
         config = self.checkpoint.captioner.config
         prompt, decoding = scored_prompt(config.prompts), config.decoding(num_beams=1)
         result = evaluate(self.checkpoint, self.examples, self.loader.features, prompt, decoding)
@@ -134,12 +123,14 @@ class Validation:
         self.shown["CIDEr-D"] = f"{cider_d:.3f}, with shuffled images {shuffled_cider_d:.3f}"
         losses = {} if loss is None else {"validation_loss": loss}
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
-        log.write(step=done, **losses, **scores)
+        if log:
+            log.write(step=done, **losses, **scores)
         # Early captions all score about 0, and a single image always does, because none of its words is rarer
         # than others. Then the lower loss wins or, without validation texts, the later step.
         score, tie_breaker = round(cider_d, SCORE_DIGITS), float(done) if loss is None else -loss
         if (score, tie_breaker) > (self.best_score, -self.best_loss):
-            self.checkpoint.save(out)
+            if log:
+                self.checkpoint.save(out)
             self.best_score, self.best_loss, self.evaluations_without_gain = score, -tie_breaker, 0
             self.best_cider_d = cider_d if result["images"] > 1 else None
         else:
@@ -149,7 +140,7 @@ class Validation:
     def loss(self) -> float | None:
         """Return the weighted mean validation loss per token, or None if there are no texts."""
         captioner, total, weight = self.checkpoint.captioner.eval(), 0.0, 0.0
-        examples = [example for example in self.examples if example.texts]
+        examples = [example for example in self.examples if example.texts][own_slice()]
         # A batch of the same size as a micro-batch fits in memory.
         config = self.loader.config
         size = math.ceil(config.batch_size / (config.gradient_accumulation_steps * self.loader.processes))
@@ -158,6 +149,7 @@ class Validation:
             texts = self.loader.collate(part)
             total += captioner.loss(self.loader.features(part).to(captioner.device), texts).item()
             weight += texts.total_weight
+        total, weight = sum_over_processes([total, weight])
         return total / weight if weight else None
 
 
@@ -186,9 +178,10 @@ class Trainer:
         """Yield (step, batch) pairs from step `first` to the end of the schedule, which may come earlier."""
         if first >= self.schedule.total_steps:
             return
-        num_images = len(self.loader.examples)
-        order = batches(num_images, min(self.config.batch_size, num_images), self.config.seed, first)
-        for step, batch in zip(count(first), self.loader.load_ahead(order), strict=False):
+        examples = self.loader.examples
+        order = batches(len(examples), min(self.config.batch_size, len(examples)), self.config.seed, first)
+        parts = ([examples[index] for index in indices] for indices in order)
+        for step, batch in zip(count(first), load_ahead(self.loader.load, parts), strict=False):
             yield step, batch
             if step + 1 >= self.schedule.total_steps:
                 return
@@ -204,31 +197,45 @@ class Trainer:
         return self.schedule.apply(optimizer, step)
 
     def forward_backward(self, batch: Batch, *, rewarded: bool = False) -> Tensor:
-        """Accumulate the gradients of all micro-batches, summed over all processes. Returns the loss.
+        """Compute the gradients of a step, summed over all processes. Returns the loss.
 
-        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. Raises
-        TrainError if a micro-batch does not fit in the memory of a GPU.
+        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. Once a
+        micro-batch does not fit in the memory of a GPU, the blocks of a language model are recomputed in the
+        backward pass. Raises TrainError if it still does not fit.
         """
+        captioner, loss = self.checkpoint.captioner, None
+        try:
+            loss = self._add_gradients(batch, rewarded=rewarded)
+        except torch.OutOfMemoryError:
+            decoder = captioner.decoder
+            if not (isinstance(decoder, PretrainedDecoder) and decoder.recompute_blocks()):
+                hint = (
+                    "set more gradient_accumulation_steps (with --resume in train.json) or a smaller decoder"
+                )
+                raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
+        if loss is None:  # the memory of the failed step is free after the `except` block
+            captioner.zero_grad()
+            return self.forward_backward(batch, rewarded=rewarded)
+        return all_reduce_gradients(captioner, loss)
+
+    def _add_gradients(self, batch: Batch, *, rewarded: bool) -> Tensor:
+        """Accumulate the gradients of the micro-batches of this process. Returns its part of the loss."""
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
         self.rewards = []
-        try:
-            for loaded, texts, examples in batch.micro_batches:
-                with autocast(self.config.precision, self.device):
-                    states_BNV = self.loader.features.states(loaded, self.device)
-                    if rewarded:
-                        assert self.critic
-                        sampled, rewards = self.critic.sample(states_BNV.detach(), examples)
-                        self.rewards += rewards
-                        loss = captioner.loss(states_BNV, sampled)
-                        loss = loss / (batch.num_images * self.critic.num_samples)
-                    else:
-                        loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.weight
-                loss.backward()
-                total += loss.detach()
-        except torch.OutOfMemoryError:
-            hint = "set more gradient_accumulation_steps (for --resume, in train.json), or a smaller decoder"
-            raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
-        return all_reduce_gradients(captioner, total)
+        for loaded, texts, examples in batch.micro_batches:
+            with autocast(self.config.precision, self.device):
+                states_BNV = self.loader.features.states(loaded, self.device)
+                if rewarded:
+                    assert self.critic
+                    sampled, rewards = self.critic.sample(states_BNV.detach(), examples)
+                    self.rewards += rewards
+                    loss = captioner.loss(states_BNV, sampled)
+                    loss = loss / (batch.num_images * self.critic.num_samples)
+                else:
+                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.weight
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def clip_and_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         """Clip the gradients and update the weights. Returns the gradient norm.
@@ -245,9 +252,7 @@ class Trainer:
 
     def end_stage_early(self, done: int, progress: Progress) -> None:
         """End the stage early if the score did not improve in `patience` evaluations."""
-        is_over = 0 < self.config.patience <= self.validation.evaluations_without_gain
-        # Only the first process scores the validation split.
-        if not max_over_processes(int(is_over), self.device):
+        if not 0 < self.config.patience <= self.validation.evaluations_without_gain:
             return
         before = self.schedule.total_steps
         end = self.schedule.end_early(done)
@@ -305,6 +310,9 @@ def build_trainer(
     validation = Validation(checkpoint, validation_set, loader)
     skipped_steps = torch.zeros((), dtype=torch.long, device=device)
     trainer = Trainer(checkpoint, config, loader, validation, device, Schedule(config), skipped_steps)
+    decoder = checkpoint.captioner.decoder
+    if config.lora_rank and device.type == "cpu" and isinstance(decoder, PretrainedDecoder):
+        decoder.recompute_blocks()  # a lack of main memory is not reported, but ends the process
     if config.stage_steps["scst"]:
         trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
     weights = checkpoint.captioner.state_dict()
@@ -327,7 +335,7 @@ def run_steps(
     done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
     state.clear()  # frees a copy of all weights and moments
     started, saved_at, is_interrupted = time.monotonic(), time.monotonic(), False
-    earlier_s, shown = log.seconds if log else 0.0, dict[str, str]()
+    earlier_s, shown_loss = log.seconds if log else 0.0, dict[str, str]()
     with delay_signals() as signals:
         for step, batch in trainer.batches(done):
             stage = trainer.begin_step(optimizer, step)
@@ -338,7 +346,7 @@ def run_steps(
 
             is_scored = done % evaluate_every == 0 or done in trainer.schedule.ends
             # A signal may reach only one process, but all processes must stop at the same step.
-            is_interrupted = bool(max_over_processes(len(signals), trainer.device))
+            is_interrupted = any(sum_over_processes([len(signals)]))
             if log:
                 values: dict[str, Any] = {"step": done, "stage": stage, "loss": loss, "norm": norm}
                 values |= {"rate": max(group["lr"] for group in optimizer.param_groups)}
@@ -348,17 +356,15 @@ def run_steps(
             if is_scored or is_interrupted or done % READ_EVERY == 0:  # reads wait for the device
                 if log:
                     log.flush()
-                shown = {"loss": f"{float(loss):.3f}", **trainer.validation.shown}
+                shown_loss = {"loss": f"{float(loss):.3f}"}
                 if int(trainer.skipped_steps) >= MAX_SKIPPED_STEPS:
                     problem = f"the loss is {float(loss)} and the gradient norm {float(norm)} at step {step}"
                     raise TrainError(problem, hint="use lower learning rates (--lr)")
             if is_scored:
-                if log:
-                    progress.message("scoring the validation split", transient=True)
-                    trainer.validation.score(out, log, done)
-                    shown = {"loss": shown["loss"], **trainer.validation.shown}
+                progress.message("scoring the validation split", transient=True)
+                trainer.validation.score(out, log, done)
                 trainer.end_stage_early(done, progress)
-            progress(stage, done, trainer.schedule.total_steps, shown)
+            progress(stage, done, trainer.schedule.total_steps, shown_loss | trainer.validation.shown)
             if log and (is_scored or is_interrupted or time.monotonic() - saved_at >= SAVE_EVERY_S):
                 log.flush()
                 save_resume(out, {**trainer.state(optimizer, done), "run": run})
@@ -366,7 +372,7 @@ def run_steps(
             if is_interrupted:
                 break
         if not is_interrupted:  # a signal may have arrived while the last state was saved
-            is_interrupted = bool(max_over_processes(len(signals), trainer.device))
+            is_interrupted = any(sum_over_processes([len(signals)]))
     if is_interrupted:
         if signal.SIGTERM in signals and callable(signal.getsignal(signal.SIGTERM)):
             signal.raise_signal(signal.SIGTERM)  # the default handler exits with the code for SIGTERM

@@ -1,6 +1,7 @@
 """Weight updates: parameter groups and learning-rate schedule."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -57,12 +58,8 @@ class Schedule:
 
     def stage(self, step: int) -> tuple[str, int]:
         """Return the stage that a step belongs to (align, train or scst), and the first step of the stage."""
-        first = 0
-        for name, steps in self.lengths.items():
-            if step < first + steps:
-                return name, first
-            first += steps
-        raise ValueError(f"step {step} is after the last step")
+        index = bisect_right(self.ends, step)
+        return list(self.lengths)[index], [0, *self.ends][index]
 
     def factor(self, step: int) -> float:
         """Return the factor of the learning rate for a step."""

@@ -32,7 +32,7 @@ from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, scored_prompt
 
 MAX_CUT_SHARE = 0.01  # more cut texts are reported
-NAMES = {"preset", "init", "encoder", "decoder"}  # settings that may hold names of local folders
+FOLDER_SETTINGS = {"preset", "init", "encoder", "decoder"}  # may hold names of local folders
 
 
 def train_captioner(
@@ -174,7 +174,7 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     metrics: dict[str, Any] = {
         "run": run,
         "data": captioner.config.data,
-        "settings": trainer.config.model_dump(mode="json", exclude=NAMES),
+        "settings": trainer.config.model_dump(mode="json", exclude=FOLDER_SETTINGS),
         "split": "test",
         "parameters": sum(weights.numel() for weights in captioner.parameters()),
         "best_validation": trainer.validation.best_cider_d,

@@ -105,21 +105,19 @@ def test_stages_are_shares_of_the_steps_and_epochs_become_steps() -> None:
     assert filled.stage_steps == {"align": 10, "train": 40, "scst": 4} and filled.total_steps == 54
 
 
-def test_different_presets_in_file_and_flag_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("preset: photos\n")
-    assert resolve(tmp_path / "c.yaml", preset="photos").decoder_width == 512
-    with pytest.raises(ConfigError, match="has the preset photos, but --preset is photos-few"):
-        resolve(tmp_path / "c.yaml", preset="photos-few")
-
-
-def test_adapters_for_a_scratch_decoder_are_refused() -> None:
-    with pytest.raises(ConfigError, match="lora_rank needs a pretrained language model"):
-        resolve(lora_rank=8)
-
-
 @pytest.mark.parametrize(
-    ("preset", "decoder"), [("photos-lm", "scratch"), ("photos-lm", None), ("photos", "qwen3")]
+    ("flags", "problem"),
+    [
+        ({"preset": "photos-few"}, "has the preset photos, but --preset is photos-few"),
+        ({"lora_rank": 8}, "lora_rank needs a pretrained language model"),
+        ({"decoder": "qwen3"}, "the preset photos does not fit the decoder qwen3"),
+    ],
 )
-def test_preset_for_another_kind_of_decoder_is_refused(preset: str, decoder: str | None) -> None:
-    with pytest.raises(ConfigError, match=f"the preset {preset} does not fit the decoder"):
-        resolve(preset=preset, decoder=decoder)
+def test_settings_that_exclude_each_other_are_refused(
+    tmp_path: Path, flags: dict[str, Any], problem: str
+) -> None:
+    (tmp_path / "c.yaml").write_text("preset: photos\n")
+    with pytest.raises(ConfigError, match=problem):
+        resolve(tmp_path / "c.yaml", **flags)
+    with pytest.raises(ConfigError, match="the preset photos-lm does not fit the decoder scratch"):
+        resolve(preset="photos-lm")

@@ -31,25 +31,21 @@ def table(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist([ROW | row for row in rows])
 
 
-def test_mixture_selects_synthetic_human_or_both_texts() -> None:
-    human = {
-        TargetText("human", "One ring.", style="brief"),
-        TargetText("human", "A circle.", style="brief"),
-        TargetText("human", "ring", question="What?"),
-    }
-    for mixture, expected in (("synthetic", SYNTHETIC), ("human", human), ("mixed", SYNTHETIC | human)):
-        (example,) = read_examples(table({}), IMAGES, mixture)  # type: ignore[arg-type]
-        assert set(example.texts) == expected
-
-
-def test_kept_human_texts_replace_the_references() -> None:
+@pytest.mark.parametrize("keeps_human", [False, True])
+def test_mixture_selects_synthetic_human_or_both_texts(*, keeps_human: bool) -> None:
+    """Kept human texts replace the references."""
     kept = {"text": "One ring.", "style": "human", "prompt_id": "human"}
     asked = {"question": "What?", "answer": "ring", "answer_type": "other", "prompt_id": "human"}
     row = {"captions": [*ROW["captions"], kept], "qa": [{**ROW["qa"][0], "prompt_id": "p"}, asked]}
     rejected = {"sample_id": "b", "captions": [], "qa": [], "references": ["x"]}
+    rows = table(row, rejected) if keeps_human else table({})
     human = {TargetText("human", "One ring.", style="brief"), TargetText("human", "ring", question="What?")}
-    for mixture, expected in (("synthetic", SYNTHETIC), ("human", human), ("mixed", SYNTHETIC | human)):
-        examples = read_examples(table(row, rejected), IMAGES | {"b": b"x"}, mixture, keeps_human=True)  # type: ignore[arg-type]
+    if not keeps_human:
+        human |= {TargetText("human", "A circle.", style="brief")}
+    mixtures: dict[Any, set[TargetText]]
+    mixtures = {"synthetic": SYNTHETIC, "human": human, "mixed": SYNTHETIC | human}
+    for mixture, expected in mixtures.items():
+        examples = read_examples(rows, IMAGES | {"b": b"x"}, mixture, keeps_human=keeps_human)
         assert [set(example.texts) for example in examples] == [expected]
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.cli.output import note_training_data
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TrainError
-from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
+from tests.notes import Notes
 from tests.trainer.small_trainings import CPU, LORA, losses, replace
 from trainer.config import TrainConfig
 from trainer.data import choose_examples, examples_in
@@ -124,18 +124,12 @@ def test_first_data_of_another_source_is_reported(
 ) -> None:
     """It may include the test images."""
     config = TrainConfig.model_validate(NEXT | {"init": str(started["scratch"])})
-    texts: list[str] = []
-
-    class Note(NullProgress):
-        def message(self, text: str, *, transient: bool = False) -> None:
-            texts.append(text)
-
+    notes = Notes()
     other = {**version.manifest, "source": {"name": "folder", "settings": {}}}
     for number, manifest in enumerate((version.manifest, other)):
-        train_captioner(
-            dataclasses.replace(version, manifest=manifest), config, tmp_path / str(number), progress=Note()
-        )
-        assert sum("may include test images" in text for text in texts) == number
+        changed = dataclasses.replace(version, manifest=manifest)
+        train_captioner(changed, config, tmp_path / str(number), progress=notes)
+        assert sum("may include test images" in text for text in notes.texts) == number
 
 
 @pytest.mark.parametrize(
@@ -172,34 +166,20 @@ def test_default_style_is_learned_in_the_last_training(version: Version, started
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "error"),
+    ("kind", "options", "error"),
     [
-        (None, {}, "lacks config.json"),
-        (["config.json"], {}, "lacks tokenizer.json"),
-        ("encoder", {}, "its config.json lacks 'encoder'"),
+        ("clip", {}, "lacks tokenizer.json"),
+        ("clip with a tokenizer", {}, "its config.json lacks 'encoder'"),
         ("captioner", {"encoder": "tiny-vit"}, "has encoder clip.*, not tiny-vit"),
         ("captioner", {"encoder_states": "2x2"}, "has encoder_states all, not 2x2"),
     ],
 )
 def test_wrong_folder_or_other_model_is_refused_before_a_folder_is_made(
-    version: Version,
-    started: dict[str, Path],
-    clip: str,
-    tmp_path: Path,
-    files: Any,
-    options: Any,
-    error: str,
+    version: Version, started: dict[str, Path], clip: str, tmp_path: Path, kind: str, options: Any, error: str
 ) -> None:
-    init = tmp_path / "init"
-    if files == "captioner":
-        init = started["scratch"]
-    elif files == "encoder":
-        shutil.copytree(clip, init)
+    init = shutil.copytree(started["scratch"] if kind == "captioner" else clip, tmp_path / "init")
+    if kind == "clip with a tokenizer":
         (init / "tokenizer.json").write_text("{}")
-    else:
-        init.mkdir()
-        for name in files or ():
-            (init / name).write_text("{}")
     with pytest.raises((TrainError, ConfigError), match=error):
         train(version, init=str(init), out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -20,18 +20,22 @@ from trainer.features import OnlineFeatures
 from trainer.loop import BatchLoader, Trainer, build_trainer
 from trainer.model.checkpoint import build_checkpoint, load_checkpoint
 from trainer.optimizer import build_optimizer
+from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
+
+
+def trainer_of(version: Version, **changes: Any) -> Trainer:
+    config = replace(dropout=0.0, **changes).with_defaults(40)
+    examples = examples_in(version, "train", config.text_source)
+    checkpoint = build_checkpoint(version, config, examples)
+    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
+    loader = BatchLoader(config, checkpoint.tokenizer, examples, features)
+    return build_trainer(checkpoint, loader, examples[:3], CPU)
 
 
 @pytest.fixture
 def small_trainer(version: Version, clip: str) -> Trainer:
-    config = replace(encoder=clip, dropout=0.0).with_defaults(40)
-    examples = examples_in(version, "train")
-    checkpoint = build_checkpoint(version, config, examples)
-    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
-    return build_trainer(
-        checkpoint, BatchLoader(config, checkpoint.tokenizer, examples, features), examples[:3], CPU
-    )
+    return trainer_of(version, encoder=clip)
 
 
 def test_four_images_are_memorized(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,12 +63,8 @@ def test_micro_batches_do_not_change_the_loss(version: Version, tmp_path: Path, 
 
 def test_text_weights_depend_on_style_and_source(version: Version, clip: str) -> None:
     weights = {"detailed": 0.25, "human": 3.0, "answer": 0.0}
-    config = replace(encoder=clip, text_source="mixed", text_weights=weights).with_defaults(40)
-    examples = examples_in(version, "train", "mixed")
-    checkpoint = build_checkpoint(version, config, examples)
-    loader = BatchLoader(
-        config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU)
-    )
+    loader = trainer_of(version, encoder=clip, text_source="mixed", text_weights=weights).loader
+    examples = loader.examples
     (batch,) = loader.load(examples[:3]).micro_batches
     expected = {("human", "brief"): 3.0, ("synthetic", "brief"): 1.0, ("synthetic", "detailed"): 0.25}
     learned = [expected.get((text.source, text.style), 0.0) for e in examples[:3] for text in e.texts]
@@ -131,6 +131,27 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     assert len(losses(tmp_path)) == 12
 
 
+def test_blocks_are_recomputed_once_a_step_does_not_fit_in_memory(
+    version: Version, clip: str, language_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(version, encoder=clip, decoder=language_model)
+    captioner = trainer.checkpoint.captioner.train()
+    batch, decoder = trainer.loader.load(trainer.loader.examples[:2]), captioner.decoder
+    expected, loss = trainer.forward_backward(batch), decoder.loss
+    weights = next(captioner.connector.parameters())
+    gradient = weights.grad
+    captioner.zero_grad()
+
+    def exceed(*arguments: Any) -> torch.Tensor:
+        if not decoder.model.is_gradient_checkpointing:  # type: ignore[union-attr]
+            raise torch.OutOfMemoryError
+        return loss(*arguments)
+
+    monkeypatch.setattr(decoder, "loss", exceed)
+    assert torch.equal(trainer.forward_backward(batch), expected)
+    torch.testing.assert_close(weights.grad, gradient)
+
+
 def test_step_that_does_not_fit_in_memory_is_an_error_with_a_hint(
     small_trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,12 +192,30 @@ def test_diverging_loss_ends_the_training(version: Version, tmp_path: Path) -> N
         train_captioner(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
 
 
-def test_two_processes_have_same_losses_as_one_process(version: Version, tmp_path: Path, clip: str) -> None:
+COUNT_TEXTS = """
+import os
+from trainer.model.caption_model import CaptionerModel
+generate, counts = CaptionerModel.generate, []
+def counted(self, states_BNV, *options):
+    counts.append(len(states_BNV))
+    Path(f"texts-{os.environ['RANK']}").write_text(str(sum(counts)))
+    return generate(self, states_BNV, *options)
+CaptionerModel.generate = counted
+"""
+
+
+def test_two_processes_have_the_losses_and_scores_of_one_and_share_the_evaluations(
+    version: Version, tmp_path: Path, clip: str
+) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0, evaluations=1)
     train_captioner(version, config, tmp_path / "one")
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    (tmp_path / "process.py").write_text(PROCESS)
+    (tmp_path / "process.py").write_text(PROCESS.replace("torch.set_num", f"{COUNT_TEXTS}torch.set_num"))
     command = [*TWO_PROCESSES, "process.py", str(version.path), "config.json", "two"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    one, two = ([line for line in log if "validation_loss" in line] for log in logs)
+    assert two == [pytest.approx(line, rel=1e-4) for line in one] and len(one) == 1
+    assert (tmp_path / "texts-1").read_text() == str(config.evaluate_images // 2)

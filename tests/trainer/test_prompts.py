@@ -48,43 +48,27 @@ Combien de chiens y a-t-il ?#
 # More kinds of prompts.
 MORE_PROMPTS = """
 Write one sentence about this photo.
-Give me a short caption for this.
-I need a caption for my post
 Make a caption for Instagram
 what's going on here?
 Tell me what you see in this picture.
-Summarize the picture in a few words
-I want you to describe the attached image.
 Could you summarise this photo?
-Would you please give a caption for the image?
 List keywords for the photo
 Describe this image as if I were blind.
 Describe the scene. Respond in one sentence.
 <image>|What is happening in this photograph?
 What does this photo depict?
-What does this picture contain?
-What does the image represent?
 Read all the text in the image.
-Is the cat black or white?#
-Are the two balls of the same size?#
 what's the man holding?#
 Whose car is this?#
-Why are they laughing?#
-Can this plane land on water?#
-What kind of image is this?#
 What color is the thing in the middle of the photo?#
 In which room was this photo taken?#
 Please tell me how many chairs there are.#
-Estimate the number of people.#
 Is this Mr. Smith?#
 Do they meet Mrs. Smith at St. Paul?#
 What does the caption say?#
-Who wrote the caption below the picture?#
 What is the job description?#
 How would you describe the mood?#|Answer the question using a single word or phrase.
-What is the capital of the highlighted country?#|A. Oslo|B. Rome|C. Paris|Answer with the letter only.
 Consider the image carefully. ^Is the man older than the woman?#
-Welche Farbe hat das Auto?#
 """.strip().split("\n")
 # Texts of benchmarks around the question.
 AROUND = """

@@ -10,22 +10,14 @@ import pytest
 
 import trainer
 from pipeline.dataset.version import Version
-from pipeline.progress import NullProgress
 from pipeline.storage.files import read_json
+from tests.notes import Notes
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.small_trainings import SMALL, replace
 from trainer import TrainConfig
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-class Messages(NullProgress):
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def message(self, text: str, *, transient: bool = False) -> None:
-        self.texts.append(text)
 
 
 def test_import_loads_no_other_package() -> None:
@@ -64,7 +56,7 @@ def test_readme_example_trains_a_captioner(
 
 
 def test_settings_override_config_and_the_result_has_all_settings(version: Version, tmp_path: Path) -> None:
-    progress = Messages()
+    progress = Notes()
     config = replace(encoder="tiny-vit", seed=3)
     result = trainer.train(version, config, out=str(tmp_path), progress=progress, steps=2, seed=4)
     assert (result.path, result.version) == (tmp_path, version)

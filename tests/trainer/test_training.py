@@ -19,18 +19,16 @@ import trainer.training
 from pipeline.cli.output import print_scores
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from pipeline.progress import NullProgress
+from tests.notes import Notes
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace
 from tests.trainer.tiny_models import save_language_model
-from trainer.data import Example, Question, choose_examples, examples_in
-from trainer.evaluate import evaluate, evaluate_version
+from trainer.data import Example, Question, examples_in
+from trainer.evaluate import evaluate
 from trainer.features import OnlineFeatures
 from trainer.launch import choose_encoder
 from trainer.metrics import derangement
-from trainer.model.caption_model import CaptionerModel
-from trainer.model.checkpoint import build_checkpoint, load_checkpoint
-from trainer.model.decoding import DecodingConfig
+from trainer.model.checkpoint import load_checkpoint
 from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
@@ -83,27 +81,12 @@ def test_validation_excludes_untrained_styles(version: Version, monkeypatch: pyt
     assert {text.style for example in sets["validation"] for text in example.texts if text.style} == {"brief"}
 
 
-def test_evaluation_uses_the_texts_of_the_version_if_the_configured_kind_is_absent(
-    version: Version, tmp_path: Path
-) -> None:
-    train_captioner(version, replace(steps=1), tmp_path / "c")
-    config = json.loads((tmp_path / "c/config.json").read_text())
-    config["data"]["texts"] = "human"
-    (tmp_path / "c/config.json").write_text(json.dumps(config))
-    scored = evaluate_version(load_checkpoint(tmp_path / "c"), version, "test")
-    assert scored["images"] > 0
-
-
 def test_cut_texts_are_reported(version: Version, clip: str, tmp_path: Path) -> None:
-    warnings: list[str] = []
-
-    class Note(NullProgress):
-        def warn(self, text: str) -> None:
-            warnings.append(text)
-
+    notes = Notes()
     config = SMALL.model_copy(update={"encoder": clip, "steps": 1, "max_caption_tokens": 3})
-    train_captioner(version, config, tmp_path, progress=Note())
-    assert len(warnings) == 1 and "texts are longer than 3 tokens: they are cut off" in warnings[0]
+    train_captioner(version, config, tmp_path, progress=notes)
+    (warning,) = [text for text in notes.texts if text.startswith("warning: ")]
+    assert "texts are longer than 3 tokens: they are cut off" in warning
 
 
 def test_questions_are_asked_about_matching_and_shuffled_images(
@@ -133,26 +116,6 @@ def test_questions_are_asked_about_matching_and_shuffled_images(
     assert all(row["questions"][0]["said"] == row["sample_id"] for row in scored["each"])
     (scores,) = scored["questions"].values()
     assert (scores["count"], scores["accuracy"], scores["shuffled"]) == (len(examples), 1.0, 0.0)
-
-
-@pytest.mark.parametrize(("decoder", "sizes"), [("scratch", {4, 3}), ("prefix", {2, 1})])
-def test_evaluation_of_a_language_model_on_a_gpu_has_smaller_batches(
-    decoder: str, sizes: set[int], version: Version, clip: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sets, config = choose_examples(version, replace(encoder=clip, decoder=decoder))
-    checkpoint, batches = build_checkpoint(version, config, sets["train"]), list[int]()
-
-    def record(_: Any, states_BNV: torch.Tensor, *__: Any) -> list[list[int]]:
-        batches.append(len(states_BNV))
-        return [[5]] * len(states_BNV)
-
-    monkeypatch.setattr(CaptionerModel, "generate", record)
-    monkeypatch.setattr(CaptionerModel, "device", torch.device("cuda"))
-    monkeypatch.setattr(trainer.evaluate, "HELD_IMAGES", 8)
-    monkeypatch.setattr(trainer.evaluate, "BATCH_IMAGES", 4)
-    features, decoding = OnlineFeatures(checkpoint.captioner.encoder, CPU), DecodingConfig(num_beams=2)
-    evaluate(checkpoint, sets["train"][:7], features, ("synthetic", "brief"), decoding)
-    assert {*batches} == sizes
 
 
 def test_saved_captioner_has_merged_adapters(

@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -52,10 +50,7 @@ def save_language_model(folder: Path, kind: str) -> str:
     sizes: Any = TOWER | {"num_key_value_heads": 1, "head_dim": 16}
     sizes |= {"vocab_size": 258, "max_position_embeddings": 256}
     ids: Any = {"bos_token_id": None, "eos_token_id": 257, "pad_token_id": 256, "tie_word_embeddings": True}
-    if kind == "qwen3":
-        Qwen3ForCausalLM(Qwen3Config(**sizes, **ids)).save_pretrained(folder)
-    else:
-        LlamaForCausalLM(LlamaConfig(**sizes, **ids)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **ids)).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: index for index, letter in enumerate(alphabet)}
     bytes_tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

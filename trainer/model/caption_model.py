@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from pipeline.errors import TrainError
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
-from trainer.model.decoding import DecodingConfig, generate_texts
+from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder, EncoderConfig
 from trainer.model.language_model import PretrainedDecoder, merged_state
 from trainer.model.transformers_model import SynthCaptioner, SynthCaptionerConfig
@@ -52,14 +52,12 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         config = replace(config, prompts=[(source, style) for source, style in config.prompts])  # JSON lists
         self.config = config
         self.encoder = Encoder(EncoderConfig(**config.encoder))
-        V = self.encoder.width
         self.decoder: ScratchDecoder | PretrainedDecoder
         if "language_model" in config.decoder:
             self.decoder = PretrainedDecoder(config.decoder["language_model"])
-            self.connector = prefix_connector(V, self.decoder.width)
         else:
             self.decoder = ScratchDecoder(DecoderConfig(**config.decoder))
-            self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
+        self.connector = self.decoder.make_connector(self.encoder.width)
 
     def loss(self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
         """Return the negative log-likelihood summed over all target tokens, weighted by `texts.weight_C`.
@@ -74,19 +72,24 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     def generate(self, states_BNV: Tensor, prompt_BT: Tensor, decoding: DecodingConfig) -> list[list[int]]:
         """Generate one text per image, up to EOS or `max_caption_tokens`.
 
-        Returns token ids without prompt and EOS. Raises TrainError if a GPU lacks memory.
+        Returns token ids without prompt and EOS. Raises TrainError if the prompt leaves no position for a
+        text, or if a GPU lacks memory.
         """
         memory_BND, prompt_BT = self.connector(states_BNV.to(self.device)), prompt_BT.to(self.device)
-        inputs: dict[str, Any] = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
         max_tokens = self.max_new_tokens(memory_BND.shape[1], prompt_BT.shape[1])
-        options = decoding, max_tokens, self.config.eos_id
+        if max_tokens < 1:
+            raise TrainError("the prompt leaves no position for a text", hint="ask a shorter question")
+        inputs = {"attention_mask": torch.ones_like(prompt_BT), "image_states": memory_BND}
+        eos_id, options = self.config.eos_id, decoding.options(max_tokens)
         try:
-            if isinstance(self.decoder, PretrainedDecoder):
-                return self.decoder.generate(memory_BND, prompt_BT, *options)
-            return generate_texts(self._writer, *options, image_states=memory_BND, **inputs)
+            ids_BT = self._writer.generate(
+                prompt_BT, **inputs, **options, eos_token_id=eos_id, pad_token_id=eos_id
+            )
         except torch.OutOfMemoryError:
             hint = "use fewer beams (num_beams: 1) or a smaller batch"
             raise TrainError("the texts of a batch do not fit in GPU memory", hint=hint) from None
+        rows = ids_BT[:, prompt_BT.shape[1] :].tolist()
+        return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
     def max_new_tokens(self, num_states: int, prompt_tokens: int) -> int:
         """Return the maximum length of a text: that of the config, or the positions that are left."""
@@ -95,7 +98,6 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
 
     @cached_property
     def _writer(self) -> SynthCaptioner:
-        assert isinstance(self.decoder, ScratchDecoder)
         # Keeps the weights of the decoder, but changes torch.nn.init in all threads.
         with no_init_weights():
             return SynthCaptioner(SynthCaptionerConfig(decoder=self.config.decoder), self.decoder)
@@ -116,11 +118,6 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return merged.eval()
 
 
-def prefix_connector(V: int, D: int) -> nn.Sequential:
-    """Return a LLaVA-1.5-style connector (two layers), which maps image states to prefix embeddings."""
-    return nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
-
-
 def build_captioner(
     encoder: Encoder, decoder: DecoderConfig | PretrainedDecoder, **fields: Any
 ) -> CaptionerModel:
@@ -134,5 +131,5 @@ def build_captioner(
     with torch.device("meta"):  # avoids a second copy of the language model
         captioner = CaptionerModel(config)
     captioner.encoder, captioner.decoder = encoder, decoder
-    captioner.connector = prefix_connector(encoder.width, decoder.width)
+    captioner.connector = decoder.make_connector(encoder.width)
     return captioner

@@ -192,8 +192,6 @@ def build_checkpoint(
         decoder.add_dropout(config.dropout)
     if config.lora_rank:
         decoder.add_adapters(config.lora_rank, config.lora_dropout)
-    if config.num_beams > 1 and not config.is_scratch:
-        decoder.require_beams(config.num_beams)
     max_tokens = config.max_caption_tokens or tokenizer.choose_max_tokens(texts)
     if start and config.max_caption_tokens is None:
         max_tokens = max(max_tokens, start.captioner.config.max_caption_tokens)

@@ -48,6 +48,8 @@ BlockCache = tuple[DynamicLayer, DynamicLayer]
 class CrossAttentionDecoder(nn.Module):
     """Maps token ids and image states to logits. The output head is tied to the embedding."""
 
+    max_positions = math.inf
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.width, self.head_width = config.width, config.width // config.heads
@@ -55,6 +57,10 @@ class CrossAttentionDecoder(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
+
+    def make_connector(self, V: int) -> nn.Sequential:
+        """Return a new connector from the width of an encoder to the width of the decoder."""
+        return nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.width))
 
     def forward(
         self, ids_CT: Tensor, memory_BND: Tensor | None, mask_CS: Tensor, cache: Cache | None = None
@@ -97,8 +103,6 @@ class CrossAttentionDecoder(nn.Module):
 
 class ScratchDecoder(CrossAttentionDecoder):
     """A CrossAttentionDecoder with initial weights and a loss."""
-
-    max_positions = math.inf
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)

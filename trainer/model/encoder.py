@@ -16,7 +16,14 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel, ViTImageProcessor, ViTModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pipeline.digests import canonical
@@ -49,15 +56,65 @@ class EncoderConfig:
     states: str = "all"
 
 
-class Encoder(nn.Module):
-    """Wraps the vision tower of ViT, CLIP or another transformers vision model, with its preprocessing."""
+# The definitions up to `Encoder` are copied into checkpoints (trainer/model/transformers_files.py), so they
+# may use only torch and transformers.
+
+# Possible numbers of tokens before the patches: none, a class token, class and distillation tokens, or a
+# class token and four DINO registers.
+BEFORE_PATCHES = (0, 1, 2, 5)
+
+
+def choose_states(states_BNV: Tensor, which: str) -> Tensor:
+    """Return the states for the decoder (B, M, V). Unless `which` is "all", 2 x 2 patches are averaged.
+
+    Raises ValueError if the patches do not form a square.
+    """
+    if which == "all":
+        return states_BNV
+    before, side = patch_grid(states_BNV.shape[1])
+    grid_BVRC = states_BNV[:, before:].transpose(1, 2).unflatten(2, (side, side))
+    pooled_BVRC = functional.avg_pool2d(grid_BVRC, 2, ceil_mode=True)  # windows at an odd edge are smaller
+    return torch.cat([states_BNV[:, :before], pooled_BVRC.flatten(2).transpose(1, 2)], 1)
+
+
+def patch_grid(count: int) -> tuple[int, int]:
+    """Return the number of states before the patches, and the side length of the patch grid.
+
+    Raises ValueError if the patches do not form a square.
+    """
+    for before in BEFORE_PATCHES:
+        side = math.isqrt(max(0, count - before))
+        if side > 1 and side * side == count - before:
+            return before, side
+    raise ValueError(f"{count} states do not form a square of patches")
+
+
+def tower_options(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the options that leave out an unused pooling layer."""
+    return {"add_pooling_layer": False} if config.model_type == "vit" else {}
+
+
+class Tower(nn.Module):
+    """The vision tower of ViT, CLIP or another transformers vision model."""
+
+    def __init__(self, config: PreTrainedConfig, states: str, *, is_rounded: bool) -> None:
+        super().__init__()
+        self.tower: nn.Module = AutoModel.from_config(config, **tower_options(config))
+        self.width: int = config.hidden_size
+        self.states, self.is_rounded = states, is_rounded
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the hidden states for the decoder, (B, M, V), rounded to bfloat16 if the tower is frozen."""
+        states_BMV = choose_states(self.tower(pixels_BCHW).last_hidden_state, self.states)
+        return states_BMV.bfloat16().to(states_BMV.dtype) if self.is_rounded else states_BMV
+
+
+class Encoder(Tower):
+    """A vision tower with its preprocessing."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
+        super().__init__(pretrained.config_of(config.model), config.states, is_rounded=config.frozen)
         self.config = config
-        model_config = pretrained.config_of(config.model)
-        self.tower: nn.Module = AutoModel.from_config(model_config, **_tower_options(model_config))
-        self.width: int = model_config.hidden_size
         kind = _image_processor(config.processor)
         self.processor = kind(**pretrained.processor_settings(kind, config.processor))
         if config.frozen:
@@ -67,18 +124,6 @@ class Encoder(nn.Module):
         """Set the mode. A frozen encoder always stays in evaluation mode."""
         super().train(mode and not self.config.frozen)
         return self
-
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the hidden states for the decoder: (B, 3, H, W) -> (B, M, V).
-
-        Raises TrainError if the configured states are unavailable.
-        """
-        try:
-            states_BMV = choose_states(self.tower(pixels_BCHW).last_hidden_state, self.config.states)
-        except ValueError as error:
-            hint = "use all states, or an encoder such as vit or clip"
-            raise TrainError(f"no states {self.config.states!r}: {error}", hint=hint) from None
-        return states_BMV.bfloat16().float() if self.config.frozen else states_BMV
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """Preprocess RGB images with the model's image processor. Returns (B, 3, H, W)."""
@@ -130,7 +175,7 @@ def load_encoder(name: str, *, states: str = "all", frozen: bool | None = None) 
         # Keep only JSON values.
         json_types = (str, int, float, list, dict)
         processor = {key: value for key, value in saved.items() if isinstance(value, json_types)}
-        options = {"config": model_config, **_tower_options(model_config)}
+        options = {"config": model_config, **tower_options(model_config)}
         tower, missing = pretrained.load_weights(tower_class, model_id, **options)
         shown = folder_name(Path(model_id)) if name not in ENCODERS and Path(model_id).exists() else name
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
@@ -177,7 +222,7 @@ def _require_states(encoder: Encoder) -> Encoder:
             pixels = encoder.pixels([_TEST_IMAGE, wide])[:1]
             states_1MV, again_1MV = encoder.eval()(pixels), encoder(pixels)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        hint = "choose an encoder with a fixed image size, such as vit, clip or siglip2"
+        hint = "choose an encoder with a fixed image size, such as vit or clip, and all its states"
         raise TrainError(f"{name} cannot be used as an encoder: {one_line(error)}", hint=hint) from None
     encoder.train(was_training)
     shape = states_1MV.shape
@@ -197,40 +242,3 @@ def _image_processor(settings: dict[str, Any]) -> type[BaseImageProcessor]:
         problem = f"the image processor of the checkpoint, {name!r}, is not in transformers"
         raise TrainError(problem, hint="do not use this checkpoint")
     return kind
-
-
-def _tower_options(model_config: Any) -> dict[str, Any]:
-    return {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
-
-
-# The definitions below are copied into checkpoints (trainer/model/transformers_files.py), so they may use
-# only torch.
-
-# Possible numbers of tokens before the patches: none, a class token, class and distillation tokens, or a
-# class token and four DINO registers.
-BEFORE_PATCHES = (0, 1, 2, 5)
-
-
-def choose_states(states_BNV: Tensor, which: str) -> Tensor:
-    """Return the states for the decoder (B, M, V). Unless `which` is "all", 2 x 2 patches are averaged.
-
-    Raises ValueError if the patches do not form a square.
-    """
-    if which == "all":
-        return states_BNV
-    before, side = patch_grid(states_BNV.shape[1])
-    grid_BVRC = states_BNV[:, before:].transpose(1, 2).unflatten(2, (side, side))
-    pooled_BVRC = functional.avg_pool2d(grid_BVRC, 2, ceil_mode=True)  # windows at an odd edge are smaller
-    return torch.cat([states_BNV[:, :before], pooled_BVRC.flatten(2).transpose(1, 2)], 1)
-
-
-def patch_grid(count: int) -> tuple[int, int]:
-    """Return the number of states before the patches, and the side length of the patch grid.
-
-    Raises ValueError if the patches do not form a square.
-    """
-    for before in BEFORE_PATCHES:
-        side = math.isqrt(max(0, count - before))
-        if side > 1 and side * side == count - before:
-            return before, side
-    raise ValueError(f"{count} states do not form a square of patches")

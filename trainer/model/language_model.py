@@ -11,7 +11,6 @@ Shapes: B images, C texts, T tokens per text, P prefix states, S tokens per pack
 V vocabulary.
 """
 
-import math
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -33,7 +31,7 @@ from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from trainer.config import DECODERS
 from trainer.model import pretrained, text_loss
-from trainer.model.decoding import DecodingConfig, generate_texts
+from trainer.model.transformers_model import PrefixDecoder
 from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
 ADAPTER = "default"  # adapter name in peft
@@ -52,31 +50,19 @@ class Probe(NamedTuple):
     transform: text_loss.LogitTransform
 
 
-class PretrainedDecoder(nn.Module):
-    """Wraps a causal language model. Without `model`, builds one with random weights from `settings`."""
+class PretrainedDecoder(PrefixDecoder):
+    """A PrefixDecoder with adapters and a loss. Without `model`, builds one with random weights."""
 
     def __init__(self, settings: dict[str, Any], model: PreTrainedModel | None = None) -> None:
-        super().__init__()
+        super().__init__(model or AutoModelForCausalLM.from_config(pretrained.config_of(settings)))
         self.settings = settings
-        self.model: Any = model or AutoModelForCausalLM.from_config(pretrained.config_of(settings))
         self.model.tie_weights()
-        # A checkpoint does not store the generation config. Without this reset, penalties would apply in
-        # training but not after loading.
-        self.model.generation_config = GenerationConfig()
-        self.width: int = self.embedding.embedding_dim  # may differ from the width of the layers
         self._attention_window = pretrained.attention_window(self.model.config)
-        self.max_positions: float = getattr(self.model.config, "max_position_embeddings", None) or math.inf
-
-    @property
-    def embedding(self) -> Any:
-        """The input embedding layer."""
-        return self.model.get_input_embeddings()
 
     def add_adapters(self, rank: int, dropout: float) -> None:
         """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes other weights.
 
-        The blocks are then recomputed in the backward pass, if the model supports it. Raises TrainError if
-        peft is not installed or supports no layer of the model.
+        Raises TrainError if peft is not installed or supports no layer of the model.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -94,8 +80,13 @@ class PretrainedDecoder(nn.Module):
         except ValueError as error:
             hint = "train the whole model: --lora-rank 0"
             raise TrainError(f"this model does not support LoRA adapters: {error}", hint=hint) from None
-        if self.model.supports_gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def recompute_blocks(self) -> bool:
+        """Recompute blocks in the backward pass from now on. Returns False if this saves no memory."""
+        if self.model.is_gradient_checkpointing or not self.model.supports_gradient_checkpointing:
+            return False
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return True
 
     def add_dropout(self, rate: float) -> None:
         """Add dropout to the embedding and to the outputs of attention and MLP. For Qwen3 models."""
@@ -129,12 +120,12 @@ class PretrainedDecoder(nn.Module):
         head, transform = self.model.get_output_embeddings(), self.probed.transform
         return text_loss.token_loss(states_KD, head, labels_K, weight_K, label_smoothing, transform)
 
-    def require_positions(self, num_states: int, num_tokens: int, hint: str = "") -> None:
+    def require_positions(self, num_states: int, num_tokens: int) -> None:
         """Raise TrainError if image and text need more positions than the model has (GPT-2: 1,024)."""
         if num_states + num_tokens > self.max_positions:
             problem = f"an image of {num_states} states and a text of {num_tokens} tokens"
             problem += f" need {num_states + num_tokens} positions, and the language model has"
-            hint = hint or "use fewer states (--encoder-states 2x2) or a smaller max_caption_tokens"
+            hint = "use fewer states (--encoder-states 2x2) or a smaller max_caption_tokens"
             raise TrainError(f"{problem} {self.max_positions:,}", hint=hint)
 
     def _states_packed(self, prefix_BPD: Tensor, packed: text_loss.PackedTexts) -> Tensor:
@@ -218,25 +209,6 @@ class PretrainedDecoder(nn.Module):
             problem = "the decoder changes its logits in an unknown way, so the training loss would be wrong"
             raise TrainError(problem, hint="choose another decoder, such as --decoder qwen3")
         return transform
-
-    def generate(
-        self, prefix_BPD: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
-    ) -> list[list[int]]:
-        """Generate one text per image (see CaptionerModel.generate)."""
-        self.require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + 1, hint="ask a shorter question")
-        embeds_BLD = self._embed(prefix_BPD, prompt_BT)
-        mask_BL = torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device)
-        inputs = {"inputs_embeds": embeds_BLD, "attention_mask": mask_BL}
-        return generate_texts(self.model, decoding, max_tokens, eos_id, **inputs)
-
-    def require_beams(self, num_beams: int) -> None:
-        """Raise TrainError if the model does not support beam search, like some recurrent models."""
-        states_11D, prompt_11 = torch.zeros(1, 1, self.width), torch.zeros(1, 1, dtype=torch.long)
-        try:
-            self.generate(states_11D, prompt_11, DecodingConfig(num_beams), max_tokens=2, eos_id=0)
-        except MODEL_ERRORS as error:
-            problem = f"this decoder does not support {num_beams} beams: {one_line(error)[:200]}"
-            raise TrainError(problem, hint="set num_beams: 1, or choose another --decoder") from None
 
 
 def new_decoder(

@@ -17,7 +17,7 @@ DEFINITIONS = {
         "DecoderConfig TensorPair Seen BlockCache CrossAttentionDecoder Block Attention attend_apart"
         " rope_table apply_rope"
     ),
-    "trainer.model.encoder": "BEFORE_PATCHES choose_states patch_grid",
+    "trainer.model.encoder": "BEFORE_PATCHES choose_states patch_grid tower_options Tower",
     "trainer.prompts": "",  # all definitions
 }
 # Imports that the copied definitions need, by source module.
@@ -25,9 +25,10 @@ NEEDED_IMPORTS = {
     "trainer.prompts": "import re\nfrom collections.abc import Callable\n",
     "pipeline.images.upright": "from PIL import ImageOps\n",
     "trainer.model.decoder": (
-        "import math\nfrom collections.abc import Sequence\nfrom dataclasses import dataclass\n"
+        "from collections.abc import Sequence\nfrom dataclasses import dataclass\n"
         "from torch.nn import functional\nfrom transformers.cache_utils import DynamicLayer\n"
     ),
+    "trainer.model.encoder": "from transformers import AutoModel\n",
 }
 # Writes the last text of the user. The processor finds the style or the question in it.
 CHAT_TEMPLATE = """\

@@ -13,6 +13,7 @@ Shapes: B images and texts, N image states, T new tokens, S tokens so far, P pre
 V encoder width, D decoder width.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     BatchFeature,
     GenerationMixin,
@@ -35,7 +35,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.images.upright import upright_rgb
 from trainer.model.decoder import CrossAttentionDecoder, DecoderConfig
-from trainer.model.encoder import choose_states
+from trainer.model.encoder import Tower
 from trainer.prompts import choose_prompt, prompt_ids, prompt_parts
 
 
@@ -70,31 +70,20 @@ class SynthCaptionerConfig(PreTrainedConfig):
         return self
 
 
-class _Tower(nn.Module):
-    """The vision encoder."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        config = AutoConfig.for_model(**settings["model"])
-        self.width = config.hidden_size
-        options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-        self.tower = AutoModel.from_config(config, **options)
-        self.states, self.is_rounded = settings.get("states", "all"), settings.get("frozen", False)
-
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the hidden states of images (B, N, V), rounded as in training with a frozen encoder."""
-        states_BNV = choose_states(self.tower(pixels_BCHW).last_hidden_state, self.states)
-        return states_BNV.bfloat16().to(states_BNV.dtype) if self.is_rounded else states_BNV
-
-
-class _Prefixed(nn.Module):
+class PrefixDecoder(nn.Module):
     """A language model that reads the image states as a prefix before the text."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-        self.width = self.model.get_input_embeddings().embedding_dim
-        self.max_positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        self.model: Any = model
+        self.width: int = self.embedding.embedding_dim  # may differ from the width of the layers
+        self.max_positions: float = getattr(model.config, "max_position_embeddings", None) or math.inf
+
+    def make_connector(self, V: int) -> nn.Sequential:
+        """Return a new LLaVA-1.5-style connector (two layers) from the width of an encoder."""
+        return nn.Sequential(
+            nn.LayerNorm(V), nn.Linear(V, self.width), nn.GELU(), nn.Linear(self.width, self.width)
+        )
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
@@ -103,21 +92,19 @@ class _Prefixed(nn.Module):
         return {f"model.{name}": f"model.{source}" for name, source in tied.items()}
 
     @property
-    def embedding(self) -> nn.Module:
-        """The embedding of tokens."""
-        embedding: nn.Module = self.model.get_input_embeddings()
-        return embedding
-
-    def own_cache(self, cache: Cache | None) -> Cache | None:
-        """Return `cache`, or a new one if only some layers of the language model use attention."""
-        attends = {"attention" in kind for kind in getattr(self.model.config, "layer_types", None) or ()}
-        is_mixed = len(attends) > 1 and type(cache) is DynamicCache
-        return DynamicCache(config=self.model.config) if is_mixed else cache
+    def embedding(self) -> Any:
+        """The input embedding layer."""
+        return self.model.get_input_embeddings()
 
     def forward(
         self, ids_BT: Tensor, states_BPD: Tensor | None, mask_BS: Tensor, cache: Cache | None, prefix: int
-    ) -> Tensor:
-        """Return logits of the text (B, T, vocabulary). `states_BPD` is None if the cache has the image."""
+    ) -> tuple[Tensor, Cache | None]:
+        """Return logits of the text (B, T, vocabulary), and the cache for the next step.
+
+        `states_BPD` is None if the cache has the image.
+        """
+        # A language model makes its own cache, because its layers may not use attention.
+        is_default = states_BPD is not None and type(cache) is DynamicCache
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
         # Move padding before the image. After it, recurrent layers and narrow windows would see padding.
@@ -135,11 +122,10 @@ class _Prefixed(nn.Module):
             inputs_embeds=embeds_BLD,
             attention_mask=mask_BL,
             position_ids=positions_BL,
-            past_key_values=cache,
+            past_key_values=None if is_default else cache,
             use_cache=cache is not None,
         )
-        logits_BTV: Tensor = out.logits[:, -ids_BT.shape[1] :]
-        return logits_BTV
+        return out.logits[:, -ids_BT.shape[1] :], getattr(out, "past_key_values", None)
 
 
 class _AtLastPosition(MaxLengthCriteria):
@@ -154,22 +140,21 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")  # type: ignore[assignment]
     _supports_sdpa = True
 
-    def __init__(self, config: SynthCaptionerConfig, decoder: CrossAttentionDecoder | None = None) -> None:
+    def __init__(
+        self, config: SynthCaptionerConfig, decoder: CrossAttentionDecoder | PrefixDecoder | None = None
+    ) -> None:
         """Build a captioner or, with a `decoder`, a model that only generates from `image_states`."""
         super().__init__(config)
-        self.decoder: CrossAttentionDecoder | _Prefixed
-        if decoder is not None:
-            self.decoder = decoder
-        else:
-            self.encoder = _Tower(config.encoder)
-            V = self.encoder.width
-            if "language_model" in config.decoder:
-                self.decoder = _Prefixed(config.decoder["language_model"])
-                D = self.decoder.width
-                self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, D), nn.GELU(), nn.Linear(D, D))
+        if decoder is None:
+            vision, text = config.encoder, config.decoder.get("language_model")
+            options = {"states": vision.get("states", "all"), "is_rounded": vision.get("frozen", False)}
+            self.encoder = Tower(AutoConfig.for_model(**vision["model"]), **options)
+            if text:
+                decoder = PrefixDecoder(AutoModelForCausalLM.from_config(AutoConfig.for_model(**text)))
             else:
-                self.decoder = CrossAttentionDecoder(DecoderConfig(**config.decoder))
-                self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
+                decoder = CrossAttentionDecoder(DecoderConfig(**config.decoder))
+            self.connector = decoder.make_connector(self.encoder.width)
+        self.decoder: CrossAttentionDecoder | PrefixDecoder = decoder
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -178,7 +163,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding of tokens, as `resize_token_embeddings` does."""
-        if isinstance(self.decoder, _Prefixed):
+        if isinstance(self.decoder, PrefixDecoder):
             self.decoder.model.set_input_embeddings(value)
         else:
             self.decoder.embedding = value  # type: ignore[assignment]
@@ -207,16 +192,18 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
             image_states = self.encode(pixel_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         prefix = 0
-        if isinstance(self.decoder, _Prefixed):
-            prefix = image_states.shape[1] if image_states is not None else 0
-            past_key_values = past_key_values if past else self.decoder.own_cache(past_key_values)
+        if isinstance(self.decoder, PrefixDecoder) and image_states is not None:
+            prefix = image_states.shape[1]
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), max(0, past - prefix) + input_ids.shape[1])
         if image_states is None and not past:
             raise ValueError("a captioner needs an image: pass pixel_values")
         shown = None if past else image_states
-        extra = (prefix,) if isinstance(self.decoder, _Prefixed) else ()
-        logits = self.decoder(input_ids, shown, attention_mask, past_key_values, *extra)
+        inputs = input_ids, shown, attention_mask, past_key_values
+        if isinstance(self.decoder, PrefixDecoder):
+            logits, past_key_values = self.decoder(*inputs, prefix)
+        else:
+            logits = self.decoder(*inputs)
         loss = None
         if labels is not None:
             next_logits, next_labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
@@ -255,8 +242,8 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         """
         if pixel_values is not None:
             options["image_states"] = self.encode(pixel_values)
-        if "image_states" in options and isinstance(self.decoder, _Prefixed) and self.decoder.max_positions:
-            max_length = self.decoder.max_positions - options["image_states"].shape[1]
+        if "image_states" in options and self.decoder.max_positions < math.inf:
+            max_length = int(self.decoder.max_positions) - options["image_states"].shape[1]
             if input_ids.shape[1] >= max_length:
                 raise ValueError("the prompt leaves no room for the output: ask a shorter question")
             criteria = options.get("stopping_criteria") or ()

@@ -1,9 +1,10 @@
 """Devices, matrix precision, and communication between training processes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from trainer.config import Precision, Preset
 
-# The other processes wait while the first one scores the validation split. NCCL's default is ten minutes.
+# The others wait while a process saves a captioner or stores hidden states. NCCL's default is ten minutes.
 MAX_WAIT = timedelta(hours=6)
+T = TypeVar("T")
 
 
 def best_device(rank: int = 0) -> torch.device:
@@ -36,7 +38,8 @@ def join_processes() -> tuple[int, int]:
     if processes == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # Single numbers are exchanged between CPUs, because with NCCL each exchange would wait for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=MAX_WAIT)
     return torch.distributed.get_rank(), processes
 
@@ -52,11 +55,10 @@ def all_reduce_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     """Sum the loss and the gradients over all processes in place. Returns the loss."""
     if not torch.distributed.is_initialized():
         return loss
+    torch.distributed.all_reduce(loss)
     learning = [weights for weights in model.parameters() if weights.requires_grad]
-    num_gradients = loss.new_tensor([float(weights.grad is not None) for weights in learning])
-    for tensor in (loss, num_gradients):
-        torch.distributed.all_reduce(tensor)
-    for weights, count in zip(learning, num_gradients.tolist(), strict=True):
+    num_gradients = sum_over_processes([weights.grad is not None for weights in learning])
+    for weights, count in zip(learning, num_gradients, strict=True):
         # If no process has a gradient, the optimizer must skip the weight, including weight decay.
         if count:
             weights.grad = torch.zeros_like(weights) if weights.grad is None else weights.grad
@@ -64,13 +66,28 @@ def all_reduce_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     return loss
 
 
-def max_over_processes(number: int, device: torch.device) -> int:
-    """Return the maximum over all processes."""
+def sum_over_processes(numbers: Sequence[float]) -> list[float]:
+    """Return the sum of each number over all processes."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return list(sums.tolist())
+
+
+def own_slice() -> slice:
+    """Return the slice of a list that this process works on."""
     if not torch.distributed.is_initialized():
-        return number
-    value = torch.tensor([number], device=device)
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-    return int(value.item())
+        return slice(None)
+    return slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+
+
+def gather_slices(own: list[T]) -> list[T]:
+    """Return the list of which each process passes its `own_slice`."""
+    if not torch.distributed.is_initialized():
+        return own
+    slices: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(slices, own)
+    return [part[index] for index in range(len(slices[0])) for part in slices if index < len(part)]
 
 
 @contextmanager

@@ -117,8 +117,7 @@ def test_texts_that_do_not_fit_in_memory_are_an_error_with_a_hint(
         raise torch.OutOfMemoryError
 
     captioner = build(kind)
-    monkeypatch.setattr("trainer.model.caption_model.generate_texts", exceed)
-    monkeypatch.setattr("trainer.model.language_model.generate_texts", exceed)
+    monkeypatch.setattr("trainer.model.transformers_model.SynthCaptioner.generate", exceed)
     with pytest.raises(TrainError, match="do not fit in GPU memory") as raised:
         captioner.generate(torch.zeros(1, 5, captioner.encoder.width), torch.tensor([[3]]), GREEDY)
     assert "num_beams" in raised.value.hint
@@ -130,6 +129,8 @@ def test_text_ends_at_the_last_position(build: Build, monkeypatch: pytest.Monkey
     decoding = DecodingConfig(min_new_tokens=8)
     (written,) = captioner.generate(torch.zeros(1, N, V), torch.tensor([[3]]), decoding)
     assert len(written) == 3
+    with pytest.raises(TrainError, match="the prompt leaves no position for a text"):
+        captioner.generate(torch.zeros(1, N, V), torch.tensor([[3] * 4]), decoding)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -44,12 +44,6 @@ def test_encoder_states_equal_transformers_states(clip: str, vit: str) -> None:
         torch.testing.assert_close(encoder.eval()(pixels), expected.last_hidden_state)
 
 
-def test_config_has_no_local_path(clip: str) -> None:
-    config = load_encoder(clip).config
-    assert str(Path(clip).parent) not in str(asdict(config))
-    assert config.made_from["name"] == Path(clip).name
-
-
 def test_frozen_encoder_has_no_dropout_in_training_mode(tmp_path: Path) -> None:
     settings = ViTConfig(**TOWER, **IMAGE, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     ViTModel(settings).save_pretrained(tmp_path)
@@ -70,9 +64,11 @@ def test_encoder_that_masks_patches_is_refused(tmp_path: Path) -> None:
         load_encoder(str(tmp_path))
 
 
-def test_folder_named_like_a_known_encoder_is_recorded_with_a_slash(tmp_path: Path) -> None:
-    assert load_encoder(save_clip(tmp_path / "clip")).config.made_from["name"] == "clip/"
-    assert load_encoder(save_clip(tmp_path / "mine")).config.made_from["name"] == "mine"
+@pytest.mark.parametrize(("folder", "name"), [("clip", "clip/"), ("mine", "mine")])
+def test_config_has_the_name_of_a_folder_but_no_path(folder: str, name: str, tmp_path: Path) -> None:
+    """A folder that is named like a known encoder is recorded with a slash."""
+    config = load_encoder(save_clip(tmp_path / folder)).config
+    assert config.made_from["name"] == name and str(tmp_path) not in str(asdict(config))
 
 
 def test_error_about_an_unsupported_encoder_states_the_reason(tmp_path: Path) -> None:
@@ -109,16 +105,11 @@ def test_patches_are_averaged_2x2_and_other_tokens_stay(before: int, side: int) 
     torch.testing.assert_close(pooled[0, before:, 0], torch.stack(expected))
 
 
-def test_states_mode_all_changes_nothing_and_mode_2x2_needs_a_square() -> None:
-    states = torch.randn(2, 17, 3)
-    assert choose_states(states, "all") is states
-    with pytest.raises(ValueError, match="12 states do not form a square"):
-        choose_states(states[:, :12], "2x2")
-
-
 GRIDS = {197: (1, 14), 50: (1, 7), 576: (0, 24), 577: (1, 24), 261: (5, 16), 256: (0, 16), 198: (2, 14)}
 
 
 @pytest.mark.parametrize(("count", "grid"), GRIDS.items())
 def test_known_encoders_have_expected_patch_grids(count: int, grid: tuple[int, int]) -> None:
     assert patch_grid(count) == grid
+    with pytest.raises(ValueError, match="12 states do not form a square"):
+        patch_grid(12)

@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import only
-from trainer.model.decoding import GREEDY
 from trainer.model.language_model import PretrainedDecoder
 from trainer.model.pretrained import config_of, settings_of
 from trainer.tokenizer import TextBatch
@@ -139,30 +137,3 @@ def test_model_with_too_few_positions_is_refused() -> None:
     with pytest.raises(TrainError, match=problem) as refused:
         decoder.loss(prefix, batch((9,), (0,)))
     assert "--encoder-states" in refused.value.hint
-    with pytest.raises(TrainError, match="need 13 positions, and the language model has 12"):
-        decoder.generate(prefix, torch.zeros(1, 8, dtype=torch.long), GREEDY, 7, 127)
-
-
-def test_generation_config_of_a_model_is_ignored() -> None:
-    """A checkpoint does not store it, so validation scores must not depend on it."""
-    model = AutoModelForCausalLM.from_config(config_of({"model_type": "llama", **BASE}))
-    model.generation_config = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=3)
-    given = PretrainedDecoder({"model_type": "llama", **BASE}, model)
-    saved = PretrainedDecoder({"model_type": "llama", **BASE})
-    saved.load_state_dict(given.state_dict())
-    prefix = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(6))
-    prompt = torch.tensor([[5, 6]] * 2)
-    first, second = (model.eval().generate(prefix, prompt, GREEDY, 12, 2) for model in (given, saved))
-    assert first == second
-
-
-@pytest.mark.parametrize(("family", "can_search"), [("qwen3", True), ("lfm2", True), ("rwkv", False)])
-def test_beam_search_is_refused_for_models_without_it(family: str, *, can_search: bool) -> None:
-    rwkv = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
-    decoder = PretrainedDecoder({"model_type": "rwkv", **rwkv}) if family == "rwkv" else decoder_of(family)
-    if can_search:
-        decoder.require_beams(3)
-    else:
-        with pytest.raises(TrainError, match="this decoder does not support 3 beams") as raised:
-            decoder.require_beams(3)
-        assert "num_beams: 1" in raised.value.hint

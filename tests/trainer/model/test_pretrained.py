@@ -24,6 +24,8 @@ from trainer.model import pretrained
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import load_decoder
 
+KINDS: list[Any] = [(save_vit, load_encoder), (lambda f: save_language_model(f, "qwen3"), load_decoder)]
+
 
 def change(folder: str | Path, name: str, **values: Any) -> None:
     path = Path(folder, name)
@@ -60,15 +62,6 @@ def test_missing_weights_are_refused_only_if_a_state_depends_on_them(tmp_path: P
         load_encoder(str(tmp_path))
 
 
-def test_language_model_without_head_is_refused(tmp_path: Path) -> None:
-    folder = save_language_model(tmp_path, "llama")
-    change(folder, "config.json", tie_word_embeddings=False)
-    with pytest.raises(
-        TrainError, match=r"lack weights that the language model needs, such as lm_head\.weight"
-    ):
-        load_decoder(folder)
-
-
 def test_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
     folder = save_clip(tmp_path)
     without(folder, "text_projection")
@@ -76,9 +69,7 @@ def test_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
         ClipScorer(folder)
 
 
-@pytest.mark.parametrize(
-    ("save", "load"), [(save_vit, load_encoder), (lambda f: save_language_model(f, "qwen3"), load_decoder)]
-)
+@pytest.mark.parametrize(("save", "load"), KINDS)
 def test_code_in_a_model_is_never_run(
     tmp_path: Path, save: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,9 +86,7 @@ def test_code_in_a_model_is_never_run(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("save", "load"), [(save_vit, load_encoder), (lambda f: save_language_model(f, "qwen3"), load_decoder)]
-)
+@pytest.mark.parametrize(("save", "load"), KINDS)
 def test_damaged_or_mismatching_files_are_refused(tmp_path: Path, save: Any, load: Any) -> None:
     weights = tmp_path / "model.safetensors"
     folder = save(tmp_path)
@@ -113,19 +102,27 @@ def test_damaged_or_mismatching_files_are_refused(tmp_path: Path, save: Any, loa
         load(folder)
 
 
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
-    folder = save_language_model(tmp_path, "llama")
-    change(folder, "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(TrainError, match="its weights are quantized and cannot be trained"):
-        load_decoder(folder)
-
-
-def test_end_of_text_token_without_embedding_is_refused(tmp_path: Path) -> None:
-    folder = save_language_model(tmp_path, "llama")
+def set_unknown_end(folder: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<stop>"})
     tokenizer.save_pretrained(folder)
-    with pytest.raises(TrainError, match="its end-of-text token '<stop>' has no embedding"):
+
+
+QUANTIZED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda f: change(f, "config.json", tie_word_embeddings=False), r"lack weights .* lm_head\.weight"),
+        (lambda f: change(f, "config.json", **QUANTIZED), "weights are quantized and cannot be trained"),
+        (set_unknown_end, "its end-of-text token '<stop>' has no embedding"),
+    ],
+)
+def test_unusable_language_model_is_refused(tmp_path: Path, damage: Any, problem: str) -> None:
+    folder = save_language_model(tmp_path, "llama")
+    damage(folder)
+    with pytest.raises(TrainError, match=problem):
         load_decoder(folder)
 
 

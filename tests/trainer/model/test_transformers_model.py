@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -16,13 +18,23 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
 )
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
-from tests.trainer.tiny_models import save_clip, save_language_model, save_vit, strengthen
+from tests.trainer.tiny_models import (
+    IMAGE,
+    SIDE_PX,
+    TOWER,
+    save_clip,
+    save_language_model,
+    save_vit,
+    strengthen,
+)
 from trainer.captioner import Captioner
 from trainer.model.caption_model import CaptionerModel, build_captioner
 from trainer.model.checkpoint import Checkpoint, load_checkpoint
@@ -235,19 +247,13 @@ def test_folder_without_captioner_is_refused(tmp_path: Path) -> None:
         transformers_files(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "mamba", "lfm2"])
+@pytest.mark.parametrize("family", ["gemma3_text", "mamba", "lfm2", "qwen3_5_text", "granitemoehybrid"])
 def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(family: str) -> None:
-    """The families have a narrow attention window, recurrent layers, or both kinds of layers."""
+    """The families have a narrow attention window, recurrent layers, or several kinds of layers."""
     torch.manual_seed(1)
     narrow = {"sliding_window": 12} if family == "gemma3_text" else {}
     model = {"model_type": family, **FAMILIES[family][0], **narrow}
-    vit = {
-        "model_type": "vit",
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
+    vit = {"model_type": "vit", **TOWER}
     config = SynthCaptionerConfig({"model": vit}, {"language_model": model}, [("human", "brief")], eos_id=1)
     captioner = SynthCaptioner(config)
     captioner.eval()  # type: ignore[no-untyped-call]
@@ -329,3 +335,36 @@ def test_saved_captioner_writes_the_same_tokens_with_its_decoding_settings(
     assert all(len({*itertools.pairwise(row)}) == len(row) - 1 for row in rows)
     greedy = captioner.write(pixels_BCHW, [captioner.prompt()] * len(images))
     assert rows != greedy
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    ids = pad_sequence([row["ids"] for row in rows], batch_first=True)
+    labels = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100)
+    pixels = torch.stack([row["pixels"] for row in rows])
+    return {"input_ids": ids, "labels": labels, "pixel_values": pixels, "attention_mask": (ids > 0).long()}
+
+
+def test_gradient_accumulation_changes_neither_loss_nor_gradient(tmp_path: Path) -> None:
+    """Texts differ in length, so a mean of means would differ from the mean over all tokens."""
+    decoder = {"vocab_size": 50, "width": 32, "depth": 1, "heads": 2}
+    config = SynthCaptionerConfig({"model": {"model_type": "vit", **TOWER, **IMAGE}}, decoder, eos_id=1)
+    random, rows = torch.Generator().manual_seed(0), []
+    for number in range(8):
+        ids = torch.randint(1, 50, (4 + 3 * number,), generator=random)
+        labels = torch.cat([torch.tensor([-100, -100]), ids[2:]])
+        pixels = torch.randn(3, SIDE_PX, SIDE_PX, generator=random)
+        rows.append({"ids": ids, "labels": labels, "pixels": pixels})
+    logged: list[dict[str, Any]] = []
+    for size, parts in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model = SynthCaptioner(config)
+        options: dict[str, Any] = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        arguments = TrainingArguments(
+            str(tmp_path), remove_unused_columns=False, save_strategy="no", disable_tqdm=True, **options
+        )
+        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows)
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    for name in ("loss", "grad_norm"):
+        assert logged[1][name] == pytest.approx(logged[0][name], rel=1e-4)
