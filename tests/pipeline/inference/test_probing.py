@@ -251,9 +251,7 @@ def test_key_and_headers_from_the_environment_are_sent_only_to_the_configured_se
     assert openai.headers["Authorization"] == "Bearer of-openai" and "Authorization" not in other.headers
 
 
-def test_servers_of_another_model_get_their_own_key_and_headers_only(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_servers_of_another_model_get_their_own_key_and_headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
     writer, other = "http://127.0.0.1:1/w/v1", "http://127.0.0.1:1/j/v1"
 

@@ -109,8 +109,7 @@ def test_each_setting_is_classified_by_its_effect_on_reading() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "stop_at"),
-    [*(({"human_texts": "keep"}, stop) for stop in (1, 9, 39)), ({"limit": 13}, 14)],
+    ("more", "stop_at"), [*(({"human_texts": "keep"}, stop) for stop in (1, 9, 39)), ({"limit": 13}, 14)]
 )
 def test_interrupted_reading_resumes_and_gives_the_same_bytes(
     photos: Path, tmp_path: Path, more: dict[str, Any], stop_at: int
