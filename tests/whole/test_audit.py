@@ -37,9 +37,7 @@ def audit(synth: Run, tmp_path: Path) -> Path:
     return tmp_path / done.stdout.strip()
 
 
-def test_verdicts_of_two_reviewers_give_the_next_version_an_error_rate(
-    audit: Path, opened: Open, synth: Run, tmp_path: Path
-) -> None:
+def test_two_reviewers_give_an_error_rate(audit: Path, opened: Open, synth: Run, tmp_path: Path) -> None:
     for reviewer, viewport in (("Anna", WIDE), ("Ben <b>", PHONE)):
         page, state = start(opened, audit, reviewer, viewport), "#state"
         for number in range(12):

@@ -155,9 +155,7 @@ def checks_of(folder: Path, version: str = "v1.0.0") -> dict[str, dict[str, Any]
     return {check["check"]: check for check in read_manifest(folder / "d", version)["checks"]}
 
 
-def test_precision_is_measured_before_rejection_and_corrected(
-    tmp_path: Path, model: Model, server: ChatServer
-) -> None:
+def test_precision_before_rejection_is_corrected(tmp_path: Path, model: Model, server: ChatServer) -> None:
     """A third of the claims in half of the captions is false. The source has a true caption of each image."""
     model.wrong_share = 0.1
     names = sorted(path.stem for path in (tmp_path / "photos").glob("*.png"))
@@ -176,9 +174,7 @@ def test_precision_is_measured_before_rejection_and_corrected(
     assert texts <= {f"A {c} {t} stands {p} all day long." for c, t, p in map(caption_of, range(COUNT))}
 
 
-def test_price_of_checks_counts_each_request_about_an_image_once(
-    tmp_path: Path, model: Model, server: ChatServer
-) -> None:
+def test_price_counts_each_request_of_a_check_once(tmp_path: Path, model: Model, server: ChatServer) -> None:
     limit = 16  # each of the first images has another caption
     generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--limit", str(limit))
     manifest = read_manifest(tmp_path / "d")
@@ -187,9 +183,7 @@ def test_price_of_checks_counts_each_request_about_an_image_once(
     assert price == {"captions": limit, "": len(server.bodies) - limit}
 
 
-def test_no_known_texts_are_asked_without_calibration(
-    tmp_path: Path, model: Model, server: ChatServer
-) -> None:
+def test_no_known_text_is_asked_without_calibration(tmp_path: Path, model: Model, server: ChatServer) -> None:
     (tmp_path / "synth.yaml").write_text("verify: {calibration: 0}\n")
     generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "claims")
     assert model.requests["confirm"] == 3 * 2 * COUNT + COUNT  # a false claim gets two questions more

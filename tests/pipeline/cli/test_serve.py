@@ -12,9 +12,7 @@ from pipeline.errors import EngineError
 from pipeline.inference.vllm import VLLM_PYTHON
 
 
-def test_serve_reads_model_and_server_from_the_settings_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_reads_model_and_server_from_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     command = SimpleNamespace(python="python", arguments=("-m", "vllm"), environment={}, api_key="key-1")
 

@@ -52,9 +52,7 @@ def test_section_with_only_comments_has_the_defaults(file: Path) -> None:
         ("server: {headers: {a: b, a: e}}", "line 2: the key a appears twice", "remove one"),
     ],
 )
-def test_bad_setting_error_names_the_problem_and_a_hint(
-    lines: str, problem: str, hint: str, file: Path
-) -> None:
+def test_bad_setting_error_names_problem_and_hint(lines: str, problem: str, hint: str, file: Path) -> None:
     file.write_text(f"{SOURCE}{lines}\n")
     with pytest.raises(ConfigError) as caught:
         resolve(file)
@@ -73,9 +71,7 @@ def test_bad_setting_error_names_the_problem_and_a_hint(
         (None, "cannot read config file", "pass a YAML file"),
     ],
 )
-def test_unusable_file_error_names_the_problem_and_a_hint(
-    text: str | None, problem: str, hint: str, file: Path
-) -> None:
+def test_bad_file_error_names_problem_and_hint(text: str | None, problem: str, hint: str, file: Path) -> None:
     if text is not None:
         file.write_text(text)
     with pytest.raises(ConfigError, match=problem) as caught:

@@ -26,9 +26,7 @@ from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
 
 
-def test_unanswered_requests_are_reported_with_a_message_of_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unanswered_requests_have_the_server_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FIRST_BACKOFF_SECONDS", "LONGEST_BACKOFF_SECONDS"):
         monkeypatch.setattr(f"pipeline.inference.protocol.{name}", 0.01)
     answered: set[str] = set()
@@ -113,8 +111,6 @@ def test_start_of_a_run_states_the_tasks_of_each_model(tmp_path: Path) -> None:
         ({"verify": {"judge": "j@http://h/v1"}}, "and up to 10 to check"),  # 2 captions, 8 questions
     ],
 )  # fmt: skip
-def test_start_of_a_run_states_requests_per_image(
-    settings: dict[str, Any], text: str, tmp_path: Path
-) -> None:
+def test_start_of_run_states_requests_per_image(settings: dict[str, Any], text: str, tmp_path: Path) -> None:
     config = resolve(source="scenes", **{"tasks": ["caption", "qa"]} | settings)
     assert text in describe_requests(Plan.resolve(config, DatasetDir(tmp_path)))

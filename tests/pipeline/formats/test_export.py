@@ -115,9 +115,7 @@ def answers_of(item: Item) -> list[str]:
     return [*texts, item.questions[0][1], json.dumps(item.values["things"]), item.values["note"]]
 
 
-def test_imagefolder_loads_with_all_texts_and_values(
-    version: Version, exported: Exported, tmp_path: Path
-) -> None:
+def test_imagefolder_loads_all_texts_and_values(version: Version, exported: Exported, tmp_path: Path) -> None:
     splits = loaded(exported("imagefolder"), tmp_path, "imagefolder")
     counts = {split: count for split, count in version.manifest["rows"].items() if count}
     assert {split: len(part) for split, part in splits.items()} == counts
@@ -161,9 +159,7 @@ def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, t
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, PARQUET])
-def test_each_format_has_the_source_row_of_each_image(
-    kind: str, version: Version, exported: Exported
-) -> None:
+def test_each_format_has_source_row_of_each_image(kind: str, version: Version, exported: Exported) -> None:
     source_rows = {item.source_row for item in read_items(version)}
     if tables := [*exported(kind).rglob("*.parquet")]:
         read = [pq.read_table(path, columns=["source_row"]).to_pylist() for path in tables]
@@ -230,9 +226,7 @@ def test_exported_sidecars_have_captions_that_folder_source_ignores(
     assert rows and not any(row.references for row in rows)
 
 
-def test_webdataset_package_reads_all_shards(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_webdataset_reads_shards(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "SHARD_BYTES", 6000)
     export_version(version, "webdataset", tmp_path / "out")
     shards = sorted(map(str, (tmp_path / "out").glob("train-*.tar")))
@@ -258,9 +252,7 @@ SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("kind", SOURCES_OF_EXPORTS)
-def test_source_reads_only_human_written_texts_from_an_export(
-    kind: str, version: Version, tmp_path: Path
-) -> None:
+def test_source_reads_only_human_texts_from_an_export(kind: str, version: Version, tmp_path: Path) -> None:
     items = {}
     for number, item in enumerate(read_items(version, ["train"])):
         question_texts = {question for question, _ in item.questions}
@@ -326,9 +318,7 @@ def test_captions_file_with_only_model_texts_is_refused(exported: Exported) -> N
     assert "'written_by'" in refused.value.hint
 
 
-def test_llava_and_sharegpt_conversations_have_one_image_and_all_turns(
-    version: Version, exported: Exported, tmp_path: Path
-) -> None:
+def test_llava_and_sharegpt_have_all_turns(version: Version, exported: Exported, tmp_path: Path) -> None:
     llava, share, items = exported("llava"), exported("sharegpt"), by_id(version)
     for entry in json.loads((llava / "train.json").read_text()):
         item = items[entry["id"]]
@@ -401,9 +391,7 @@ def test_export_after_interrupted_export_is_complete(
 
 
 @pytest.mark.parametrize("kind", ["cauldron", "messages"])
-def test_parquet_conversations_have_a_list_of_images_and_all_turns(
-    kind: str, version: Version, exported: Exported, tmp_path: Path
-) -> None:
+def test_parquet_rows_have_all_turns(kind: str, version: Version, exported: Exported, tmp_path: Path) -> None:
     rows, items = loaded(exported(kind), tmp_path)["train"], by_id(version)
     assert len(rows) == version.manifest["rows"]["train"]
     for row in rows:
@@ -421,9 +409,7 @@ def test_parquet_conversations_have_a_list_of_images_and_all_turns(
     assert pixels.compression == "UNCOMPRESSED" and not pixels.is_stats_set
 
 
-def test_dpo_rows_are_conversations_with_better_and_worse_caption(
-    version: Version, exported: Exported, tmp_path: Path
-) -> None:
+def test_dpo_rows_have_better_and_worse_caption(version: Version, exported: Exported, tmp_path: Path) -> None:
     rows, items = loaded(exported("dpo"), tmp_path / "cache")["train"], by_id(version)
     assert len(rows) == version.manifest["rows"]["train"]
     for row in rows:
@@ -481,9 +467,7 @@ def test_image_with_exif_orientation_is_exported_upright(kind: str, tmp_path: Pa
     assert np.abs(difference).mean() < (3 if kind == "JPEG" else 0.1)
 
 
-def test_conversations_of_images_without_captions_have_values_of_custom_tasks(
-    samples: list[Sample], tmp_path: Path
-) -> None:
+def test_conversation_without_captions_has_custom_task_values(samples: list[Sample], tmp_path: Path) -> None:
     note = {"task": "note", "style": "", "text": None, "record": '"A note"'}
     captions = [row for row in true_captions(samples).to_pylist() if row["style"] == "brief"]
     rows = [row | note | {"annotation_id": f"{number:064x}"} for number, row in enumerate(captions)]
@@ -501,9 +485,7 @@ def test_conversations_of_images_without_captions_have_values_of_custom_tasks(
         assert answer["content"] == [{"type": "text", "text": "A note"}]
 
 
-def test_sharegpt_export_has_pairs_and_boxes_for_ms_swift_and_llama_factory(
-    version: Version, tmp_path: Path
-) -> None:
+def test_sharegpt_pairs_and_boxes_suit_ms_swift_and_llama_factory(version: Version, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_version(version, "sharegpt", out, absolute=True, trigger="sks")
     pairs, boxes = (
@@ -528,9 +510,7 @@ def test_sharegpt_export_has_pairs_and_boxes_for_ms_swift_and_llama_factory(
 
 
 @pytest.mark.parametrize("kind", ["paligemma", "vlmevalkit"])
-def test_export_has_a_line_for_each_text_with_its_own_question(
-    kind: str, version: Version, tmp_path: Path
-) -> None:
+def test_export_has_a_line_for_each_text_and_question(kind: str, version: Version, tmp_path: Path) -> None:
     """Check the rules of VLMEvalKit's ImageBaseDataset: an image of up to 64 characters is an index."""
     items = {item.source_row: item for item in read_items(version, ["train"])}
     first = next(iter(items.values()))

@@ -169,9 +169,7 @@ def test_copy_of_a_deck_with_similar_pages_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_near_pairs_in_tiles_equal_those_of_a_plain_comparison(
-    kind: ImageKind, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiled_near_pairs_equal_plain_comparison(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "BLOCK_HASHES", 100)
     monkeypatch.setattr(near_duplicates, "TILE_HASHES", 300)
     rng = np.random.default_rng(0)
@@ -260,9 +258,7 @@ def samples_of(hashes: Any, splits: list[str | None]) -> pa.Table:
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_near_decks_of_common_pages_are_in_one_group(
-    kind: ImageKind, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_near_decks_of_common_pages_form_one_group(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.MAX_NEIGHBORS", 4)
     common, own = np.split(np.random.default_rng(3).integers(0, 2**64, (93, 4), dtype=np.uint64), [3])
     decks = [[common[n % 3], *own[3 * n : 3 * n + 3]] for n in range(30)] + 2 * [[*common]]
@@ -274,9 +270,7 @@ def test_near_decks_of_common_pages_are_in_one_group(
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_images_near_a_held_out_image_are_rejected_even_in_large_groups(
-    kind: ImageKind, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_near_held_out_ones_are_rejected(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.MAX_NEIGHBORS", 16)
     rng = np.random.default_rng(2)
     hashes = np.repeat(rng.integers(0, 2**64, (1, 4), dtype=np.uint64), 1500, axis=0)

@@ -120,7 +120,7 @@ def test_other_server_gets_first_requests(kind: ServerKind, servers: int) -> Non
         assert asking.metrics()["in flight"] == f"0 of {client.FIRST_REQUESTS * servers}"
 
 
-def test_started_servers_get_a_quarter_more_requests_than_their_batches(
+def test_started_servers_get_a_quarter_more_requests_than_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     launch: Any = SimpleNamespace(name="model", api_key="", max_num_seqs=20)
@@ -181,7 +181,7 @@ def test_refused_request_is_sent_again_only_by_next_run(tmp_path: Path, status: 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_unusable_reply_is_retried_and_kept_with_its_flaw_after_last_attempt(
+def test_unusable_reply_is_retried_and_finally_kept_with_its_flaw(
     tmp_path: Path, act: Act, flaw: str
 ) -> None:
     with running_chat(ChatServer(always(act, times=1))) as chat:
@@ -238,11 +238,7 @@ def test_long_caption_of_a_large_image_fits_the_context_at_each_attempt(tmp_path
         ("x" * 8000, False, (0, 8192 - 4000)),
     ],
 )
-def test_long_prompt_leaves_less_of_the_context_to_images(
-    text: str,
-    has_image: bool,  # noqa: FBT001
-    tokens: tuple[int, int],
-) -> None:
+def test_long_prompt_leaves_less_to_images(text: str, tokens: tuple[int, int], *, has_image: bool) -> None:
     (request, *_) = build_requests("a" * 64, request_plan(config_of()))
     request = replace(
         request, system="", text=text, images=(b"x",) if has_image else (), max_pixels=None,
@@ -438,9 +434,7 @@ def test_ctrl_c_stores_the_replies_that_have_arrived(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(("status", "code"), [(402, None), (429, "insufficient_quota")])
-def test_used_up_credit_ends_the_run_and_the_next_run_resumes(
-    tmp_path: Path, status: int, code: str | None
-) -> None:
+def test_used_up_credit_ends_run_and_next_run_resumes(tmp_path: Path, status: int, code: str | None) -> None:
     error = {"message": "Look at your billing.", "code": code}
     spent = Act(status=status, raw=json.dumps({"error": error}).encode())
     with running_chat(ChatServer()) as chat:
@@ -452,9 +446,7 @@ def test_used_up_credit_ends_the_run_and_the_next_run_resumes(
     assert errors == {None: ASKED} and counts.asked == ASKED - 5
 
 
-def test_proxy_of_the_environment_is_used_only_for_remote_servers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxy_is_used_only_for_remote_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_chat(ChatServer()) as chat:  # acts as the proxy
         monkeypatch.setenv("HTTP_PROXY", chat.url.removesuffix("/v1"))
         _, errors = run(tmp_path / "j", "http://model.invalid:8000/v1")

@@ -50,9 +50,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("disk", ["free", "full"])
-def test_model_is_downloaded_once_without_copies_of_its_weights(
-    disk: str, model: Path, tmp_path: Path
-) -> None:
+def test_model_is_downloaded_once_without_copies_of_weights(disk: str, model: Path, tmp_path: Path) -> None:
     first, second = download_twice(model, tmp_path, disk)
     if disk == "full":
         assert "me/model needs 0.0 GB in" in first and "set HF_HOME" in first

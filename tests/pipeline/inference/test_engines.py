@@ -26,9 +26,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VLLM_PYTHON, raising=False)
 
 
-def test_auto_engine_is_the_given_server_or_vllm_on_a_gpu_or_embedded(
-    monkeypatch: pytest.MonkeyPatch, no_gpu: None
-) -> None:
+def test_auto_engine_is_given_server_vllm_or_embedded(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
     choice = choose_engine(resolve(source="scenes"))
     assert choice[:3] == ("embedded", "tiny", weights_revision(TINY_WEIGHTS))
     with running_chat(ChatServer(model=f"m@{REVISION}")) as chat:
@@ -51,9 +49,7 @@ def test_auto_engine_is_the_given_server_or_vllm_on_a_gpu_or_embedded(
         ({"engine": "embedded", "model": "a/b"}, "a/b needs a server: --engine embedded runs only the tiny"),
     ],
 )
-def test_settings_that_fit_no_engine_are_refused(
-    settings: dict[str, Any], problem: str, no_gpu: None
-) -> None:
+def test_settings_without_engine_are_refused(settings: dict[str, Any], problem: str, no_gpu: None) -> None:
     with pytest.raises(SynthError, match=problem) as caught:
         choose_engine(resolve(**{"source": "scenes", **settings}))
     # Another machine may have a server. The other mistakes are in the settings alone.

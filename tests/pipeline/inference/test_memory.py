@@ -39,10 +39,7 @@ def test_shape_of_the_default_model_is_that_of_its_config() -> None:
     ],
 )
 def test_plan_of_the_default_model_grows_with_the_card(
-    card_gib: int,
-    fits: bool,  # noqa: FBT001
-    batched_tokens: int,
-    num_seqs: int,
+    card_gib: int, batched_tokens: int, num_seqs: int, *, fits: bool
 ) -> None:
     plan = plan_memory(QWEN_3B, card_gib, card_gib, MAX_PIXELS, 8192)
     assert (plan.fits, plan.batched_tokens, plan.num_seqs) == (fits, batched_tokens, num_seqs)

@@ -140,9 +140,7 @@ def test_refused_first_request_ends_the_run_with_the_reason_of_the_server(
 @pytest.mark.parametrize(
     "answer", [b'{"error": {"message": "sk-very-secret is bad"}}', b"data: sk-very-secret is bad"]
 )
-def test_error_about_first_answer_without_reply_hides_the_api_key(
-    answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_probe_error_hides_the_key(answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "sk-very-secret")
     chat = ChatServer()
     chat.probe_answer = answer
@@ -189,9 +187,7 @@ def test_refusal_field_is_stored_as_a_reply(tmp_path: Path) -> None:
         ("house-vlm", [], "hause-vlm", "does not serve hause-vlm"),
     ],
 )
-def test_model_is_found_by_full_or_short_name(
-    served: str, others: list[str], wanted: str | None, found: str
-) -> None:
+def test_full_or_short_name_is_found(served: str, others: list[str], wanted: str | None, found: str) -> None:
     with running_chat(ChatServer(model=served)) as chat:
         chat.other_models = others
         config = config_of(chat.url, model=wanted)
@@ -231,9 +227,7 @@ def test_api_key_from_the_environment_is_sent_to_the_server(monkeypatch: pytest.
         assert model_of(config_of(chat.url, model=None))[0] == "model"
 
 
-def test_key_and_headers_from_the_environment_are_sent_only_to_the_configured_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_and_headers_go_only_to_their_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SYNTH_API_KEY", raising=False)
     with running_chat(ChatServer()) as chat:
         monkeypatch.setenv("OPENAI_API_KEY", "of-openai")

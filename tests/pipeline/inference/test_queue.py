@@ -133,9 +133,7 @@ def test_interrupted_run_resumes_with_the_same_batches(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("heard_sigint")
 @pytest.mark.parametrize("where", ["find_flaw", "_checksum"])
-def test_interrupt_during_storing_loses_no_reply(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_loses_no_reply(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = queue if where == "find_flaw" else journal_module
     work, calls = getattr(module, where), list[int]()
 

@@ -91,7 +91,7 @@ def test_prompt_without_json_gets_no_schema(settings: dict[str, Any], is_plain: 
 
 
 @pytest.mark.parametrize("generate", [{"caption_styles": ["brief", "ocr"]}, {"max_pixels": 5000}], ids=str)
-def test_ids_of_checks_without_an_image_do_not_depend_on_styles_or_pixel_limits(
+def test_ids_of_checks_without_image_do_not_depend_on_styles_or_pixel_limit(
     generate: dict[str, Any],
 ) -> None:
     values: dict[str, Any] = {"question": "?", "caption": "A cup.", "count": 1, "claims": ()}
@@ -168,9 +168,7 @@ def test_model_of_a_task_changes_only_the_request_ids_of_this_task() -> None:
         ({"task_models": {"caption": "default", "checks": "default"}, "model": "large"}, ("large",) * 3),
     ],
 )
-def test_checks_and_repair_use_the_default_model_unless_they_name_one(
-    settings: dict[str, Any], models: tuple[str, ...]
-) -> None:
+def test_checks_use_the_default_or_a_named_model(settings: dict[str, Any], models: tuple[str, ...]) -> None:
     plan = plan_with_models(**settings)
     assert tuple(map(plan.model_of, ("caption", "confirm", "repair"))) == models
 

@@ -117,9 +117,7 @@ Server(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
         ),
     ],
 )
-def test_server_that_exits_at_start_is_reported_with_its_last_error(
-    tmp_path: Path, printed: str, what: str, hint: str
-) -> None:
+def test_failed_start_is_reported_with_last_error(tmp_path: Path, printed: str, what: str, hint: str) -> None:
     (tmp_path / "log").write_text("TimeoutError: of an earlier run\n")
     with pytest.raises(EngineError) as caught:
         asyncio.run(start(stub(tmp_path, f"print({printed!r}); raise SystemExit(3)")))

@@ -40,9 +40,7 @@ def test_page_escapes_model_text_and_allows_only_its_own_scripts(tmp_path: Path)
     assert page.count("data:image/webp;base64,") == 12
 
 
-def test_rows_of_a_large_report_are_in_several_scripts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_large_report_are_in_several_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "SMALL_REPORT_IMAGES", 10)
     monkeypatch.setattr(build, "SCRIPT_ROWS", 16)
     version, _ = make_version(tmp_path, scene_samples(40))
@@ -55,9 +53,7 @@ def test_rows_of_a_large_report_are_in_several_scripts(
     assert len(thumbnails) == 40 and max(map(len, thumbnails)) <= THUMBNAIL_BYTES
 
 
-def test_report_of_too_many_images_shows_the_images_with_the_lowest_ids(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_report_shows_images_with_lowest_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "MAX_IMAGES", 15)
     version, _ = make_version(tmp_path, scene_samples(40))
     page = write_report(version, tmp_path).read_text()

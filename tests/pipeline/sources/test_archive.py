@@ -207,9 +207,7 @@ def test_tar_links_pipes_and_devices_are_rejected(tmp_path: Path, kind: bytes) -
     assert reasons(tmp_path / "p.tar") == {"p.tar/x.jpg": "not_a_file", "p.tar/x.txt": "not_a_file"}
 
 
-def test_large_archive_entry_is_rejected_without_reading_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_archive_entry_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", 5000)
     monkeypatch.setattr(archive, "MAX_TEXT_BYTES", 50)
     files = {"x.jpg": bytes(6000), "y.jpg": photo(0), "y.txt": bytes(60), "z.txt": b"A bowl."}
@@ -268,9 +266,7 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
         ("p.tar", lambda: tar_of({"notes.txt": b"x"}), "no images in"),
     ],
 )
-def test_damaged_archive_error_names_the_archive(
-    tmp_path: Path, name: str, make: Callable[[], bytes], problem: str
-) -> None:
+def test_damaged_archive_is_named(tmp_path: Path, name: str, make: Callable[[], bytes], problem: str) -> None:
     """Bombs take no memory, and a damaged header is not treated as the end of the file."""
     data = make()
     assert len(data) < 6_000_000
@@ -316,9 +312,7 @@ def test_json_split_is_stored_and_unknown_split_is_rejected(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
-def test_concatenated_streams_are_read_but_concatenated_archives_fail(
-    tmp_path: Path, packed: Callable[[bytes], bytes]
-) -> None:
+def test_joined_streams_are_read_but_archives_fail(tmp_path: Path, packed: Callable[[bytes], bytes]) -> None:
     """Parallel compressors write several streams; tarfile stops at the end of the first archive."""
     first, second = (tar_of({f"{n}.jpg": photo(n)}) for n in range(2))
     (tmp_path / "p.tar").write_bytes(packed(first[:1000]) + packed(first[1000:]))

@@ -160,9 +160,7 @@ def test_unreadable_caption_file_is_an_error(tmp_path: Path, data: bytes, proble
         (["gone.jpg", "a.jpg"], ["a.jpg"], {"a.jpg": "a.jpg"}),
     ],
 )
-def test_name_matches_path_or_unique_file_name(
-    names: list[str], images: list[str], matches: dict[str, str]
-) -> None:
+def test_path_or_unique_name_matches(names: list[str], images: list[str], matches: dict[str, str]) -> None:
     matched, unknown = match_images({name: ImageTexts([name]) for name in names}, images)
     captions = {image: texts.captions for image, texts in matched.items()}
     assert captions == {image: [name] for image, name in matches.items()}

@@ -109,9 +109,7 @@ def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
         ("split", "fact*", 5, "several columns match split: fact1, fact2"),
     ],
 )
-def test_unusable_mapping_is_refused(
-    tmp_path: Path, role: str, column: str, value: object, problem: str
-) -> None:
+def test_bad_mapping_is_refused(tmp_path: Path, role: str, column: str, value: object, problem: str) -> None:
     with pytest.raises(SourceError, match=problem):
         open_table(tmp_path, {"fact1": [value], "fact2": [value]}, **{role: column})
 

@@ -172,9 +172,7 @@ def test_slidevqa_sample_is_a_deck_with_ordered_pages(hub: RunningHub) -> None:
 
 
 @pytest.mark.parametrize("token", [TOKEN, None])
-def test_gated_dataset_error_explains_access(
-    hub: RunningHub, monkeypatch: pytest.MonkeyPatch, token: str | None
-) -> None:
+def test_gated_dataset_has_hint(hub: RunningHub, monkeypatch: pytest.MonkeyPatch, token: str | None) -> None:
     datasets.seed_slidevqa(hub.hub.storage)
     if token is None:
         monkeypatch.delenv("HF_TOKEN")

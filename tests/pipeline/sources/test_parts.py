@@ -53,9 +53,7 @@ def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_source_computes_no_file_digests_within_skip_digests(
-    index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skip_digests_computes_no_digest(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = resolve(source=folder_and_archive(tmp_path, 3)[index])
     revision = open_source(config).revision
     monkeypatch.setattr(hashlib, "file_digest", None)

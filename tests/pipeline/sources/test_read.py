@@ -207,9 +207,7 @@ def test_changed_file_of_source_or_step_is_read_again(photos: Path, tmp_path: Pa
         assert [Reading(tmp_path / "d", config).starts for _ in range(2)] == [[0], []]
 
 
-def test_damaged_or_outdated_parts_are_read_again(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_or_old_part_is_reread(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Reading(tmp_path / "whole", settings(photos))
     with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "d", settings(photos), stop_at=20)

@@ -37,7 +37,7 @@ def judging(judge: Callable[[pa.Table], pa.Table]) -> RowStep:
 
 
 @pytest.mark.parametrize("shards", [1, 3, 7])
-def test_comparison_results_are_joined_to_rows_in_every_shard(
+def test_comparison_results_are_joined_to_rows_of_shards(
     shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "BATCH_ROWS", 4)

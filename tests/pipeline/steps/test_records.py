@@ -170,9 +170,7 @@ def ask(photos: Path, folder: Path, chat: ChatServer, **more: Any) -> RunResult:
     return generate_dataset(asking(photos, chat, **more), folder)
 
 
-def test_missing_annotations_and_cost_are_rewritten_without_requests(
-    photos: Path, tmp_path: Path, ran: list[str]
-) -> None:
+def test_lost_annotations_and_cost_are_written_again(photos: Path, tmp_path: Path, ran: list[str]) -> None:
     dataset = DatasetDir(tmp_path / "d")
     with running_chat(ChatServer()) as server:
         first = ask(photos, dataset.path, server)
@@ -302,7 +300,7 @@ def test_changed_code_reruns_all_steps(
     assert ran == [*all_steps(photos)]
 
 
-def test_run_after_adding_near_duplicates_equals_run_in_a_new_folder(
+def test_run_with_added_near_duplicates_equals_a_new_run(
     photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
     kept = {"filter": {"min_caption_words": 1}}

@@ -20,9 +20,7 @@ from pipeline.text.normalize import words_of
         ("Een hond rent op het strand.", "nl"), ("Un cane in un parco con la palla.", "it"),
     ],
 )  # fmt: skip
-def test_english_is_recognised_by_words_and_other_languages_by_the_detector(
-    text: str, expected: str | None
-) -> None:
+def test_english_is_found_by_words_and_other_languages_by_a_detector(text: str, expected: str | None) -> None:
     assert detect_language(text, words_of(text))[0] == expected
 
 

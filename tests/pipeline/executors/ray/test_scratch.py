@@ -57,7 +57,7 @@ def stored(run: ShardedRun) -> int:
     return max(counts)
 
 
-def test_replies_are_uploaded_before_their_shard_is_complete(
+def test_replies_are_uploaded_before_a_shard_is_done(
     run: ShardedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts: list[int] = []
@@ -99,9 +99,7 @@ def test_replies_from_a_killed_worker_are_used_on_the_same_node(run: ShardedRun,
     assert stored(run) == 2
 
 
-def test_failed_upload_does_not_hide_the_first_error(
-    run: ShardedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_upload_does_not_hide_first_error(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(file: Path, path: Path) -> None:
         raise OSError("away")
 
@@ -114,9 +112,7 @@ def test_failed_upload_does_not_hide_the_first_error(
     assert folder.journal.exists()
 
 
-def test_replies_of_a_local_run_in_the_store_are_used(
-    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_run_replies_are_used(run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "take_samples", lambda *_: None)
     keep(DatasetDir(tmp_path / "local"), 0)
     save_journal(DatasetDir(tmp_path / "local"), run.plan.dataset.journal)
@@ -133,9 +129,7 @@ def test_files_of_a_shard_that_another_node_filled_are_removed(run: ShardedRun) 
     assert not leftover.journal.exists()
 
 
-def test_link_in_place_of_the_scratch_folder_is_refused(
-    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_linked_scratch_is_refused(run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp" / f"synth-{os.getuid()}").symlink_to(tmp_path / "target")
