@@ -22,7 +22,6 @@ IMAGES, SHOWN_CAPTIONS, STEPS = 64, 20, 50
 
 
 def describe_run(result: RunResult, findings: list[Finding]) -> str:
-    """Return the page as Markdown."""
     stats, choice = result.stats, result.plan.engine
     assert choice is not None
     lines = ["```", *(f"{finding.name}: {finding.result}" for finding in findings if finding.name != "hub")]
@@ -54,7 +53,6 @@ def further_commands(dataset: str, repo: str) -> list[list[str]]:
 
 
 def main() -> None:
-    """Generate, print the page, push and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repo", required=True)
     parser.add_argument("--source", default="flickr30k")

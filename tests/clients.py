@@ -12,7 +12,6 @@ from tests.plans import request_plan
 
 
 def config_of(*urls: str, model: str | None = "model", **settings: Any) -> Config:
-    """Return settings that ask these servers about scenes."""
     return resolve(source="scenes", base_url=list(urls), model=model, **settings)
 
 

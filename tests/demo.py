@@ -42,7 +42,6 @@ def run_step(name: str, *command: str, env: dict[str, str], seconds: dict[str, f
 
 
 def main() -> None:
-    """Run all steps and print a summary."""
     HERE.mkdir(exist_ok=True)
     synth, seconds = str(Path(sys.executable).with_name("synth")), dict[str, float]()
     with running_hub(HERE / "hub") as hub:

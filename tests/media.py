@@ -1,14 +1,21 @@
-"""Documents and videos for tests, written with other libraries than pipeline.images reads them with."""
+"""Images, documents and videos for tests; other libraries than those of pipeline.images write them."""
 
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black", "gray", "brown")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
 
 
 def write_pdf(path: Path, pages: int, size_px: tuple[int, int] = (640, 360)) -> None:

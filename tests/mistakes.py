@@ -11,13 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from tests.commands import run_synth
-
-UNUSED_ADDRESS = "http://127.0.0.1:9/v1"  # no server listens there
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +36,6 @@ def add_photos(folder: Path) -> None:
         image.save(folder / "photos" / f"{number}.png")
 
 
-def add_urls(folder: Path) -> None:
-    urls = [f"https://example.org/{name}.jpg" for name in "ab"]
-    pq.write_table(pa.table({"image": urls}), folder / "urls.parquet")
-
-
 def add(*files: str) -> Callable[[Path], None]:
     """Return a function that writes files from `NAME TEXT`."""
 
@@ -62,7 +53,6 @@ CAPTIONER = add(
     'cap/config.json {"prompts": [["human", "brief"]]}', "cap/tokenizer.json {}", "cap/model.safetensors "
 )
 MISTAKES = (
-    Mistake("no source", "generate", "no source given", "--source folder:PATH"),
     Mistake(
         "two sources", "generate --source folder:photos --source scenes",
         "one source, but 2 are given: folder:photos, scenes", "--out",
@@ -76,17 +66,8 @@ MISTAKES = (
         "the path: KIND:slides.pdf", add("slides.pdf x"),
     ),
     Mistake(
-        "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
-        "the column image contains string, not images", "docs/sources.md", add_urls,
-    ),
-    Mistake(
         "no network", f"{PHOTOS} --engine vllm --model Qwen/Nope", "127.0.0.1:9 does not answer",
         "--base-url",
-    ),
-    Mistake("model without a server", f"{PHOTOS} --engine embedded", "needs a server", "--base-url"),
-    Mistake(
-        "server not started", f"{PHOTOS} --base-url {UNUSED_ADDRESS}",
-        f"no server answers at {UNUSED_ADDRESS}", "synth serve",
     ),
     Mistake(
         "no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://",
@@ -127,8 +108,6 @@ MISTAKES = (
         "--no-model and --tasks exclude each other", "pass one",
     ),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
-    Mistake("no vLLM", "generate --source scenes --engine vllm", "vLLM is not installed here"),
-    Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher can only describe"),
     Mistake("encoder misspelled", "train --encoder tiny-vitt", "no encoder tiny-vitt", "tiny-vit or"),
     Mistake("decoder misspelled", "train --decoder qwen", "no decoder qwen", "did you mean qwen3?"),
     Mistake(
@@ -175,10 +154,6 @@ MISTAKES = (
             "t.yaml {name: t, kind: record, prompt: Look., "
             "output: {type: object, properties: {a: {enum: [yes, no]}}}}"
         ),
-    ),
-    Mistake(
-        "format misspelled", "export --format webdatset",
-        "no format webdatset; did you mean webdataset?", code=2,
     ),
 )  # fmt: skip
 

@@ -13,7 +13,6 @@ from pipeline.types import Engine, SampleBatch, SampleInfo
 
 
 def request_plan(config: Config, revision: str = "r") -> RequestPlan:
-    """Return the requests of a run with these settings."""
     return RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), revision)
 
 
@@ -25,7 +24,6 @@ def ask(
     stats: RequestStats | None = None,
     revision: str = "r",
 ) -> RequestStats:
-    """Send all requests about samples; return the statistics."""
     stats = RequestStats() if stats is None else stats
     plan = request_plan(config, revision)
     samples = iter(chunks)
@@ -35,7 +33,6 @@ def ask(
 
 
 def stored_annotations(config: Config, ids: Iterable[str], journal: Journal, revision: str = "r") -> pa.Table:
-    """Return the annotations of samples from a journal."""
     samples = [SampleInfo(sample_id, 1) for sample_id in ids]
     (table,) = read_annotations([samples], request_plan(config, revision), journal)
     return table

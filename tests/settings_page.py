@@ -144,7 +144,6 @@ def purpose(section: type[BaseModel]) -> str:
 
 
 def render_page() -> str:
-    """Return the text of docs/settings.md."""
     flags = run_flags()
     lines = [HEADER, *table(Config, PHOTOS, flags)]
     for name, section, values in sections():

@@ -12,8 +12,9 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.plan import Model, Plan
 from pipeline.progress import NullProgress
-from pipeline.steps import verify, verify_results
+from pipeline.steps import verify
 from pipeline.steps.base import RowStep, StepFile, compare_shards, judge_shard
+from pipeline.steps.verify_results import results_of
 from pipeline.storage.files import read_table, write_table
 from pipeline.tables import VERIFIED, append_columns
 from pipeline.types import DEFAULT_MODEL
@@ -55,9 +56,7 @@ def run_step(
 def with_results(table: pa.Table) -> pa.Table:
     """Append the results of `checks` (tables.VERIFIED)."""
     rows = table.to_pylist()
-    results = [
-        verify_results.results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows
-    ]
+    results = [results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows]
     for row, result in zip(rows, results, strict=True):
         result["evidence"] = row.get("evidence") or result["evidence"]
     given = table.drop_columns([name for name in VERIFIED.names if name in table.column_names])
@@ -85,6 +84,4 @@ def rows_after(step: RowStep, shards: Sequence[DatasetDir], ids: Sequence[str]) 
     row_ids = rows["annotation_id"].to_pylist()
     assert sorted(row_ids) == sorted(ids)
     first = {annotation_id: index for index, annotation_id in reversed([*enumerate(ids)])}
-    return rows.take(
-        pa.array(sorted(range(len(row_ids)), key=lambda index: first[row_ids[index]]), pa.int64())
-    )
+    return rows.take(pa.array(sorted(range(len(row_ids)), key=lambda n: first[row_ids[n]]), pa.int64()))

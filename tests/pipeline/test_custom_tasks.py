@@ -37,10 +37,8 @@ def test_settings_include_texts_of_files_named_in_a_task_file(tmp_path: Path) ->
 def test_custom_tasks_are_added_to_named_tasks() -> None:
     config = resolve(source="folder:x", custom_tasks=[TEXT], tasks=["qa"])
     assert config.tasks == ("qa", "t") and request_plan(config).pairs == (("qa", ""), ("t", ""))
-    caption = TEXT | {"name": "alt_text", "kind": "caption"}
-    assert request_plan(resolve(source="folder:x", custom_tasks=[caption])).pairs == (
-        ("alt_text", "alt-text"),
-    )
+    own = TEXT | {"name": "alt_text", "kind": "caption"}
+    assert request_plan(resolve(source="folder:x", custom_tasks=[own])).pairs == (("alt_text", "alt-text"),)
 
 
 def test_task_is_asked_one_round_after_the_tasks_it_needs() -> None:
@@ -177,8 +175,7 @@ def test_prompt_contains_language_of_its_task() -> None:
 
 def test_task_file_of_option_replaces_task_of_same_name_in_settings(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("{name: t, kind: text, prompt: New.}")
-    (tmp_path / "synth.yaml").write_text(
-        json.dumps({"source": "folder:x", "custom_tasks": [TEXT, need("u")]})
-    )
+    settings = {"source": "folder:x", "custom_tasks": [TEXT, need("u")]}
+    (tmp_path / "synth.yaml").write_text(json.dumps(settings))
     config = resolve(tmp_path / "synth.yaml", custom_tasks=[tmp_path / "t.yaml"])
     assert {task.name: task.prompt for task in config.custom_tasks} == {"t": "New.", "u": "Look."}

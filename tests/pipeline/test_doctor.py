@@ -47,6 +47,5 @@ def test_failures_have_hints_and_the_model_a_license(monkeypatch: pytest.MonkeyP
     assert all(finding.hint for finding in findings if not finding.is_ok)
     (default,) = [finding.result for finding in findings if finding.result.startswith("folder:PATH")]
     assert "Qwen2.5-VL-3B-Instruct (Qwen Research License: no commercial use)" in default
-    assert (
-        findings[0].result == f"synth-captioner {installed_version()} on Python {platform.python_version()}"
-    )
+    title = f"synth-captioner {installed_version()} on Python {platform.python_version()}"
+    assert findings[0].result == title

@@ -1,7 +1,6 @@
 """Run `synth` commands in an empty folder."""
 
 import csv
-import io
 import json
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from datasets import load_dataset
 from tests.chat.server import ChatServer, Script, running_chat
 from tests.commands import SYNTH, run_synth
 from tests.hub.server import RunningHub, running_hub
+from tests.media import encoded
 from tests.pipeline.images.test_similarity import photo
 
 __all__ = ["SYNTH"]
@@ -29,8 +29,6 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def synth(tmp_path: Path) -> Run:
-    """Return a function that runs `synth ARGUMENTS` in an empty folder."""
-
     def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return run_synth(*arguments, cwd=tmp_path, env=env)
 
@@ -66,9 +64,7 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def _photo_bytes(number: int, suffix: str) -> bytes:
-    file = io.BytesIO()
-    photo(number).save(file, {"jpg": "JPEG"}.get(suffix, suffix))
-    return file.getvalue()
+    return encoded(photo(number), {"jpg": "JPEG"}.get(suffix, suffix))
 
 
 def save_photos(folder: Path, count: int, suffix: str = "png") -> Path:

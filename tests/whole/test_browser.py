@@ -47,7 +47,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
 
 @pytest.fixture(scope="module")
 def report(dataset: Version) -> Path:
-    """Return the report of 120 scenes, in one file."""
     return write_report(dataset, dataset.dataset_dir)
 
 
@@ -244,10 +243,8 @@ def test_first_image_and_its_name_are_on_the_first_screen(
     card = page.locator("#images article").first
     (bottom,) = (box["y"] + box["height"] for box in [card.locator(".about").bounding_box()] if box)
     assert bottom < viewport["height"]
-    source_rows = [
-        row for split in SPLITS for row in dataset.read(split, ["source_row"])["source_row"].to_pylist()
-    ]
-    assert card.locator("code").inner_text() in source_rows
+    names = [row for split in SPLITS for row in dataset.read(split, ["source_row"])["source_row"].to_pylist()]
+    assert card.locator("code").inner_text() in names
 
 
 def test_rejected_row_names_and_shows_the_image_that_it_repeats(page: Page) -> None:

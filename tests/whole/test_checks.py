@@ -163,6 +163,7 @@ def test_precision_before_rejection_is_corrected(tmp_path: Path, model: Model, s
         (tmp_path / "photos" / f"{name}.txt").write_text(f"A {' '.join(truth_of(number))} can be seen.")
     command = ("generate", *CAPTIONS, "--verify", "claims", "--base-url", server.url)
     done = require_success(run_synth(*command, cwd=tmp_path))
+    assert "verify asks at most" in done.stderr
     check = checks_of(tmp_path)["claims"]
     assert check["passed"]["count"] == 3 * COUNT and check["judges_itself"]
     assert check["true"]["low"] < 1 - 1 / 6 < check["true"]["high"] < 1

@@ -165,6 +165,8 @@ def test_cluster_makes_same_version_report_and_review_as_one_machine(killed_run:
     assert rows_of(distributed) == rows_of(local)
     assert {len(row["boxes"]) for row in rows_of(local).values()} == {0, 1}
     assert {row["count"]["many"] for row in rows_of(local).values() if row["count"]} >= {1, 2}
+    pairs = [pair for row in rows_of(local).values() for pair in row["qa"]]
+    assert pairs and all(isinstance(pair["answered_blind"], bool) for pair in pairs)
     for name in local.manifest.keys() - {"files", "rejections"}:
         assert distributed.manifest[name] == local.manifest[name], name
     tables = [pq.read_table(version.path / "about/rejections.parquet") for version in (local, distributed)]

@@ -43,7 +43,6 @@ class Model:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder with an image for each of KINDS, and the files of the documented example."""
     (tmp_path / "photos").mkdir()
     for number, kind in enumerate(KINDS):
         size = (96, 96) if kind == "small" else (320, 240)

@@ -18,7 +18,6 @@ TITLES, PRICES = [f"Lamp {n}" for n in range(COUNT)], [f"{n}.99" for n in range(
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """Return a folder of images with titles and prices."""
     save_photos(tmp_path, COUNT)
     write_metadata(tmp_path, title=TITLES, price=PRICES)
     return tmp_path
@@ -28,9 +27,7 @@ def shop(tmp_path: Path) -> Path:
 def server() -> Iterator[ChatServer]:
     def script(times: int, body: dict[str, Any]) -> Act:
         text = text_of(body)
-        noted = next(
-            (line.partition(": ")[2] for line in text.splitlines() if 'title: "' in line), '"nothing"'
-        )
+        noted = next((one.partition(": ")[2] for one in text.splitlines() if 'title: "' in one), '"nothing"')
         name = json.loads(noted).partition('"')[0]
         return Act(json.dumps({"caption": f"A brass lamp that is known as {name} stands on a desk."}))
 
@@ -72,31 +69,20 @@ def test_columns_become_prompt_notes_and_only_changed_rows_are_sent(shop: Path, 
     assert json.loads(done.stdout)["version"] == "v2.0.0"  # a new field is a new column
 
 
-def test_prompt_template_uses_named_columns(shop: Path, server: ChatServer) -> None:
-    (shop / "prompts/caption").mkdir(parents=True)
-    template = 'Describe what is sold as\ntitle: {{ row["title"] | tojson }}\nReply as {"caption": "..."}.\n'
-    (shop / "prompts/caption/v1.j2").write_text(template)
-    (shop / "synth.yaml").write_text("drop_context: true\ngenerate: {prompt_dir: prompts}\n")
-    columns = ("--columns", "context=title,price")
-    require_success(generate(shop, server, "--config", "synth.yaml", *columns))
-    assert 'title: "Lamp 7"\nReply' in "".join(map(text_of, server.bodies))
-    assert "Notes" not in text_of(server.bodies[0])
-    assert "context" not in load_rows(shop / "d").features
-
-
 def test_hostile_context_names_and_values_stay_inside_prompt_notes(shop: Path, server: ChatServer) -> None:
     title = [f'R\u00e4der & "Tom\'s" <{n}>' for n in range(COUNT)]
     evil = [EVIL + f" {n}" + "x" * 5000 for n in range(COUNT)]
     write_metadata(shop, items=title, copy=["gut"] * COUNT, title=evil, **{"der Preis": ["3 \u20ac"] * COUNT})
     text = "title: {{ row.items | tojson }}\n({{ row.copy }}, {{ row['der Preis'] }})"
     task = {"name": "x", "kind": "caption", "prompt": text}
-    (shop / "synth.yaml").write_text(json.dumps({"custom_tasks": [task]}))
+    (shop / "synth.yaml").write_text(json.dumps({"custom_tasks": [task], "drop_context": True}))
     command = ["generate", "--source", "folder:photos", "--config", "synth.yaml"]
     command += ["--columns", "context=items,copy,der Preis", "--base-url", server.url, "--out", "e"]
     require_success(run_synth(*command, cwd=shop))
     shown = {f"title: {json.dumps(text, ensure_ascii=False)}" for text in title}
     assert {text_of(body).splitlines()[0] for body in server.bodies} == shown
     assert all("(gut, 3 \u20ac)" in text_of(body) for body in server.bodies)
+    assert "context" not in load_rows(shop / "e").features
     server.bodies.clear()
     assert generate(shop, server, "--columns", "context=title").returncode == 0
     for body in server.bodies:

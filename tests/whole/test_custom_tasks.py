@@ -86,7 +86,6 @@ class Model:
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """Return a folder of images with titles."""
     save_photos(tmp_path, COUNT)
     write_metadata(tmp_path, title=[f"Lamp {n}" for n in range(COUNT)])
     return tmp_path

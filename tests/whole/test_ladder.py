@@ -61,7 +61,6 @@ class Servers:
     addresses: dict[str, str]
 
     def write(self, task_models: dict[str, Any], **settings: Any) -> None:
-        """Write the settings of a run."""
         models = {
             name: {"model": name, "base_url": [url], "price_in": price, "price_out": price}
             for (name, url), price in zip(self.addresses.items(), (1, 10), strict=True)
@@ -128,10 +127,8 @@ def test_ladder_is_as_good_as_the_large_model_for_half_of_its_requests(servers: 
         if number not in LARGE_WRONG
     }
     manifest = servers.manifest("ladder")
-    assert {name: model["name"] for name, model in manifest["models"].items()} == {
-        "small": "small",
-        "large": "large",
-    }
+    names = {name: model["name"] for name, model in manifest["models"].items()}
+    assert names == {"small": "small", "large": "large"}
     assert servers.addresses["small"] not in json.dumps(manifest)
     tokens = {"prompt_tokens": 40, "reply_tokens": 12}
     assert manifest["ladder"] == [

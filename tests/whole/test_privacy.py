@@ -52,7 +52,6 @@ def server() -> Iterator[ChatServer]:
 
 @pytest.fixture(scope="module")
 def home(hub: RunningHub, server: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder in which photos were captioned."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "photos").mkdir()
     for name, data in PHOTOS.items():

@@ -1,8 +1,6 @@
 """Sources, from the Hub, archives and folders to a version."""
 
-import io
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,12 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
-from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.chat.server import ChatServer, running_chat
 from tests.commands import Done, require_success, run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
-from tests.whole.conftest import read_manifest
+from tests.whole.conftest import read_manifest, save_photos
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +38,14 @@ def generate_version(hub: RunningHub, folder: Path, *arguments: str) -> Version:
     return DatasetDir(folder / Path(json.loads(done.stdout)["path"]).parents[1]).version()
 
 
-def filled_splits(version: Version) -> list[str]:
-    return [split for split in version.manifest["rows"] if version.shards(split)]
-
-
 def rows(version: Version) -> list[dict[str, Any]]:
-    return [row for split in filled_splits(version) for row in version.read(split).to_pylist()]
-
-
-def assert_counts_add_up(version: Version, upstream: int) -> None:
-    """Assert that every upstream row is a sample or was rejected with a reason."""
-    source = version.manifest["funnel"][0]
-    assert source["kept"] + sum(source["rejected"].values()) == source["input"] == upstream
-    for step in version.manifest["funnel"]:
-        assert step["kept"] + sum(step["rejected"].values()) == step["input"]
+    return [row for _, batch in version.batches(version.manifest["columns"]) for row in batch.to_pylist()]
 
 
 def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         source = ("--source", "slidevqa", "--split", "train")
         version = generate_version(hub, tmp_path, *source, "--base-url", chat.url, "--json")
-    assert_counts_add_up(version, 1)
     (row,) = rows(version)
     assert [len(page["bytes"]) > 0 for page in row["pages"]] == [True] * 20
     assert "image" not in version.manifest["columns"]
@@ -87,59 +72,23 @@ def test_published_files_name_no_local_path_or_server(hub: RunningHub, tmp_path:
     assert resplit.manifest["digest"] == version.manifest["digest"]
 
 
-def test_version_from_archive_names_no_local_place(hub: RunningHub, tmp_path: Path) -> None:
-    home = tmp_path / "of-ada"
-    home.mkdir()
-    colors = ("red", "blue", "green", "white", "black", "small")
-    texts = [f"A {color} bowl stands on a table." for color in colors]
-    with tarfile.open(home / "photos.tar", "w") as archive:
-        for number, text in enumerate(texts):
-            for suffix, data in (("jpg", datasets.photo(number)), ("txt", text.encode())):
-                entry = tarfile.TarInfo(f"in/{number}.{suffix}")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
-    source = ("--source", f"archive:{home}/photos.tar", "--license", "cc0-1.0", "--out", "d", "--json")
-    require_success(synth(hub, tmp_path, "generate", "--no-model", *source))
-    version = DatasetDir(tmp_path / "d").version()
-    assert sorted(text for row in rows(version) for text in row["references"]) == sorted(texts)
-    assert {row["license"] for row in rows(version)} == {"cc0-1.0"}
-    assert version.manifest["source"]["name"] == "archive"
-    assert "nothing new" in synth(hub, tmp_path, "generate", "--no-model", *source).stderr
-    published = b"".join(path.read_bytes() for path in version.path.rglob("*.*"))
-    assert b"of-ada" not in published and str(tmp_path).encode() not in published
-
-
-def test_copies_are_merged_and_crops_share_split_and_excluded_images_are_rejected(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
+def test_near_duplicates_share_a_group_and_excluded_images_are_rejected(tmp_path: Path) -> None:
+    save_photos(tmp_path, 3)
+    for number in range(3):
+        (tmp_path / f"photos/{number:02}.txt").write_text(f"A drawing of {number} lamps near a door.")
+    cropped(photo(1)).save(tmp_path / "photos/crop.png")
+    (tmp_path / "photos/crop.txt").write_text("Some people walk over a bridge.")
     (tmp_path / "test").mkdir()
-    images = [photo(seed) for seed in range(8)]
-    for number, image in enumerate(images):
-        image.save(tmp_path / "photos" / f"{number}.png")
-        (tmp_path / "photos" / f"{number}.txt").write_text("A drawing.")
-    stored_again(images[0]).resize((200, 150)).save(tmp_path / "photos" / "0-copy.jpg")
-    cropped(images[1]).save(tmp_path / "photos" / "1-crop.png")
-    stored_again(images[7]).save(tmp_path / "test" / "7.jpg")
-    source = ("--source", "folder:photos", "--exclude", "folder:test", "--out", "d", "--tasks", "caption")
-
-    def script(_: int, body: dict[str, Any]) -> Act:
-        text = f"A lamp stands near the door with number {uuid_of(body)[:8]}."
-        return Act(json.dumps({"caption": text}))
-
-    with running_chat(ChatServer(script)) as chat:
-        require_success(run_synth("generate", *source, "--base-url", chat.url, cwd=tmp_path))
-    read, rejected, deduped = (
-        pq.read_table(tmp_path / "d/steps" / f"{name}.parquet").to_pylist()
-        for name in ("read/kept", "read/rejected", "dedupe/kept")
+    stored_again(photo(2)).save(tmp_path / "test" / "2.jpg")
+    source = ("--source", "folder:photos", "--exclude", "folder:test", "--out", "d", "--no-model")
+    require_success(run_synth("generate", *source, cwd=tmp_path))
+    rejected, deduped = (
+        pq.read_table(tmp_path / f"d/steps/{name}.parquet").to_pylist()
+        for name in ("read/rejected", "dedupe/kept")
     )
-    samples = {row["source_row"]: row["sample_id"] for row in read}
-    assert [(row["source_row"], row["reason"], row["detail"]) for row in rejected] == [
-        ("0-copy.jpg", "near_duplicate_image", samples["0.png"]),
-        ("7.png", "banned_image", "folder"),
-    ]
-    groups: dict[str, set[str]] = {}
-    for row in deduped:
-        groups.setdefault(row["image_group"], set()).add(row["sample_id"])
-    assert {samples["1.png"], samples["1-crop.png"]} in groups.values()
+    reasons = [(row["source_row"], row["reason"], row["detail"]) for row in rejected]
+    assert reasons == [("02.png", "banned_image", "folder")]
+    assert len(deduped) == 3 and len({row["image_group"] for row in deduped}) == 2
     manifest = read_manifest(tmp_path / "d")
     assert manifest["leakage"]["banned_images"] == 1
     assert str(tmp_path) not in json.dumps(manifest) and "folder:test" not in json.dumps(manifest)

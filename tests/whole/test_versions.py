@@ -15,7 +15,6 @@ COUNT = len(PLACES)
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Return a folder of photos with captions in text files."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, place in enumerate(PLACES):

@@ -30,7 +30,6 @@ SCENES = 48
 
 
 def missing_vllm_reason() -> str | None:
-    """Return the reason why vLLM is not installed, or None if it is."""
     if PYTHON.exists():
         return None
     log = ROOT / ".stamps" / "vllm.log"
@@ -52,7 +51,6 @@ def environment(temporary: Path | None = None) -> dict[str, str]:
 
 
 def sockets_of(server: int) -> Path:
-    """Return the folder of a running server's sockets."""
     variables = Path(f"/proc/{server}/environ").read_bytes().decode().split("\0")
     return Path(next(one for one in variables if one.startswith("VLLM_RPC_BASE_PATH=")).partition("=")[2])
 

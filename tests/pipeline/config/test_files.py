@@ -19,7 +19,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_options_override_the_file_and_the_file_overrides_defaults(file: Path) -> None:
     file.write_text(
-        "source: scenes\nlimit: 7\nseed: 3\ngenerate: {qa_temperature: 0.2}\nserver: {concurrency: 8}\n"
+        f"{SOURCE}limit: 7\nseed: 3\ngenerate: {{qa_temperature: 0.2}}\nserver: {{concurrency: 8}}\n"
     )
     config = resolve(file, limit=9, seed=None, server={"flags": ["--x"]})
     assert (config.limit, config.seed) == (9, 3)
@@ -45,7 +45,7 @@ def test_section_with_only_comments_has_the_defaults(file: Path) -> None:
         ("generate: {caption_styles: [A b]}", "bad value for generate.caption_styles", "docs"),
         ("captions: a.csv", "bad value for captions: Input should be a list ('a.csv')", "explains captions"),
         ("filter: [a]", "bad value for filter: Input should be a valid dictionary", "explains filter"),
-        ("split: {validation_frac: 0.9, test_frac: 0.9}", "bad value for split", "explains split"),
+        ("split: {validation_frac: 0.5, test_frac: 0.5}", "must add up to less than 1", "explains split"),
         ("tasks: []", "no texts would be made", "docs/settings.md"),
         ("tasks: [caption, caption]", "named twice", "docs/settings.md explains tasks"),
         ("limit: 3\nlimit: 4", "line 3: the key limit appears twice", "remove one"),

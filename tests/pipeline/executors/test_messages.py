@@ -94,9 +94,7 @@ def test_start_of_a_run_states_the_tasks_of_each_model(tmp_path: Path) -> None:
     engines = {name: EngineChoice("vllm", name, name, Mock()) for name in models}
     plan = replace(Plan.resolve(config, DatasetDir(tmp_path), models), engines=engines)
     line = describe_start(plan)
-    assert all(
-        text in line for text in ("asks caption of default (", "; qa of small (", "; checks of large (")
-    )
+    assert all(text in line for text in ("caption of default (", "; qa of small (", "; checks of large ("))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from pipeline.tables import STRING, Extras, OwnColumn
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.tasks.output_schema import arrow_type, close_schema
 from pipeline.types import Sample
+from tests.media import encoded
 from tests.pipeline.sources.reading import open_folder, open_path, samples_of
 from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
 
@@ -283,9 +284,8 @@ def test_source_reads_only_human_texts_from_an_export(kind: str, version: Versio
 @pytest.mark.parametrize("kind", ["imagefolder", "coco", "webdataset"])
 def test_source_reads_splits_of_an_export(kind: str, version: Version, exported: Exported) -> None:
     opened = open_path("archive" if kind == "webdataset" else "folder", exported(kind))
-    assert {row.id: row.split for row in samples_of(opened)} == {
-        item.name: item.split for item in read_items(version)
-    }
+    splits = {item.name: item.split for item in read_items(version)}
+    assert {row.id: row.split for row in samples_of(opened)} == splits
 
 
 @pytest.mark.parametrize(
@@ -454,11 +454,10 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
 def test_image_with_exif_orientation_is_exported_upright(kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = io.BytesIO()
     with Image.open(io.BytesIO(scene_samples(1)[0].images[0])) as image:
         lying = image.convert("RGB").resize((60, 40))
-        lying.save(data, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
-    sample = replace(scene_samples(1)[0], images=(data.getvalue(),), width_px=40, height_px=60, split="train")
+    data = encoded(lying, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+    sample = replace(scene_samples(1)[0], images=(data,), width_px=40, height_px=60, split="train")
     (item,) = read_items(make_version(tmp_path / "d", [sample])[0])
     with Image.open(io.BytesIO(item.image)) as exported:
         assert (exported.format, exported.size, exported.getexif().get(0x0112, 1)) == (kind, (40, 60), 1)

@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,14 +18,9 @@ from pipeline.images.decode import (
     upright_size,
 )
 from pipeline.images.near_duplicates import MAX_COPY_BITS, as_hashes, image_distances
+from tests.media import encoded
 from tests.pipeline.images.test_metadata import segment
 from tests.pipeline.images.test_similarity import photo
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def test_16_bit_image_is_scaled_and_32_bit_image_is_refused() -> None:

@@ -1,6 +1,5 @@
 """Isolation: an image that kills, fills or stalls its decoder is rejected alone."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pipeline.images import isolation
 from pipeline.images.decode import check_image
 from pipeline.images.isolation import CheckedImage, Result, check_all
 from pipeline.images.metadata import strip_metadata
+from tests.media import encoded
 from tests.pipeline.images.test_metadata import jpeg
 
 PATCHED = """
@@ -34,9 +34,7 @@ ANSWER = "os.write(1, struct.pack('!i', len(d))); sys.stdout.buffer.write(d); sy
 
 
 def png(side_px: int = 16, color: str = "red") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (side_px, side_px), color).save(out, "PNG")
-    return out.getvalue()
+    return encoded(Image.new("RGB", (side_px, side_px), color))
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +134,5 @@ def test_worker_has_no_keys_and_cannot_write_files(monkeypatch: pytest.MonkeyPat
 
 
 def test_image_of_50_megapixels_fits_into_worker_memory() -> None:
-    out = io.BytesIO()
-    Image.new("RGBA", (10_000, 5_000), (1, 2, 3, 4)).save(out, "PNG", compress_level=1)
-    (result,) = check(out.getvalue())
+    (result,) = check(encoded(Image.new("RGBA", (10_000, 5_000), (1, 2, 3, 4)), compress_level=1))
     assert reason(result) == "fine"

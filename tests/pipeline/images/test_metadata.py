@@ -15,6 +15,7 @@ from pipeline.images import metadata
 from pipeline.images.decode import ORIENTATION, check_image, has_heif, open_image, prepare_image
 from pipeline.images.metadata import strip_metadata
 from pipeline.images.near_duplicates import as_hashes, image_distances
+from tests import media
 from tests.pipeline.images.test_similarity import photo
 
 GPS = 0x8825
@@ -41,9 +42,7 @@ def exif_of(orientation: int = 1) -> Image.Exif:
 
 
 def encoded(kind: str, image: Image.Image | None = None, **more: object) -> bytes:
-    out = io.BytesIO()
-    (image or photo(1)).save(out, kind, **more)
-    return out.getvalue()
+    return media.encoded(image or photo(1), kind, **more)
 
 
 def indexed(image: Image.Image, colors: int = 32) -> Image.Image:

@@ -23,6 +23,7 @@ from pipeline.images.near_duplicates import (
 )
 from pipeline.tables import SPLIT_RANK
 from pipeline.types import ImageKind
+from tests.media import encoded
 
 COUNT = 60
 
@@ -52,9 +53,7 @@ def _photo(seed: int) -> Image.Image:
 
 
 def stored_again(image: Image.Image, quality: int = 30) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(io.BytesIO(encoded(image, "JPEG", quality=quality))).convert("RGB")
 
 
 def cropped(image: Image.Image, share: float = 0.03) -> Image.Image:
@@ -128,12 +127,7 @@ def hashes_of(*images: Image.Image) -> list[bytes]:
 
 
 def test_slides_of_one_template_are_kept() -> None:
-    texts = (
-        "Revenue grew by 12 %",
-        "Costs fell in all regions",
-        "New plants in three cities",
-        "Staff: 1,240",
-    )
+    texts = ("Revenue grew by 12 %", "Costs fell in all regions", "New plants in two cities", "Staff: 1,240")
     pages = [slide([*random.Random(n).sample(texts, 4), f"Chart {n}: {n * 37} units"]) for n in range(12)]
     changed = [slide(["Revenue grew by 12 %", "Total: 118"]), slide(["Revenue grew by 12 %", "Total: 113"])]
     rows = ({"pdq_hashes": hashes_of(page)} for page in pages + changed)

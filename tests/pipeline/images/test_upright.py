@@ -8,6 +8,7 @@ from PIL import Image
 
 from pipeline.images.decode import ORIENTATION, prepare_image
 from pipeline.images.upright import over_white
+from tests.media import encoded
 from trainer.model.transformers_files import standalone_source
 
 PUBLISHED = standalone_source()
@@ -16,9 +17,7 @@ PUBLISHED = standalone_source()
 def noise(mode: str, **options: Any) -> bytes:
     """Return a PNG of noise; with `transparent`, the level or color of one pixel is transparent."""
     gray = Image.effect_noise((40, 30), 90)
-    bands = [
-        gray.rotate(90 * number, expand=False) for number in range(len(Image.new(mode, (1, 1)).getbands()))
-    ]
+    bands = [gray.rotate(90 * n) for n in range(len(Image.new(mode, (1, 1)).getbands()))]
     if mode == "I;16":
         image = gray.convert("I").point(lambda level: level * 257).convert("I;16")
     elif mode == "P":
@@ -27,9 +26,7 @@ def noise(mode: str, **options: Any) -> bytes:
         image = Image.merge(mode, bands) if len(bands) > 1 else gray.convert(mode)
     if options.pop("transparent", False):
         options["transparency"] = image.getpixel((3, 15))
-    out = io.BytesIO()
-    image.save(out, "PNG", **options)
-    return out.getvalue()
+    return encoded(image, **options)
 
 
 def test_transparent_pixels_become_white() -> None:

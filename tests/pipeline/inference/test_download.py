@@ -31,7 +31,6 @@ for attempt in range(2):
 
 
 def download_twice(model: Path, tmp_path: Path, disk: str = "free") -> list[str]:
-    """Upload a model, and return what two downloads print."""
     with running_hub(tmp_path / "hub") as hub:
         command = [sys.executable, "-c", COMMAND, str(model), disk]
         env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}

@@ -1,6 +1,5 @@
 """Embedded engine with the real tiny teacher: schema, accuracy, and independence of the batch."""
 
-import io
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ from pipeline.sources.scenes import draw_sample
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Engine, Reply, Request, Sampling
+from tests.media import encoded
 from tests.scene_data import (
     batch_of,
     requests_to_send,
@@ -123,7 +123,6 @@ def test_batch_has_one_prompt_and_is_smaller_for_large_images_and_decks() -> Non
         (2_007_040, (60, 40), 0, 30),
     )
     for max_pixels, (width, height), images, size in cases:
-        image = io.BytesIO()
-        Image.new("RGB", (width, height)).save(image, "PNG")
-        shown = [replace(one, max_pixels=max_pixels, images=(image.getvalue(),) * images) for one in asked]
+        image = encoded(Image.new("RGB", (width, height)))
+        shown = [replace(one, max_pixels=max_pixels, images=(image,) * images) for one in asked]
         assert {len(batch) for batch in batch_requests(shown)} <= {size, 30 % size}

@@ -107,7 +107,6 @@ def test_import_copies_claims_replies_of_given_samples_and_all_blind_replies(tmp
 
 
 def filled(path: Path, count: int = 300) -> list[Request]:
-    """Write a journal of `count` replies."""
     requests = [replace(REQUESTS[0], id=f"{number:064x}") for number in range(count)]
     with Journal(path) as journal:
         journal.record_sent(requests)

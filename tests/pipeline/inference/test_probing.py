@@ -236,9 +236,7 @@ def test_key_and_headers_go_only_to_their_server(tmp_path: Path, monkeypatch: py
         monkeypatch.setenv("MY_KEY", "mine")
         run(tmp_path / "b", chat, key_env="MY_KEY", headers={"X-Title": "synth", "api-key": "$MY_KEY"})
         assert chat.authorizations == {None, "Bearer mine"}
-        assert {(sent.get("X-Title"), sent.get("api-key")) for sent in chat.headers[-5:]} == {
-            ("synth", "mine")
-        }
+        assert {(one.get("X-Title"), one.get("api-key")) for one in chat.headers[-5:]} == {("synth", "mine")}
         with pytest.raises(EngineError, match=r"uses \$NO_SUCH, but this environment variable is not set"):
             run(tmp_path / "c", chat, headers={"api-key": "$NO_SUCH"})
     openai, other = endpoints_of(config_of("https://api.openai.com/v1", "https://evil-openai.com/v1"))

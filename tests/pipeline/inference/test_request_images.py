@@ -16,13 +16,12 @@ from pipeline.config.files import resolve
 from pipeline.inference.protocol import RequestImages, reencode, sendable_format
 from pipeline.inference.requests import build_requests
 from pipeline.types import Request
+from tests import media
 from tests.plans import request_plan
 
 
 def encoded(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (60, 40), **options: Any) -> bytes:
-    out = io.BytesIO()
-    Image.effect_noise(size, 50).convert(mode).save(out, kind, **options)
-    return out.getvalue()
+    return media.encoded(Image.effect_noise(size, 50).convert(mode), kind, **options)
 
 
 def turned() -> bytes:

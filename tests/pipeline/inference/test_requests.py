@@ -91,9 +91,7 @@ def test_prompt_without_json_gets_no_schema(settings: dict[str, Any], is_plain: 
 
 
 @pytest.mark.parametrize("generate", [{"caption_styles": ["brief", "ocr"]}, {"max_pixels": 5000}], ids=str)
-def test_ids_of_checks_without_image_do_not_depend_on_styles_or_pixel_limit(
-    generate: dict[str, Any],
-) -> None:
+def test_ids_of_checks_without_image_do_not_depend_on_styles_or_pixel_limit(generate: dict[str, Any]) -> None:
     values: dict[str, Any] = {"question": "?", "caption": "A cup.", "count": 1, "claims": ()}
     digests = [
         [request_plan(resolve(source="folder:x", **settings)).fields(task, **values)[1] for task in checks]

@@ -77,11 +77,9 @@ def test_key_is_random_and_not_on_the_command_line(tmp_path: Path, monkeypatch: 
 
 def stub(tmp_path: Path, code: str, **settings: Any) -> VllmCommand:
     """Return a command that runs `code` instead of vLLM."""
-    script = tmp_path / "stub.py"
-    script.write_text(code)
-    return replace(
-        plan(tmp_path, **settings), python=sys.executable, arguments=(str(script),), environment={}
-    )
+    path = tmp_path / "stub.py"
+    path.write_text(code)
+    return replace(plan(tmp_path, **settings), python=sys.executable, arguments=(str(path),), environment={})
 
 
 async def start(*commands: VllmCommand) -> None:

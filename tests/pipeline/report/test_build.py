@@ -47,9 +47,7 @@ def test_rows_of_large_report_are_in_several_scripts(tmp_path: Path, monkeypatch
     page = write_report(version, tmp_path).read_text()
     parts = [json.loads(part) for part in re.findall(r'add\("images", (.*)\);', page)]
     assert [len(rows) for rows in parts] == [16, 16, 8]
-    thumbnails = [
-        b64decode(image.partition(",")[2]) for rows in parts for row in rows for image in row["images"]
-    ]
+    thumbnails = [b64decode(url.partition(",")[2]) for rows in parts for row in rows for url in row["images"]]
     assert len(thumbnails) == 40 and max(map(len, thumbnails)) <= THUMBNAIL_BYTES
 
 

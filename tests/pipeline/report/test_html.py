@@ -8,13 +8,12 @@ from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.report.html import thumbnail
+from tests.media import encoded
 
 
 def noise(width_px: int, height_px: int) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels))
 
 
 @pytest.mark.parametrize("size", [(640, 480), (3000, 40), (40, 3000), (9, 9)])

@@ -54,9 +54,8 @@ def test_report_shows_first_rejections_of_each_reason_and_csv_lists_all_rejectio
 def test_personal_data_in_rejected_replies_is_redacted(tmp_path: Path) -> None:
     path = tmp_path / "steps" / "validate" / "rejected.parquet"
     path.parent.mkdir(parents=True)
-    pq.write_table(
-        pa.table({"sample_id": ["s"], "reply_text": ["{mail@example.org"], "reason": ["off_schema"]}), path
-    )
+    rows = {"sample_id": ["s"], "reply_text": ["{mail@example.org"], "reason": ["off_schema"]}
+    pq.write_table(pa.table(rows), path)
     assert [row["what"] for row in read_rejected(tmp_path)] == ["{[email]"]
 
 

@@ -1,6 +1,5 @@
 """Decontamination: images of excluded datasets are found, and clean ones pass."""
 
-import io
 from typing import Any
 
 import pyarrow as pa
@@ -11,23 +10,15 @@ from pipeline.images.decode import check_image, image_id
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows, parse_exclusion
 from pipeline.tables import EXCLUSIONS
 from pipeline.types import Sample
+from tests.media import encoded
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
 
-def sample(*images: Image.Image, kind: str = "PNG", **more: object) -> Sample:
-    encoded = []
-    for image in images:
-        buffer = io.BytesIO()
-        image.save(buffer, kind)
-        encoded.append(buffer.getvalue())
-    checked = [check_image(data) for data in encoded]
-    defaults: dict[str, Any] = {"source_row": "r", "width_px": 320, "height_px": 240, "license": "unknown"}
-    return Sample(
-        id=image_id(encoded[0]),
-        images=tuple(encoded),
-        pdq_hashes=tuple(page.pdq_hash for page in checked),
-        **(defaults | more),
-    )
+def sample(*images: Image.Image) -> Sample:
+    pages = tuple(map(encoded, images))
+    hashes = tuple(check_image(page).pdq_hash for page in pages)
+    others: dict[str, Any] = {"width_px": 320, "height_px": 240, "source_row": "r", "license": "unknown"}
+    return Sample(id=image_id(pages[0]), images=pages, pdq_hashes=hashes, **others)
 
 
 def exclusion_table(*samples: Sample) -> pa.Table:

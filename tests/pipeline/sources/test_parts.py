@@ -21,7 +21,7 @@ def photos(folder: Path, files: int, rows: int) -> None:
     folder.mkdir()
     for file in range(files):
         cells = [
-            datasets.cell(file * rows + n) if n % 5 else {"bytes": b"", "path": None} for n in range(rows)
+            datasets.cell(file * rows + n) if n % 5 else datasets.cell(n, bytes=b"") for n in range(rows)
         ]
         records = [{"image": cell, "caption": f"{file} {n}"} for n, cell in enumerate(cells)]
         (folder / f"{file}.parquet").write_bytes(datasets.parquet(records, PHOTOS, rows_a_group=3))

@@ -1,6 +1,5 @@
 """The read step: a stopped run resumes, and an unchanged source is not read again."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +22,7 @@ from pipeline.sources.read import READ_SETTINGS, SourceReader
 from pipeline.storage.files import read_table, write_table
 from pipeline.tables import SOURCE_REJECTED
 from pipeline.types import Rejected, Sample, Source
+from tests.media import encoded
 from tests.notes import Notes
 from tests.pipeline.images import test_similarity
 
@@ -38,9 +38,7 @@ FILES = ("kept", "rejected", "image_groups", "near_duplicates", "exclusions")
 @cache
 def photo(number: int, size: tuple[int, int] = (160, 120)) -> bytes:
     """Return a JPEG of a photo; other sizes are near-duplicates."""
-    file = io.BytesIO()
-    test_similarity.photo(number).resize(size).save(file, "JPEG")
-    return file.getvalue()
+    return encoded(test_similarity.photo(number).resize(size), "JPEG")
 
 
 def fill(folder: Path, count: int = 40) -> None:
@@ -244,7 +242,6 @@ def test_source_without_revision_is_read_each_time(photos: Path, tmp_path: Path)
 
 @pytest.fixture
 def others(tmp_path: Path) -> Path:
-    """Return a folder with a copy of a photo, to exclude."""
     (tmp_path / "others").mkdir()
     (tmp_path / "others/a.jpg").write_bytes(photo(2))
     return tmp_path / "others"

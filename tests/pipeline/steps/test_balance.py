@@ -55,10 +55,7 @@ def test_pair_is_one_question_with_two_answers_about_similar_images_that_are_no_
     rows: list[dict[str, Any]] = []
     for n, (text, answer) in enumerate(descriptions):
         image = {"sample_id": f"s{n}", "image_group": f"s{n}"}
-        rows += [
-            image | {"task": "caption", "clean_text": text},
-            image | question("How many are there?", answer),
-        ]
+        rows += [image | {"task": "caption", "clean_text": text}, image | question("How many?", answer)]
     pairs = [row for row in balance_rows(table(*rows)) if row["pair_id"]]
     assert {row["sample_id"] for row in pairs} == {"s0", "s1"}
     assert len({row["pair_id"] for row in pairs}) == 1

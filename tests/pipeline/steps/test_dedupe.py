@@ -66,9 +66,8 @@ def test_equal_questions_about_different_images_are_kept() -> None:
 
 def test_caption_is_kept_for_a_limited_number_of_images() -> None:
     rows = captions(*["A man stands on a beach."] * 7, "A man runs on a beach.")
-    assert list(reasons(rows, max_images_per_caption=3).values()) == [None] * 3 + [
-        "caption_of_many_images"
-    ] * 4 + [None]
+    expected = [*[None] * 3, *["caption_of_many_images"] * 4, None]
+    assert list(reasons(rows, max_images_per_caption=3).values()) == expected
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,6 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
-    """Return a folder of photos, and the result of a run over them."""
     folder = tmp_path_factory.mktemp("finished")
     images = save_photos(folder / "photos")
     return images, generate_dataset(settings(images), folder / "d")
@@ -166,7 +165,6 @@ def asking(photos: Path, chat: ChatServer, **more: Any) -> Config:
 
 
 def ask(photos: Path, folder: Path, chat: ChatServer, **more: Any) -> RunResult:
-    """Let a model write a caption of each photo."""
     return generate_dataset(asking(photos, chat, **more), folder)
 
 

@@ -15,11 +15,9 @@ from pipeline.tables import INT32, PAGES, STRING, fields
 from tests.step_runs import BEFORE, plan_of, rows_after, run_on
 
 IDS = ("a" * 64, "b" * 64)
-TEXTS = ("annotation_id", "clean_text", "clean_question", "clean_answer", "clean_record", "answer_type")
-NAMES = ("sample_id", "task", "expression", "prompt_id", "pair_id")
-SCHEMA = pa.schema(
-    [*fields(STRING, *TEXTS, *NAMES), *fields(PAGES, "evidence_pages"), *fields(INT32, "pages")]
-)
+TEXT = ("annotation_id", "clean_text", "clean_question", "clean_answer", "clean_record", "answer_type")
+KEYS = ("sample_id", "task", "expression", "prompt_id", "pair_id")
+SCHEMA = pa.schema([*fields(STRING, *TEXT, *KEYS), *fields(PAGES, "evidence_pages"), *fields(INT32, "pages")])
 BAD = {"verdict": "bad", "reason": "not_true"}
 CAPTION = {"task": "caption", "clean_text": "A cat on a mat."}
 

@@ -89,9 +89,7 @@ def test_evidence_is_refuting_answers_less_confirming_ones(
     checks = [one for number, answers in enumerate(claims) for one in claim_checks(number, *answers)]
     rows = with_results(table(CAPTION | {"checks": checks}))
     assert (rows["evidence"].to_pylist(), rows["agreement"].to_pylist()) == ([evidence], [confirmed])
-    assert reasons(CAPTION | {"checks": checks}) == [
-        "false_claim" if evidence is not None and evidence >= 2 else None
-    ]
+    assert reasons(CAPTION | {"checks": checks}) == ["false_claim" if (evidence or 0) >= 2 else None]
 
 
 @pytest.mark.parametrize(

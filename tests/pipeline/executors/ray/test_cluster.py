@@ -31,9 +31,7 @@ def test_default_worker_count_follows_gpus_nodes_or_cpus(
     own_server: bool,  # noqa: FBT001
     plan: WorkerPlan,
 ) -> None:
-    monkeypatch.setattr(
-        ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-    )
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus} | ({"GPU": gpus} if gpus else {}))
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 3 + [{"Alive": False}])
     assert plan_workers(wanted, loads_model=own_server, own_server=own_server) == plan
 
