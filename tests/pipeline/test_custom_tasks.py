@@ -128,16 +128,10 @@ def text_task(prompt: str, **keys: Any) -> str:
         (text_task("{{ results.ocr }}"), "uses results.ocr, which is not in the needs of its task"),
         ("{name: t, kind: text, prompt: a, needs: [ocr]}", "t needs ocr, which this run does not have"),
         ("{name: t, kind: text, prompt: a, needs: [t]}", "circular dependency between tasks: t"),
-        (
-            text_task("a", when="results.u == 'x'"),
-            "`when` of the task t, character 1: unknown name results.u",
-        ),
+        (text_task("a", when="results.u == 'x'"), "of the task t, character 1: unknown name results.u"),
         (text_task("a", when="'a' == )"), "`when` of the task t, character 8: unmatched ')'"),
         (text_task("a", when="results.t == 'x'"), "circular dependency between tasks: t"),
-        (
-            text_task("a", keep_if="results.plain == 'x'"),
-            "`keep_if` of the task t, character 1: unknown name",
-        ),
+        (text_task("a", keep_if="results.plain == 'x'"), "`keep_if` of the task t, character 1: unknown"),
         (text_task("a", keep_if="results.t == 'x'", when="results.plain == 'x'"), "`when` of the task t, "),
         (text_task("a", keep_if="true", needs=["t"]), "it is asked before all others"),
         (text_task("{{ row }}"), "cannot be rendered: `row` and `results` are not texts"),

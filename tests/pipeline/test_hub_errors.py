@@ -37,16 +37,8 @@ FULL = OSError(errno.ENOSPC, "No space left")
         (TimeoutError(), UNREACHABLE, OFFLINE),
         (errors.LocalTokenNotFoundError("x"), "no Hub token", "hf auth login"),
         (errors.HfHubHTTPError("x", response=UNKNOWN), "the Hub rejects the token", "hf auth login"),
-        (
-            errors.HfHubHTTPError("x", response=FORBIDDEN),
-            "the token has no access to me/cats",
-            "write access",
-        ),
-        (
-            FULL,
-            f"cannot read or write files of {NAME}: [Errno 28] No space left",
-            "the disk is writable and has free space",
-        ),
+        (errors.HfHubHTTPError("x", response=FORBIDDEN), "token has no access to me/cats", "write access"),
+        (FULL, f"cannot read or write files of {NAME}: [Errno 28] No space left", "has free space"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

@@ -7,9 +7,7 @@ import pytest
 from pipeline.progress import LiveProgress, show_progress
 
 
-def test_terminal_shows_finished_steps_messages_and_warnings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_terminal_keeps_messages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with show_progress() as progress:
         assert isinstance(progress, LiveProgress)

@@ -17,7 +17,7 @@ from pipeline.tasks.prompts import render
 from tests.plans import request_plan
 
 
-def test_settings_file_does_not_change_when_its_lines_are_uncommented(tmp_path: Path) -> None:
+def test_settings_file_lists_all_defaults_and_is_not_overwritten(tmp_path: Path) -> None:
     settings, _, _ = write_project(tmp_path)
     uncommented = re.sub(r"^# (?=\s*[a-z_]+:)", "", settings.read_text(), flags=re.MULTILINE)
     keys = {*yaml.safe_load(uncommented)}
@@ -26,6 +26,8 @@ def test_settings_file_does_not_change_when_its_lines_are_uncommented(tmp_path: 
     defaults = with_source_defaults(resolve(source="folder:photos"))
     assert with_source_defaults(resolve(tmp_path / "all.yaml")) == defaults
     assert resolve(settings) == resolve(source="folder:photos")
+    with pytest.raises(ConfigError, match=r"synth\.yaml already exists"):
+        write_project(tmp_path)
 
 
 def test_written_prompts_equal_the_built_in_prompts(tmp_path: Path) -> None:
@@ -40,9 +42,3 @@ def test_unchanged_example_tasks_are_valid(tmp_path: Path) -> None:
     config = resolve(settings, custom_tasks=files, tasks=("caption",), columns={"context": "title"})
     check_requests(request_plan(with_source_defaults(config)), config.verify)
     assert config.tasks == ("caption", *(path.stem for path in files)) and len(files) == 6
-
-
-def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
-    write_project(tmp_path)
-    with pytest.raises(ConfigError, match=r"synth\.yaml already exists"):
-        write_project(tmp_path)

@@ -50,7 +50,7 @@ def test_object_store_without_a_cluster_is_refused() -> None:
         Plan.open(resolve(source="scenes"), folder, NullProgress())
 
 
-def test_missing_vllm_is_an_error_before_a_dataset_is_begun_but_stored_replies_need_none(
+def test_missing_vllm_is_an_error_before_a_run_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.plan.vllm_python", lambda: None)

@@ -81,9 +81,7 @@ def test_two_reviewers_give_an_error_rate(audit: Path, opened: Open, synth: Run,
     assert "nothing new: v1.0.2" in rerun.stderr
 
 
-def test_reviewer_can_undo_and_resume_and_sees_only_own_verdicts(
-    audit: Path, opened: Open, synth: Run, tmp_path: Path
-) -> None:
+def test_reviewer_can_undo_and_resume_verdicts(audit: Path, opened: Open, synth: Run, tmp_path: Path) -> None:
     page = start(opened, audit, "Anna", WIDE)
     state, words = page.locator("#state"), page.locator("#words")
     second = ""

@@ -54,9 +54,7 @@ def test_flags_become_settings_and_scenes_use_their_preset(
     assert json.loads(shown.out)["scores"] == json.loads((tmp_path / "c/metrics.json").read_text())["scores"]
 
 
-def test_caption_lists_unreadable_images_and_notes_an_unfinished_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_caption_warns_of_an_unfinished_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captioner, out = save_captioner(tmp_path / "c"), tmp_path / "captions.jsonl"
     photo(3).save(tmp_path / "photo.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
@@ -74,9 +72,7 @@ def test_caption_lists_unreadable_images_and_notes_an_unfinished_training(
         caption(str(captioner), images, question=" ")
 
 
-def test_failed_evaluation_keeps_earlier_captions(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_run_keeps_captions(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise TrainError("out of memory")
 

@@ -4,7 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.commands import Done
+import pytest
+
 from tests.hub.datasets import photo
 from tests.whole.conftest import SYNTH, Run, read_failure
 
@@ -30,27 +31,20 @@ def test_unwritable_output_is_one_error(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def run_on_mount(tmp_path: Path, options: str, prepare: str, arguments: str) -> Done:
+@pytest.mark.parametrize(
+    ("options", "prepare", "problem", "advice"),
+    [
+        ("size=200k", "true", "the disk is full", "free some space"),
+        ("size=1m", "mkdir disk/d && mount -o remount,ro disk", "read-only", "--out"),
+    ],
+)
+def test_bad_disk_is_an_error(options: str, prepare: str, problem: str, advice: str, tmp_path: Path) -> None:
     """Run synth in a new mount namespace, with a small file system on `disk`."""
     (tmp_path / "disk").mkdir()
     mount = f"mount -t tmpfs -o {options} tmpfs disk && {prepare}"
-    script = f"{mount} && {SYNTH} {arguments}; code=$?; ls -A disk/*; exit $code"
+    generate = f"{SYNTH} generate --source scenes --limit 300 --tasks caption --out disk/d"
+    script = f"{mount} && {generate}; code=$?; ls -A disk/*; exit $code"
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-
-
-def test_full_disk_is_an_error_without_partial_files(tmp_path: Path) -> None:
-    generate = "generate --source scenes --limit 300 --tasks caption --out disk/d"
-    done = run_on_mount(tmp_path, "size=200k", "true", generate)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     error, hint = read_failure(done)
-    assert "the disk is full" in error
-    assert "free some space" in hint
-    assert ".tmp" not in done.stdout
-
-
-def test_read_only_folder_is_an_error(tmp_path: Path) -> None:
-    prepare = "mkdir disk/d && mount -o remount,ro disk"
-    done = run_on_mount(tmp_path, "size=1m", prepare, "generate --source scenes --out disk/d")
-    error, hint = read_failure(done)
-    assert "read-only" in error
-    assert "--out" in hint
+    assert problem in error and advice in hint and ".tmp" not in done.stdout

@@ -12,9 +12,11 @@ from pipeline.dataset.reviews import Review, format_lines, read_stored, text_nam
 from tests.commands import require_success
 from tests.whole.conftest import Run, read_failure
 
+Write = Callable[..., Path]
+
 
 @pytest.fixture
-def write_reviews(synth: Run, tmp_path: Path) -> Callable[..., Path]:
+def write_reviews(synth: Run, tmp_path: Path) -> Write:
     """Generate six scenes. Return a function that writes reviews from (kind of text, verdict, fields)."""
     require_success(synth("generate", "--source", "scenes", "--limit", "6", "--out", "d"))
     rows = pq.read_table(DatasetDir(tmp_path / "d").step_file("split")).to_pylist()
@@ -33,9 +35,7 @@ def write_reviews(synth: Run, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_invalid_reviews_are_reported_and_change_nothing(
-    write_reviews: Callable[..., Path], synth: Run, tmp_path: Path
-) -> None:
+def test_invalid_reviews_fail_and_change_nothing(write_reviews: Write, synth: Run, tmp_path: Path) -> None:
     edit = {"question": "How many are there?", "answer": "How many are there?"}
     other = Review(sample_id="0" * 64, content="0" * 16, verdict="good")
     (tmp_path / "other.jsonl").write_text(format_lines([other]))
@@ -56,9 +56,7 @@ def test_invalid_reviews_are_reported_and_change_nothing(
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
 
 
-def test_review_stays_pending_while_its_text_is_missing(
-    write_reviews: Callable[..., Path], synth: Run, tmp_path: Path
-) -> None:
+def test_review_stays_pending_while_text_is_missing(write_reviews: Write, synth: Run, tmp_path: Path) -> None:
     trivial = {"reason": "trivial", "note": "too easy"}
     path = write_reviews(("brief", "bad", {"reason": "unclear"}), ("number", "bad", trivial))
     first = synth("review", "apply", "d", str(path)).stderr

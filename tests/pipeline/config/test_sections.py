@@ -61,24 +61,15 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: s
     [
         ({"verify": {"repair": True}}, "repair needs the check claims"),
         ({"models": {"a": {"base_url": ["http://h"], "flags": ["--x"]}}}, "models.a: flags are for vLLM"),
-        (
-            {"models": {"a": {"base_url": ["http://h"], "engine": "embedded"}}},
-            "models.a: base_url and engine: embedded exclude",
-        ),
-        (
-            {"filter": {"min_caption_words": 20, "max_caption_words": 10}},
-            "min_caption_words is 20, but max_caption_words is 10",
-        ),
+        ({"models": {"a": {"base_url": ["http://h"], "engine": "embedded"}}}, "base_url and engine"),
+        ({"filter": {"min_caption_words": 20, "max_caption_words": 10}}, "20, but max_caption_words is 10"),
         (
             {"custom_tasks": [{"name": "x", "kind": "text", "prompt": "p", "min_words": 9, "max_words": 2}]},
             "min_words is 9, but max_words is 2: no text has such a length",
         ),
         ({"generate": {"samples": 2}, "select": {"pairs": True}}, "so neither can be chosen: --samples 3"),
         ({"base_url": ["http://h:1/v1", "http://H:1/v1/"]}, "twice, in two spellings"),
-        (
-            {"tasks": "none", "human_texts": "fill"},
-            "human_texts: fill needs a model to write the missing texts",
-        ),
+        ({"tasks": "none", "human_texts": "fill"}, "human_texts: fill needs a model to write"),
         ({"tasks": ["none", "caption"]}, "tasks: none excludes other tasks"),
         ({"generate": {"caption_styles": ["human"]}}, "human is the style of human captions"),
     ],

@@ -210,9 +210,7 @@ def test_source_names_are_kept_where_they_are_safe_and_unique(kind: str, tmp_pat
 
 
 @pytest.mark.parametrize(("style", "trigger"), [("detailed", ""), ("all", "sks")])
-def test_exported_sidecars_have_captions_that_folder_source_ignores(
-    style: str, trigger: str, version: Version, tmp_path: Path
-) -> None:
+def test_folder_source_ignores_sidecars(style: str, trigger: str, version: Version, tmp_path: Path) -> None:
     export_version(version, "sidecar", tmp_path / "out", style=style, trigger=trigger, splits=("train",))
     items = by_id(version)
     images = sorted((tmp_path / "out/train").glob("*.png"))

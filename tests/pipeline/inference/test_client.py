@@ -96,7 +96,6 @@ def test_each_request_is_sent_once_with_its_image_between_system_text_and_task(t
         Act(status=500, close=True),
         Act(status=503, headers={"Retry-After": "0"}),
         Act(status=429),
-        Act(status=502),
         Act(cut=True),
         Act(raw=b'{"choices":[{"mess'),
         Act(seconds=1.5),
@@ -129,10 +128,8 @@ def test_started_servers_get_a_quarter_more_requests_than_batches(monkeypatch: p
         yield [SimpleNamespace(root=chat.url.removesuffix("/v1"), socket=None)] * len(launches)
 
     monkeypatch.setattr(client, "run_servers", run_servers)
-    with (
-        running_chat(ChatServer()) as chat,
-        Client("model", config_of().server, 100, launches=[launch, launch]) as asking,
-    ):
+    asking = Client("model", config_of().server, 100, launches=[launch, launch])
+    with running_chat(ChatServer()) as chat, asking:
         assert asking.metrics()["in flight"] == "0 of 50"
 
 
@@ -180,9 +177,7 @@ def test_refused_request_is_sent_again_only_by_next_run(tmp_path: Path, status: 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_unusable_reply_is_retried_and_finally_kept_with_its_flaw(
-    tmp_path: Path, act: Act, flaw: str
-) -> None:
+def test_unusable_reply_is_retried_and_finally_kept_with_flaw(tmp_path: Path, act: Act, flaw: str) -> None:
     with running_chat(ChatServer(always(act, times=1))) as chat:
         counts, errors = run(tmp_path / "recovers", chat.url)
         assert errors == {None: ASKED}

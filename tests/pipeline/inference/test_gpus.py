@@ -12,6 +12,7 @@ from pipeline.inference import memory, vllm
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.inference.memory import QWEN_3B, MemoryPlan, ModelShape, plan_memory
 from pipeline.inference.vllm import VllmCommand, plan_servers, visible_gpus
+from tests.pipeline.inference.test_vllm import value_of
 
 LISTING = (
     "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaa)\n"
@@ -49,10 +50,6 @@ def test_visible_gpus_come_from_cuda_visible_devices_or_default_to_all(
     visible_gpus.cache_clear()
     assert visible_gpus() == gpus
     visible_gpus.cache_clear()
-
-
-def value_of(command: VllmCommand, flag: str) -> str:
-    return command.arguments[command.arguments.index(flag) + 1]
 
 
 @pytest.fixture

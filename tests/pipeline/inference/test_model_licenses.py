@@ -19,7 +19,6 @@ RESEARCH = "Qwen Research License: no commercial use"
         ("qwen2.5vl:7b-q4_K_M", "Apache-2.0"),
         ("Qwen/Qwen3-VL-30B-A3B-Instruct-FP8", "Apache-2.0"),
         ("tiny", "Apache-2.0"),
-        ("Qwen/Qwen2.5-VL-32B-Instruct", UNKNOWN_LICENSE),
         ("Qwen/Qwen2.5-VL-72B-Instruct", UNKNOWN_LICENSE),
         # A fine-tuned copy may have other terms than its base model.
         ("someone/Qwen2.5-VL-7B-medical", UNKNOWN_LICENSE),

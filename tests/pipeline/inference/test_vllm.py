@@ -108,11 +108,7 @@ Server(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
         ("ValueError: Free memory is less than desired GPU memory utilization", "Free", "other programs"),
         ("TimeoutError: RPC call to execute_model timed out.", "timed out", "--max-num-batched-tokens"),
         ("ModuleNotFoundError: No module named 'vllm'", "No module named 'vllm'", "SYNTH_VLLM_PYTHON"),
-        (
-            "error: unrecognized arguments: --warp",
-            "arguments: --warp",
-            "a flag after -- is not a flag of vLLM",
-        ),
+        ("error: unrecognized arguments: --warp", "arguments: --warp", "is not a flag of vLLM"),
     ],
 )
 def test_failed_start_is_reported_with_last_error(tmp_path: Path, printed: str, what: str, hint: str) -> None:

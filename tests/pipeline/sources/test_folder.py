@@ -122,11 +122,7 @@ ROW = b'{"file_name": "a.png", "text": %s}'
         ("metadata.jsonl", ROW % b'"\xff"', "codec"),
         ("metadata.jsonl", ROW % (b"1" + b"0" * 10_000), "line 1"),
         ("metadata.jsonl", b'["a.png"]', "not a JSON object"),
-        (
-            "metadata.csv",
-            b"file_name,caption\na.png,A dog, a cat\n",
-            "line 2 has more columns than the first",
-        ),
+        ("metadata.csv", b"file_name,caption\na.png,A dog, a cat\n", "line 2 has more columns"),
         ("metadata.parquet", b"PAR1 and no more", ""),
     ],
 )
@@ -151,10 +147,7 @@ def parquet_of(**columns: Any) -> bytes:
     [
         ("metadata.jsonl", ROW % b'"half \\ud800."', "half ?."),
         ("metadata.jsonl", ROW % b'"A dog.", "references": ["https://example.org/1"]', "A dog."),
-        *(
-            ("metadata.csv", TABLE.encode(encoding), "grüner Käfer")
-            for encoding in ("utf-8", "utf-8-sig", "utf-16")
-        ),
+        *(("metadata.csv", TABLE.encode(code), "grüner Käfer") for code in ("utf-8", "utf-8-sig", "utf-16")),
         ("metadata.csv", 'file_name\ttext\na.png\t"A ""big"" dog"\n', 'A "big" dog'),
         ("metadata.csv", "\nfile_name,text\na.png,A cat,\n", "A cat"),
         ("metadata.csv", "file_name,caption\n,An orphan.\na.png,A dog.\n", "A dog."),

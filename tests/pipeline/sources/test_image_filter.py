@@ -18,7 +18,6 @@ ImageDraw.Draw(NIGHT).ellipse((700, 300, 711, 311), "white")
 ImageDraw.Draw(PAGE).text((610, 1690), "7", "black")
 IMAGES = {
     "black.png": (Image.new("RGB", (640, 480)), "one_color_image"),
-    "black.jpg": (Image.new("RGB", (640, 480)), "one_color_image"),
     "dark_noise.png": (Image.fromarray(NOISE.integers(0, 4, (480, 640, 3), np.uint8)), "one_color_image"),
     "gray.jpg": (Image.new("RGB", (640, 480), "gray"), "one_color_image"),
     "dark_icon.png": (Image.fromarray(NOISE.integers(0, 4, (64, 64, 3), np.uint8)), "one_color_image"),

@@ -19,10 +19,9 @@ PHOTOS = pa.schema([("image", datasets.IMAGE), ("caption", pa.string())])
 
 def photos(folder: Path, files: int, rows: int) -> None:
     folder.mkdir()
+    empty = datasets.cell(0, bytes=b"")
     for file in range(files):
-        cells = [
-            datasets.cell(file * rows + n) if n % 5 else datasets.cell(n, bytes=b"") for n in range(rows)
-        ]
+        cells = [datasets.cell(file * rows + n) if n % 5 else empty for n in range(rows)]
         records = [{"image": cell, "caption": f"{file} {n}"} for n, cell in enumerate(cells)]
         (folder / f"{file}.parquet").write_bytes(datasets.parquet(records, PHOTOS, rows_a_group=3))
 

@@ -37,9 +37,7 @@ def judging(judge: Callable[[pa.Table], pa.Table]) -> RowStep:
 
 
 @pytest.mark.parametrize("shards", [1, 3, 7])
-def test_comparison_results_are_joined_to_rows_of_shards(
-    shards: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_comparison_result_is_joined_to_rows_of_shards(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "BATCH_ROWS", 4)
     columns = "range AS row, 'm' || range AS label, CASE WHEN range % 2 = 0 THEN 'even' END AS reason"
     query = f"SELECT {columns} FROM range(0, 50, 3) ORDER BY hash(range)"

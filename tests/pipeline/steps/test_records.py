@@ -33,6 +33,7 @@ from tests.notes import Notes
 from tests.pipeline.sources.test_read import photo
 
 BUS = "A red bus waits at a stop."
+Finished = tuple[Path, RunResult]
 CAPTIONS = (BUS, "Two dogs run over wet sand.", BUS, "bad", "Boats lie in a harbour.")
 
 
@@ -50,14 +51,14 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     images = save_photos(folder / "photos")
     return images, generate_dataset(settings(images), folder / "d")
 
 
 @pytest.fixture
-def copied(finished: tuple[Path, RunResult], tmp_path: Path) -> tuple[Path, RunResult]:
+def copied(finished: Finished, tmp_path: Path) -> Finished:
     """Return `finished`, with a copy of its dataset folder in `d`."""
     shutil.copytree(finished[0].parent / "d", tmp_path / "d")
     return finished
@@ -146,9 +147,7 @@ CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_changed_file_reruns_only_its_step(
-    name: str, copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str]
-) -> None:
+def test_changed_file_reruns_its_step(name: str, copied: Finished, tmp_path: Path, ran: list[str]) -> None:
     photos, first = copied
     change, step = CHANGES[name]
     change(DatasetDir(tmp_path / "d"))
@@ -281,7 +280,7 @@ STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("more", "steps"), STEPS_OF_SETTINGS)
 def test_changed_setting_reruns_only_affected_steps(
-    more: dict[str, Any], steps: list[str], copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str]
+    more: dict[str, Any], steps: list[str], copied: Finished, tmp_path: Path, ran: list[str]
 ) -> None:
     photos, _ = copied
     result = run(photos, tmp_path / "d", ran, **more)
@@ -290,7 +289,7 @@ def test_changed_setting_reruns_only_affected_steps(
 
 
 def test_changed_code_reruns_all_steps(
-    copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+    copied: Finished, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos, _ = copied
     monkeypatch.setattr(records, "code_digest", lambda: "other")
@@ -298,9 +297,7 @@ def test_changed_code_reruns_all_steps(
     assert ran == [*all_steps(photos)]
 
 
-def test_run_with_added_near_duplicates_equals_a_new_run(
-    photos: Path, tmp_path: Path, ran: list[str]
-) -> None:
+def test_run_with_added_near_duplicates_equals_new_run(photos: Path, tmp_path: Path, ran: list[str]) -> None:
     kept = {"filter": {"min_caption_words": 1}}
     run(photos, tmp_path / "d", ran, **kept)
     for path in sorted(photos.glob("*.jpg")):
@@ -328,9 +325,7 @@ def test_key_of_verify_step_changes_with_clip_weights_and_judge(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("step", ["read", "ask", "split"])
-def test_reviews_of_unfinished_run_are_refused_and_those_of_a_finished_run_applied(
-    step: str, copied: tuple[Path, RunResult], tmp_path: Path, ran: list[str]
-) -> None:
+def test_only_finished_runs_take_reviews(step: str, copied: Finished, tmp_path: Path, ran: list[str]) -> None:
     photos, _ = copied
     dataset = DatasetDir(tmp_path / "d")
     reviews = tmp_path / "reviews.jsonl"

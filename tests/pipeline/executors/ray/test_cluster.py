@@ -46,10 +46,7 @@ def test_more_workers_with_servers_than_gpus_are_refused(monkeypatch: pytest.Mon
 
 def test_missing_ray_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
-    with (
-        pytest.raises(ClusterError, match="--executor ray needs the package ray") as caught,
-        cluster.open_cluster(),
-    ):
+    with pytest.raises(ClusterError, match="needs the package ray") as caught, cluster.open_cluster():
         pass
     assert caught.value.hint == install_command("ray")
 

@@ -57,9 +57,7 @@ def stored(run: ShardedRun) -> int:
     return max(counts)
 
 
-def test_replies_are_uploaded_before_a_shard_is_done(
-    run: ShardedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replies_are_uploaded_before_shard_is_done(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts: list[int] = []
     upload = object_store.upload
 
