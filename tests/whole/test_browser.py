@@ -301,8 +301,7 @@ def test_exported_reviews_make_next_version(opened: Open, synth: Run, tmp_path: 
     assert [pair["answer"] for row in rows for pair in row["qa"] if pair["prompt_id"] == "review"] == ["9"]
     rejections = DatasetDir(tmp_path / "data" / "scenes").version().path / "about/rejections.parquet"
     assert "reviewed_not_true" in pa.parquet.read_table(rejections)["reason"].to_pylist()
-    assert "ring is not there" not in "".join(
-        path.read_text(errors="replace") for path in new.path.rglob("*.*")
-    )
+    texts_of_files = [path.read_text(errors="replace") for path in new.path.rglob("*.*")]
+    assert "ring is not there" not in "".join(texts_of_files)
     rerun = synth("generate", "--source", "scenes", "--limit", "24")  # a later run keeps the reviews
     assert "nothing new: v1.0.1" in rerun.stderr, rerun.stderr

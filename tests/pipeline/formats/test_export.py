@@ -325,13 +325,11 @@ def test_llava_and_sharegpt_have_all_turns(version: Version, exported: Exported,
         assert answers == answers_of(item)
         has_image = [turn["value"].startswith("<image>\n") for turn in entry["conversations"]]
         assert has_image == [True] + [False] * 9
-    file = str(share / "train.jsonl")
-    rows = load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path))
+    rows = load_dataset("json", data_files=str(share / "train.jsonl"), cache_dir=str(tmp_path))["train"]
     assert len(rows) == version.manifest["rows"]["train"]
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 5
         assert sum(message["content"].count("<image>") for message in row["messages"]) == 1
-        assert (share / row["images"][0]).is_file()
 
 
 def test_pycocotools_reads_captions_and_boxes(version: Version, exported: Exported) -> None:

@@ -53,14 +53,11 @@ GOOD = encoded(Image.effect_noise((64, 64), 50), "JPEG")
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "unreadable_image"),
-        (b"not an image", "unreadable_image"),
-        (GOOD[: len(GOOD) // 2], "unreadable_image"),
-        (bomb(10_000, 10_000), "too_many_pixels"),
-        (bomb(100_000, 100_000), "too_many_pixels"),
-        (encoded(Image.new("RGB", (500, 2))), "too_narrow"),
+        (b"", "unreadable_image"), (b"not an image", "unreadable_image"),
+        (GOOD[: len(GOOD) // 2], "unreadable_image"), (bomb(10_000, 10_000), "too_many_pixels"),
+        (bomb(100_000, 100_000), "too_many_pixels"), (encoded(Image.new("RGB", (500, 2))), "too_narrow"),
     ],
-)
+)  # fmt: skip
 def test_unusable_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as caught:
         check_image(data)

@@ -38,10 +38,8 @@ def _photo(seed: int) -> Image.Image:
     rng, draw = np.random.default_rng(seed), random.Random(seed)
     rows, columns = np.fft.fftfreq(240)[:, None], np.fft.rfftfreq(320)[None]
     amplitude = 1 / np.maximum(1 / 240, np.hypot(rows, columns)) ** 1.2
-    layers = [
-        np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), s=(240, 320))
-        for _ in range(4)
-    ]
+    waves = (np.exp(2j * np.pi * rng.random(amplitude.shape)) for _ in range(4))
+    layers = [np.fft.irfft2(amplitude * wave, s=(240, 320)) for wave in waves]
     pixels = np.stack([layers[3] + 0.4 * layer for layer in layers[:3]], -1)
     scaled = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
     image = Image.fromarray(scaled.astype(np.uint8))
@@ -154,10 +152,8 @@ def test_flat_images_are_near_nothing(photos: list[Image.Image]) -> None:
 
 def test_copy_of_a_deck_with_similar_pages_is_rejected() -> None:
     page = np.random.default_rng(4).integers(0, 2, 256, np.uint8)
-    similar = [
-        np.packbits(page ^ np.eye(4, dtype=np.uint8)[n].repeat(64) * (np.arange(256) % 3 == 0))
-        for n in range(4)
-    ]
+    changed = np.eye(4, dtype=np.uint8).repeat(64, axis=1) * (np.arange(256) % 3 == 0)
+    similar = [np.packbits(page ^ bits) for bits in changed]
     deck = {"pdq_hashes": [one.tobytes() for one in similar]}
     assert compare_samples(samples(deck, deck), "photos")["near_duplicate_of"].to_pylist() == [None, "s0"]
 

@@ -93,15 +93,11 @@ def test_each_request_is_sent_once_with_its_image_between_system_text_and_task(t
 @pytest.mark.parametrize(
     "act",
     [
-        Act(status=500, close=True),
-        Act(status=503, headers={"Retry-After": "0"}),
-        Act(status=429),
-        Act(cut=True),
-        Act(raw=b'{"choices":[{"mess'),
-        Act(seconds=1.5),
+        Act(status=500, close=True), Act(status=503, headers={"Retry-After": "0"}), Act(status=429),
+        Act(cut=True), Act(raw=b'{"choices":[{"mess'), Act(seconds=1.5),
     ],
     ids=lambda act: f"{act.status} {act.raw!r} {act.cut=} {act.seconds=}",
-)
+)  # fmt: skip
 def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, act: Act) -> None:
     with running_chat(ChatServer(always(act, times=1))) as chat:
         timeout_s = 0.5 if act.seconds else 60

@@ -98,9 +98,8 @@ def test_other_id_or_attempt_samples_other_tokens(engine: Engine) -> None:
     qa = [replace(r, sampling=sampling) for r in requests(6) if r.task == "qa"]
     renamed = [replace(r, id=f"{n:064x}") for n, r in enumerate(qa)]
     retries = [replace(r, attempt=1) for r in qa]
-    first, second, third = (
-        [reply.text for reply in replies(engine, batch).values()] for batch in (qa, renamed, retries)
-    )
+    batches = (qa, renamed, retries)
+    first, second, third = ([reply.text for reply in replies(engine, one).values()] for one in batches)
     assert first != second and first != third
 
 

@@ -11,14 +11,10 @@ from pipeline.inference.endpoints import Endpoint
 @pytest.mark.parametrize(
     ("health", "models", "is_healthy"),
     [
-        (200, None, True),
-        (503, 200, False),
-        (None, 200, False),
-        (404, 200, True),
-        (404, 503, False),
+        (200, None, True), (503, 200, False), (None, 200, False), (404, 200, True), (404, 503, False),
         (302, 404, True),
     ],
-)
+)  # fmt: skip
 def test_health_check_accepts_health_page_or_model_list_or_any_answer(
     health: int | None, models: int | None, is_healthy: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

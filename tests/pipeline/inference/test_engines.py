@@ -79,15 +79,12 @@ def test_missing_vllm_error_has_three_hints(no_gpu: None) -> None:
 @pytest.mark.parametrize(
     ("model", "unit"),
     [
-        ("Qwen/Qwen2.5-VL-3B-Instruct", "pixels"),
-        ("qwen2.5vl:3b", "pixels"),
-        ("internlm/CapRL-3B", "pixels"),
-        ("/models/Qwen3-VL-4B/", "thousandths"),
-        ("OpenGVLab/InternVL3-8B-hf", "thousandths"),
-        ("OpenGVLab/InternVL3_5-8B", None),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "pixels"), ("qwen2.5vl:3b", "pixels"),
+        ("internlm/CapRL-3B", "pixels"), ("/models/Qwen3-VL-4B/", "thousandths"),
+        ("OpenGVLab/InternVL3-8B-hf", "thousandths"), ("OpenGVLab/InternVL3_5-8B", None),
         ("/data/qwen3-vl-exp/llama", None),
     ],
-)
+)  # fmt: skip
 def test_box_unit_follows_the_model_name(model: str, unit: str | None) -> None:
     assert box_unit_of(model) == unit
 

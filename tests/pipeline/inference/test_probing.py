@@ -171,9 +171,6 @@ def test_refusal_field_is_stored_as_a_reply(tmp_path: Path) -> None:
     assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # each refusal has two retries
 
 
-# --- the model
-
-
 @pytest.mark.parametrize(
     ("served", "others", "wanted", "found"),
     [
@@ -212,9 +209,6 @@ def test_revision_is_read_from_the_model_name_or_hashed_from_name_and_root() -> 
     digests = [revision(name) for name in ("a@q4_k_m", "b@q4_k_m", "a@c0ffee", f"a@{digest}0")]
     assert len(set(digests)) == 4 and all(re.fullmatch("[0-9a-f]{16}", one) for one in digests)
     assert revision("m", "/models/a") == revision("m", "/models/a") != revision("m", "/models/b")
-
-
-# --- addresses, keys and headers
 
 
 def test_api_key_from_the_environment_is_sent_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

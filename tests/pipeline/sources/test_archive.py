@@ -172,9 +172,6 @@ def test_missing_or_invalid_archive_is_an_error(tmp_path: Path) -> None:
     assert source.messages == ("zip files are not read: photos.ZIP",)
 
 
-# --- malicious archives
-
-
 def test_rejected_long_name_keeps_its_end(tmp_path: Path) -> None:
     (tmp_path / "p.tar").write_bytes(tar_of({f"{'x' * 2000}.jpg": photo(0), "good.jpg": photo(1)}))
     kept, rejected = sorted(reasons(tmp_path / "p.tar").items())

@@ -150,14 +150,11 @@ def test_unreadable_caption_file_is_an_error(tmp_path: Path, data: bytes, proble
         (["./b/dog.png"], ["a/dog.png", "b/dog.png"], {"b/dog.png": "./b/dog.png"}),
         (["elsewhere/cat 1.png"], ["b/cat 1.png"], {"b/cat 1.png": "elsewhere/cat 1.png"}),
         (["fotos\\a.jpg"], ["fotos/a.jpg", "b/a.jpg"], {"fotos/a.jpg": "fotos\\a.jpg"}),
-        ([COMPOSED], [DECOMPOSED], {DECOMPOSED: COMPOSED}),
-        (["dog.png"], ["a/dog.png", "b/dog.png"], {}),
-        (["train/1.jpg", "test/1.jpg"], ["val/1.jpg"], {}),
-        (["dog"], ["dog.png"], {}),
-        (["a.png"], ["a.jpg"], {}),
-        (["gone.jpg", "a.jpg"], ["a.jpg"], {"a.jpg": "a.jpg"}),
+        ([COMPOSED], [DECOMPOSED], {DECOMPOSED: COMPOSED}), (["dog.png"], ["a/dog.png", "b/dog.png"], {}),
+        (["train/1.jpg", "test/1.jpg"], ["val/1.jpg"], {}), (["dog"], ["dog.png"], {}),
+        (["a.png"], ["a.jpg"], {}), (["gone.jpg", "a.jpg"], ["a.jpg"], {"a.jpg": "a.jpg"}),
     ],
-)
+)  # fmt: skip
 def test_path_or_unique_name_matches(names: list[str], images: list[str], matches: dict[str, str]) -> None:
     matched, unknown = match_images({name: ImageTexts([name]) for name in names}, images)
     captions = {image: texts.captions for image, texts in matched.items()}

@@ -126,9 +126,6 @@ def test_missing_document_is_an_error(files: Path, tmp_path: Path, monkeypatch: 
     for name in ("none.pdf", ""):
         with pytest.raises(SourceError, match="no pdf file at"):
             opened(f"pdf:{tmp_path / name}")
-    with pytest.raises(ConfigError, match="consists of decks of pages") as refused:
-        opened(f"pdf:{files}", tasks=["caption"])
-    assert "--tasks deck_qa" in refused.value.hint
     monkeypatch.setattr(documents, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="need the package pypdfium2") as caught:
         opened(f"pdf:{files}")

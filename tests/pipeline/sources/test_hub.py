@@ -56,9 +56,6 @@ def reasons(rejected: list[Rejected]) -> Counter[str]:
     return Counter(row.reason for row in rejected)
 
 
-# --- Flickr30k
-
-
 def test_flickr30k_conversion_has_karpathys_split(hub: RunningHub) -> None:
     datasets.seed_flickr30k(hub.hub.storage, 20)
     samples, rejected = read("flickr30k")
@@ -83,9 +80,6 @@ def test_flickr30k_copy_without_split_column_is_refused(hub: RunningHub) -> None
         assert "hub:lmms-lab/flickr30k" in caught.value.hint
     samples, _ = read("flickr30k:lmms-lab/flickr30k", source_split="test")
     assert {sample.split for sample in samples} == {"test"}
-
-
-# --- VQAv2
 
 
 def test_vqav2_sample_is_a_photo_with_all_questions(hub: RunningHub) -> None:
@@ -150,9 +144,6 @@ def test_benchmark_with_other_columns_is_refused(hub: RunningHub) -> None:
     assert "use hub:ORG/NAME with --columns" in caught.value.hint
 
 
-# --- SlideVQA
-
-
 def test_slidevqa_sample_is_a_deck_with_ordered_pages(hub: RunningHub) -> None:
     datasets.seed_slidevqa(hub.hub.storage, decks=2)
     hub.hub.granted.add("NTT-hil-insight/SlideVQA")
@@ -179,9 +170,6 @@ def test_gated_dataset_has_hint(hub: RunningHub, monkeypatch: pytest.MonkeyPatch
         read("slidevqa")
     assert "/datasets/NTT-hil-insight/SlideVQA" in caught.value.hint
     assert "hf auth login" in caught.value.hint
-
-
-# --- any dataset
 
 
 PLAIN = pa.schema([("photo", datasets.IMAGE), ("alt_text", pa.string()), ("other", datasets.IMAGE)])
@@ -340,11 +328,9 @@ def test_unsupported_options_are_refused() -> None:
         ({"source": "scenes", "tasks": ["deck_qa"]}, "consists of single images"),
         ({"source": "scenes-deck", "tasks": ["caption"]}, "consists of decks of pages"),
     ):
-        with pytest.raises(ConfigError, match=what):
+        with pytest.raises(ConfigError, match=what) as caught:
             open_source(resolve(**settings))
-
-
-# --- attacks: rows that name a local file or a URL
+    assert "--tasks deck_qa" in caught.value.hint
 
 
 def test_rows_with_paths_or_urls_open_nothing(hub: RunningHub, tmp_path: Path) -> None:

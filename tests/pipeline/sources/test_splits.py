@@ -13,12 +13,9 @@ def test_rejections_of_a_version_are_not_read() -> None:
 @pytest.mark.parametrize(
     ("path", "split"),
     [
-        ("data/train-00000-of-00001.parquet", "train"),
-        ("default/val/0000.parquet", "validation"),
-        ("data/testA-00000.parquet", "test"),
-        ("heldout-0.parquet", "test"),
-        ("rows.parquet", None),
+        ("data/train-00000-of-00001.parquet", "train"), ("default/val/0000.parquet", "validation"),
+        ("data/testA-00000.parquet", "test"), ("heldout-0.parquet", "test"), ("rows.parquet", None),
     ],
-)
+)  # fmt: skip
 def test_last_split_word_of_a_path_sets_the_split(path: str, split: str | None) -> None:
     assert split_of_path(path) == split

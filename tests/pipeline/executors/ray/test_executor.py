@@ -63,10 +63,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.mark.parametrize(("shards", "is_remote"), [(1, False), (3, False), (16, False), (3, True)])
 def test_version_of_shards_equals_version_of_one_process(
-    shards: int,
-    is_remote: bool,  # noqa: FBT001
-    photos: Path,
-    tmp_path: Path,
+    shards: int, photos: Path, tmp_path: Path, *, is_remote: bool
 ) -> None:
     out = parse_dataset_path(f"memory://{uuid4().hex}") if is_remote else tmp_path / "many"
     options = ClusterOptions(shards=shards)
