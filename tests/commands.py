@@ -25,8 +25,7 @@ from typer.main import get_command
 
 from pipeline.images import isolation
 
-# environment variable with the folder of cached replies
-REPLIES = "SYNTH_TEST_REPLIES"
+REPLIES = "SYNTH_TEST_REPLIES"  # environment variable with the folder of cached replies
 SYNTH = Path(sys.executable).with_name("synth")
 # Caches that are valid for all commands: processes, texts and code.
 KEPT_CACHES = ("_pool", "_compiled", "_environment", "_template", "code_digest", "dictionary_words", "names")
@@ -76,8 +75,7 @@ def require_success(done: Done) -> Done:
 
 def read_result(done: Done) -> dict[str, Any]:
     """Return the JSON object that a successful command printed."""
-    result: dict[str, Any] = json.loads(require_success(done).stdout)
-    return result
+    return dict(json.loads(require_success(done).stdout))
 
 
 @functools.cache

@@ -47,8 +47,7 @@ TASKS = {
     "labels": "{name: labels, kind: labels, labels: [indoors, outdoors], prompt: 'Where is this?'}",
     "find": "{name: find, kind: boxes, prompt: 'Find all cups.'}",
 }
-# Fewer tokens per step than on a GPU.
-FLAGS = ("--max-num-batched-tokens", "512", "--max-num-seqs", "4")
+FLAGS = ("--max-num-batched-tokens", "512", "--max-num-seqs", "4")  # fewer tokens per step than on a GPU
 
 
 def write_photos(folder: Path) -> None:

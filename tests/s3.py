@@ -11,8 +11,7 @@ def running_s3(*buckets: str) -> Iterator[dict[str, str]]:
     """Run an S3 server with empty buckets. Yield the environment variables for its clients."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    # cached instances would use the server of an earlier test
-    S3FileSystem.clear_instance_cache()
+    S3FileSystem.clear_instance_cache()  # cached instances would use the server of an earlier test
     try:
         host, port = server.get_host_and_port()
         endpoint = f"http://{host}:{port}"

@@ -90,8 +90,7 @@ def test_repair_keeps_intact_replies_and_next_run_asks_for_the_rest(dataset: Dat
     (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.path]
     assert "removed them and kept 15" in repaired.state
     config = resolve(source="scenes", limit=8, tasks=["caption"])
-    # The step files contain the removed reply.
-    assert generate_dataset(config, dataset.path).stats.asked == 0
+    assert generate_dataset(config, dataset.path).stats.asked == 0  # the step files contain the removed reply
     dataset.step_file("ask").unlink()
     result = generate_dataset(config, dataset.path)
     assert result.stats.asked == 1

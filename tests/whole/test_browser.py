@@ -202,7 +202,6 @@ def test_edit_begins_with_unescaped_text(opened: Open, tmp_path: Path) -> None:
     text_of(page).get_by_role("button", name="Edit").click()
     assert page.get_by_label("text", exact=True).input_value() == "A ring\nbelow a dot."
     page.get_by_role("button", name="Save").click()
-    # nothing was changed
     expect(page.locator("#reviewed")).to_have_text("nothing reviewed yet")
     text_of(page, 1).get_by_role("button", name="Edit").click()
     field = page.get_by_label("text", exact=True)

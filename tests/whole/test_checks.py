@@ -23,8 +23,7 @@ DETAILS = (COLORS, THINGS, PLACES)
 QUESTIONS = ("What color is it?", "What stands there?", "Where does it stand?")
 COUNT = 24
 CAPTIONS = ("--source", "folder:photos", "--tasks", "caption", "--styles", "plain", "--out", "d")
-# number of a caption whose error the repairing model does not see
-UNREPAIRABLE = 1
+UNREPAIRABLE = 1  # number of a caption whose error the repairing model does not see
 
 
 def truth_of(number: int) -> tuple[str, str, str]:

@@ -82,8 +82,7 @@ class KilledRun:
     folder: Path
     chat: ChatServer
     undisturbed: Counter[str]  # requests for `one`
-    # outcome of a review of `many` before its run was complete
-    review: "subprocess.CompletedProcess[str]"
+    review: "subprocess.CompletedProcess[str]"  # outcome of a review of `many` before its run was complete
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +220,7 @@ def test_killed_cluster_run_resumes_with_same_command(killed_run: KilledRun) -> 
     times, undisturbed = killed_run.chat.times, killed_run.undisturbed
     assert times.keys() == undisturbed.keys()
     repeated = sum((times - undisturbed).values())
-    # at most the requests in flight, of one worker and then of two
-    assert 0 < repeated <= 3 * 64
+    assert 0 < repeated <= 3 * 64  # at most the requests in flight, of one worker and then of two
     sent, replies = count_journaled(killed_run.folder / "many")
     assert replies == sum(undisturbed.values())
     assert repeated <= sent - replies <= 3 * 64  # some recorded requests were not sent

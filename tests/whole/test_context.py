@@ -36,8 +36,7 @@ def server() -> Iterator[ChatServer]:
 
 
 def text_of(body: dict[str, Any]) -> str:
-    text: str = body["messages"][1]["content"][-1]["text"]
-    return text
+    return str(body["messages"][1]["content"][-1]["text"])
 
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> Done:

@@ -18,7 +18,7 @@ from datasets import List, Value
 from PIL import Image
 
 from tests.chat.server import Act, ChatServer, running_chat, task_name, uuid_of
-from tests.commands import Done, require_success, run_synth
+from tests.commands import Done, read_result, require_success, run_synth
 from tests.hub.server import running_hub
 from tests.whole.conftest import ROOT, load_rows, read_card, save_photos, write_metadata
 
@@ -102,9 +102,8 @@ def synth(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> D
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> dict[str, Any]:
     options = ("--source", "folder:photos", "--base-url", chat.url, "--out", "d", "--json")
-    done = require_success(synth(folder, "generate", *options, *arguments))
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result | {"stderr": done.stderr}
+    done = synth(folder, "generate", *options, *arguments)
+    return read_result(done) | {"stderr": done.stderr}
 
 
 def tasks(*names: str) -> list[str]:
@@ -205,8 +204,7 @@ def test_task_with_unusable_needed_result_is_not_asked(shop: Path, server: ChatS
     (shop / "more.yaml").write_text(more % "{{ results.size.unit | upper ~ results.size.unit.lower() }}")
     both = ("--task", "size.yaml", "--task", "more.yaml")
     done = synth(shop, "generate", "--source", "folder:photos", "--base-url", server.url, *both)
-    # the template was tried with null
-    assert done.returncode == 1 and "None" in done.stderr
+    assert done.returncode == 1 and "None" in done.stderr  # the template was tried with null
     assert len(server.bodies) == num_requests
     (shop / "more.yaml").write_text(more % "{{ 0 if results.size.n == 0 else 10 % (results.size.n - 1) }}")
     generate(shop, server, *both, "--out", "e")

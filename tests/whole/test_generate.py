@@ -87,9 +87,8 @@ def test_killed_run_resumes_to_same_version(tmp_path: Path) -> None:
         for _ in range(KILLS):
             last = len(chat.bodies) + requests // (KILLS + 1)
             with (tmp_path / "log").open("ab") as log:
-                process = subprocess.Popen(
-                    [*command, chat.url, "--out", "d"], cwd=tmp_path, stdout=log, stderr=log
-                )
+                killed = [*command, chat.url, "--out", "d"]
+                process = subprocess.Popen(killed, cwd=tmp_path, stdout=log, stderr=log)
             while len(chat.bodies) < last and process.poll() is None:
                 time.sleep(0.01)
             process.kill()

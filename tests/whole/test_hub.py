@@ -82,8 +82,7 @@ def test_images_that_were_not_pushed_are_joined_from_a_source(reader: User, make
     assert "nowhere" in reader.synth(*TRAIN, "me/texts", *images, code=1).stderr
     of_source = ("me/texts", "--images", "scenes")
     trained = reader.json(*TRAIN, *of_source)
-    # The dataset is now in the cache.
-    assert reader.json("evaluate", trained["path"], *of_source)["images"] > 0
+    assert reader.json("evaluate", trained["path"], *of_source)["images"] > 0  # from the cache
 
 
 def test_pushed_captioner_has_card_with_its_data(maker: User, hub: RunningHub) -> None:

@@ -10,7 +10,7 @@ import pytest
 from datasets import load_dataset
 
 from tests.chat.server import Act, ChatServer, task_name, uuid_of
-from tests.commands import Done, run_process, run_synth
+from tests.commands import Done, read_result, run_process, run_synth
 from tests.whole.conftest import save_photos
 
 COUNT = 16
@@ -70,8 +70,7 @@ def synth(folder: Path, *arguments: str, code: int = 0) -> Done:
 
 def generate_json(folder: Path, command: str, *arguments: str, captions: str = "coco.json") -> dict[str, Any]:
     options = ("--source", "folder:photos", "--captions", captions, "--out", "d", "--json")
-    result: dict[str, Any] = json.loads(synth(folder, command, *options, *arguments).stdout)
-    return result
+    return read_result(synth(folder, command, *options, *arguments))
 
 
 def rows_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,6 @@ def test_ladder_is_as_good_as_the_large_model_for_half_of_its_requests(servers: 
     assert {row["reason"] for row in rejected} == {"replaced_by_next_model"} and len(rejected) == COUNT // 2
     failed = pq.read_table(servers.folder / "ladder/steps/verify/rejected.parquet").to_pylist()
     assert {(ids[row["sample_id"]], row["model"]) for row in failed} == {(n, "large") for n in LARGE_WRONG}
-    # A finished run is not repeated.
     assert not servers.generate("ladder")["is_new"] and servers.requests() == (0, 0)
     # A damaged file of escalations is written again.
     (servers.folder / "ladder/ladder.parquet").write_bytes(b"PAR1")

@@ -61,8 +61,7 @@ def generate(folder: Path, *arguments: str, scenes: int = SCENES) -> list[str]:
 
 
 def annotations(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(DatasetDir(folder).step_file("validate")).to_pylist()
-    return rows
+    return list(pq.read_table(DatasetDir(folder).step_file("validate")).to_pylist())
 
 
 def captions_of(folder: Path) -> dict[tuple[str, str], str]:

@@ -152,8 +152,7 @@ def test_changed_file_reruns_its_step(name: str, copied: Finished, tmp_path: Pat
     change, step = CHANGES[name]
     change(DatasetDir(tmp_path / "d"))
     again = run(photos, tmp_path / "d", ran)
-    # It writes the same rows, so later steps are skipped.
-    assert ran == [step]
+    assert ran == [step]  # it writes the same rows, so later steps are skipped
     assert content(again) == content(first)
     assert run(photos, tmp_path / "d", ran).version.name == "v1.0.0" and ran == []
 
@@ -267,8 +266,7 @@ def test_changed_prompt_rewrites_annotations(photos: Path, tmp_path: Path, ran: 
 FROM_DEDUPE = ["dedupe", "balance", "split", "review", "write"]
 # Changed settings, each with the steps that run again.
 STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
-    # It keeps the same rows.
-    ({"balance": {"max_answer_frac": 0.9}}, ["balance", "write"]),
+    ({"balance": {"max_answer_frac": 0.9}}, ["balance", "write"]),  # it keeps the same rows
     ({"dedupe": {"max_images_per_caption": 1}}, FROM_DEDUPE),
     ({"split": {"test_frac": 0.6}}, ["split", "review", "write"]),
     ({"filter": {"min_caption_words": 1}}, ["filter", "verify", *FROM_DEDUPE]),

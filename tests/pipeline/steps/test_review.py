@@ -48,8 +48,7 @@ class Reviewed:
         write_text(self.dataset.reviews, format_lines(all_reviews))
         run_on(STEP, self.shards, plan_of(self.dataset.path))
         ids = [row["annotation_id"] for row in self.rows]
-        rows: list[dict[str, Any]] = rows_after(STEP, self.shards, ids).to_pylist()
-        return rows
+        return list(rows_after(STEP, self.shards, ids).to_pylist())
 
 
 def test_bad_text_is_rejected_with_reason_and_good_text_is_kept(tmp_path: Path) -> None:

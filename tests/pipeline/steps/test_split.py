@@ -24,8 +24,7 @@ def table(ids: list[str]) -> pa.Table:
 def splits(rows: pa.Table, shards: int = 1) -> list[str]:
     marked = run_step(STEP, rows, shards=shards)
     assert marked["reason"].null_count == rows.num_rows
-    assigned: list[str] = marked["split"].to_pylist()
-    return assigned
+    return list(marked["split"].to_pylist())
 
 
 def test_split_does_not_depend_on_other_images() -> None:
@@ -109,8 +108,7 @@ def test_group_by_folder_keeps_folders_together(tmp_path: Path, shards: int) -> 
     assigned = splits_by_folder(tmp_path, rows, names, shards)
     folders = {(name.partition("/")[0], split) for name, split in zip(names, assigned, strict=True)}
     assert len(folders) == 100 and {split for _, split in folders} == {"train", "validation", "test"}
-    # The source holds out the first image of this folder.
-    assert assigned[:3] == ["test"] * 3
+    assert assigned[:3] == ["test"] * 3  # the source holds out the first image of this folder
 
 
 def test_folders_with_common_near_duplicates_are_in_one_split(tmp_path: Path) -> None:

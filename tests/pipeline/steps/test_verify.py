@@ -46,8 +46,7 @@ def table(*rows: dict[str, Any]) -> pa.Table:
 
 
 def reasons(*rows: dict[str, Any], shards: int = 1, **settings: Any) -> list[str | None]:
-    row_reasons: list[str | None] = verify_rows(table(*rows), shards, **settings)["reason"].to_pylist()
-    return row_reasons
+    return list(verify_rows(table(*rows), shards, **settings)["reason"].to_pylist())
 
 
 @pytest.mark.parametrize(
