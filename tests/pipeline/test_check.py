@@ -78,10 +78,8 @@ def test_intact_folder_has_no_damage(dataset: DatasetDir) -> None:
 def test_damage_is_reported_with_place_and_hint(name: str, dataset: DatasetDir) -> None:
     damage, where = DAMAGES[name]
     damage(dataset)
-    bad = [result for result in check_dataset(dataset) if not result.is_ok]
-    assert len(bad) == 1
-    assert where in bad[0].path
-    assert bad[0].hint
+    (bad,) = [result for result in check_dataset(dataset) if not result.is_ok]
+    assert where in bad.path and bad.hint
 
 
 def test_repair_keeps_intact_replies_and_next_run_asks_for_the_rest(dataset: DatasetDir) -> None:

@@ -53,8 +53,7 @@ def test_bad_setting_error_names_problem_and_hint(lines: str, problem: str, hint
     file.write_text(f"{SOURCE}{lines}\n")
     with pytest.raises(ConfigError) as caught:
         resolve(file)
-    assert problem in str(caught.value)
-    assert hint in caught.value.hint
+    assert problem in str(caught.value) and hint in caught.value.hint
     assert len(caught.value.hint) < 1000
 
 

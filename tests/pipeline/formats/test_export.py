@@ -330,6 +330,7 @@ def test_llava_and_sharegpt_have_all_turns(version: Version, exported: Exported,
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 5
         assert sum(message["content"].count("<image>") for message in row["messages"]) == 1
+        assert (share / row["images"][0]).is_file()
 
 
 def test_pycocotools_reads_captions_and_boxes(version: Version, exported: Exported) -> None:

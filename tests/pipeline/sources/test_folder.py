@@ -38,8 +38,7 @@ def test_images_are_sorted_and_broken_image_is_rejected(tmp_path: Path) -> None:
         (Rejected, "b/broken.png"),
         (Sample, "b/c/z.png"),
     ]
-    assert isinstance(rows[1], Rejected)
-    assert rows[1].reason == "unreadable_image"
+    assert isinstance(rows[1], Rejected) and rows[1].reason == "unreadable_image"
     assert all(str(tmp_path) not in repr(row) for row in rows)
 
 

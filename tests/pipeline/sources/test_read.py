@@ -123,8 +123,11 @@ def test_interrupted_reading_resumes_and_gives_the_same_bytes(
     assert images(tmp_path / "cut") == images(tmp_path / "whole")
     near = [row["sample_id"] for row in rows(tmp_path / "whole", "near_duplicates")]
     assert near and not ImageStore(tmp_path / "cut").find_missing(near)  # the report shows them
-    reasons = {row["reason"] for row in rows(tmp_path / "whole", "rejected")}
+    rejected = rows(tmp_path / "whole", "rejected")
+    reasons = {row["reason"] for row in rejected}
     assert reasons == {"duplicate_image", "near_duplicate_image", "unreadable_image"}
+    repeated = {row["detail"] for row in rejected if row["reason"] == "near_duplicate_image"}
+    assert repeated <= {row["sample_id"] for row in rows(tmp_path / "whole", "kept")}
 
 
 class InterruptedBytes(bytes):

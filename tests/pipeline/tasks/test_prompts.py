@@ -111,6 +111,11 @@ def test_user_templates_replace_built_in_ones_and_change_the_id(tmp_path: Path) 
     assert own.id != render(TASKS["caption"], style="brief").id
     assert own.text == render(TASKS["caption"], (tmp_path, SCENE_PROMPTS), style="sonnet").text
     assert render(TASKS["qa"], (tmp_path,)) == render(TASKS["qa"])
+    row = (("title", "Lamp"),)
+    assert render(TASKS["caption"], (tmp_path,), row=row, style="plain").text.startswith("Notes that came")
+    (tmp_path / "own/caption").mkdir(parents=True)
+    (tmp_path / "own/caption/v1.j2").write_text("Sold as {{ row.title }}")
+    assert "Notes" not in render(TASKS["caption"], (tmp_path / "own",), row=row, style="plain").text
 
 
 @pytest.mark.parametrize(
