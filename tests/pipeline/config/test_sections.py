@@ -61,7 +61,7 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: s
     [
         ({"verify": {"repair": True}}, "repair needs the check claims"),
         ({"models": {"a": {"base_url": ["http://h"], "flags": ["--x"]}}}, "models.a: flags are for vLLM"),
-        ({"models": {"a": {"base_url": ["http://h"], "engine": "embedded"}}}, "base_url and engine"),
+        ({"models": {"a": {"base_url": ["http://h"], "engine": "embedded"}}}, "a: base_url and "),
         ({"filter": {"min_caption_words": 20, "max_caption_words": 10}}, "20, but max_caption_words is 10"),
         (
             {"custom_tasks": [{"name": "x", "kind": "text", "prompt": "p", "min_words": 9, "max_words": 2}]},
