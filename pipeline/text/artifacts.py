@@ -36,6 +36,10 @@ _CAPTION_LABEL = re.compile(
 _CHAT_START = pattern("chat_start", re.IGNORECASE, before=r"\s*")
 _CAPTION_START = pattern("caption_start", re.IGNORECASE, before=r"\W*")
 _CHAT = pattern("chat", before=r"\b")
+# Captions that begin with one of these words are not matched, which is faster.
+_OTHER_START = pattern("other_start", before=r"(?!(?:an?|the|two|three|some|people) [a-z])\W*+")
+_OTHER_TEXT = pattern("other_text", before=r"\b")
+_OTHER_WORDS = frozenset(WORDS["other_text"].split())
 _LENGTH = pattern("length")
 _LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
@@ -103,6 +107,16 @@ def has_caption_label(text: str) -> bool:
     if (":" in text and _CAPTION_LABEL.match(text)) or _CAPTION_START.match(text):
         return True
     return "?" in text[-3:] and bool(_QUESTION_AT_END.search(text))
+
+
+def is_no_description(text: str, words: list[str]) -> bool:
+    """Return whether a caption is an order, an advertisement, an error message, a story or the like."""
+    plain = text.lower().replace("\u2019", "'")
+    if _OTHER_START.match(plain):
+        return True
+    if _OTHER_WORDS.isdisjoint(words):
+        return False
+    return any(map(_OTHER_TEXT.search, sentences_with(_OTHER_WORDS, unquoted(plain))))
 
 
 def is_chat(text: str, words: list[str]) -> bool:
