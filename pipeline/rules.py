@@ -49,7 +49,7 @@ MIN_ANSWER_SCORE = 0.8
 MIN_CLOSE_SCORE = 0.9
 MIN_WORDS_FOR_REPETITION = 12
 # Shorter answers may end with any word, as in "not very".
-MIN_WORDS_OF_ENDING = 3
+MIN_WORDS_OF_ENDING = 4
 # Shorter sentences may occur more than once.
 MIN_WORDS_OF_SENTENCE = 4
 # Maximum share of repeated trigrams in a text that was read from the image.
@@ -77,6 +77,7 @@ _NOT_VISIBLE = pattern(
     before=r"(?!.*\b(?:according to|charts?|graphs?|diagrams?|slides?|pages?|timeline)\b).*?\b",
     after=r"\b",
 )
+_NOT_VISIBLE_WORDS = frozenset(WORDS["not_visible"].split())
 _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++\s+")
@@ -423,7 +424,9 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "unwanted_phrase": lambda row: (
         row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
-    "not_visible": lambda row: bool(_NOT_VISIBLE.match(row.main.lower())),
+    "not_visible": lambda row: (
+        not _NOT_VISIBLE_WORDS.isdisjoint(row.words) and bool(_NOT_VISIBLE.match(row.main.lower()))
+    ),
     "no_single_question": lambda row: bool(_ANOTHER_QUESTION.search(row.main) or _CHOICES.search(row.main)),
     "count_not_a_number": lambda row: (
         bool(_HOW_MANY.search(row.main)) and not _COUNT.fullmatch(row.answer or "")
@@ -482,8 +485,10 @@ def _repeats_parts(text: str) -> bool:
         if max(starts.values()) > MAX_EQUAL_PARTS:
             return True
     parts = text.lower().split(", ")
-    if len(parts) > MAX_EQUAL_PARTS and 3 * len({*parts}) <= 2 * len(parts):
-        return True
+    if MAX_EQUAL_PARTS < len(parts) > len(text) / MAX_CHARACTERS_OF_STUB:
+        ends = Counter(part.rpartition(" ")[2] for part in parts)
+        if 3 * len({*parts}) <= 2 * len(parts) or max(ends.values()) > MAX_EQUAL_PARTS:
+            return True
     # Parts that name the same object begin with the same two letters (objects of one letter are ignored).
     if max(Counter(part[:2] for part in parts).values()) <= MAX_EQUAL_PARTS:
         return False

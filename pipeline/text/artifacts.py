@@ -36,13 +36,20 @@ _CAPTION_LABEL = re.compile(
 _CHAT_START = pattern("chat_start", re.IGNORECASE, before=r"\s*")
 _CAPTION_START = pattern("caption_start", re.IGNORECASE, before=r"\W*")
 _CHAT = pattern("chat", before=r"\b")
-# Captions that begin with one of these words are not matched, which is faster.
-_OTHER_START = pattern("other_start", before=r"(?!(?:an?|the|two|three|some|people) [a-z])\W*+")
-_OTHER_TEXT = pattern("other_text", before=r"\b")
-_OTHER_WORDS = frozenset(WORDS["other_text"].split())
+# Length of the beginning that is compared with _OTHER_START.
+MAX_START_CHARACTERS = 120
+_OTHER_START = pattern("other_start", before=r"\W*+")
+# Most captions begin with one of these words, and no match does, so testing for them first is faster.
+_USUAL_STARTS = frozenset(("a", "an", "two", "three", "the", "some", "people", "man", "group"))
+_TOPICS = ("writer", "caption", "model", "page", "offer", "file", "report", "advice", "second")
+_OTHER = [
+    (frozenset(WORDS[name].split()), pattern(name, before=r"\b")) for name in map("other_{}".format, _TOPICS)
+]
+_OTHER_WORDS = frozenset(word for words, _ in _OTHER for word in words)
 _LENGTH = pattern("length")
 _LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
+_CHAT_OR_LENGTH = _CHAT_WORDS | _LENGTH_WORDS
 _QUESTION_AT_END = re.compile(
     r"(?:^|[.!?]\s)[^\w.!?]*(?:what|who|where|how|why|which|is|are|do|does|did|can|could|would|should"
     r"|anything)\b[^.?!]*\?\W{0,2}$",
@@ -111,19 +118,24 @@ def has_caption_label(text: str) -> bool:
 
 def is_no_description(text: str, words: list[str]) -> bool:
     """Return whether a caption is an order, an advertisement, an error message, a story or the like."""
-    plain = text.lower().replace("\u2019", "'")
-    if _OTHER_START.match(plain):
+    is_usual = not _USUAL_STARTS.isdisjoint(words[:1])
+    if not is_usual and _OTHER_START.match(text[:MAX_START_CHARACTERS].lower().replace("\u2019", "'")):
         return True
     if _OTHER_WORDS.isdisjoint(words):
         return False
-    return any(map(_OTHER_TEXT.search, sentences_with(_OTHER_WORDS, unquoted(plain))))
+    for sentence in sentences_with(_OTHER_WORDS, unquoted(text).lower().replace("\u2019", "'")):
+        found = _OTHER_WORDS.intersection(words_of(sentence))
+        if any(not hints.isdisjoint(found) and other.search(sentence) for hints, other in _OTHER):
+            return True
+    return False
 
 
 def is_chat(text: str, words: list[str]) -> bool:
     """Return whether a text speaks about the request, the reply, its writer or its reader."""
-    if not _LENGTH_WORDS.isdisjoint(words) and _LENGTH.search(unquoted(text).lower()):
+    found = _CHAT_OR_LENGTH.intersection(words)
+    if not _LENGTH_WORDS.isdisjoint(found) and _LENGTH.search(unquoted(text).lower()):
         return True
-    if _CHAT_WORDS.isdisjoint(words):
+    if _CHAT_WORDS.isdisjoint(found):
         return False
     plain = unquoted(text).lower().replace("\u2019", "'")
     return any(map(_CHAT.search, sentences_with(_CHAT_WORDS, plain)))
