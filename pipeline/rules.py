@@ -277,7 +277,7 @@ def is_other_language(row: RuleInput) -> bool:
 
 
 def is_cut_off(row: RuleInput) -> bool:
-    """Return True if a caption, or an answer of several words, ends in the middle of a sentence or a quote."""
+    """Return True if a caption, or an answer of several words, ends in the middle of a sentence."""
     text, words = row.texts[-1]
     if not row.is_caption and (len(words) < MIN_WORDS_OF_ENDING or asks_to_read(row)):
         return text.startswith('"') and text.count('"') == 1

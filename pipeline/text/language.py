@@ -85,7 +85,7 @@ def has_odd_words(text: str, words: list[str], *, is_english: bool) -> bool:
 
 
 def has_foreign_words(words: list[str]) -> bool:
-    """Return whether a text of few words has a word of another language, such as "eine", and an unknown word."""
+    """Return whether a text has a word of another language, such as "eine", and an unknown word."""
     rest = {*words} - _CLEARLY_FOREIGN
     return len(rest) < len({*words}) and not all(map(_is_english, rest))
 
