@@ -240,9 +240,8 @@ def is_repetitive(row: RuleInput) -> bool:
     scores, config = row.scores, row.config
     has_many_repeats = scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
     half = len(row.words) // 2
-    if half > 1 and row.words[:half] == row.words[half:]:
-        return True
-    if has_many_repeats or scores.distinct_word_frac < config.min_distinct_word_frac:
+    is_double = half > 1 and row.words[0] == row.words[half] and row.words[:half] == row.words[half:]
+    if is_double or has_many_repeats or scores.distinct_word_frac < config.min_distinct_word_frac:
         return True
     for text, words in row.texts[:1] if row.main else row.texts:
         if artifacts.has_run(text) or artifacts.counts_on(words) or artifacts.stutters(text, words):

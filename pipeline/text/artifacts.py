@@ -36,20 +36,15 @@ _CAPTION_LABEL = re.compile(
 _CHAT_START = pattern("chat_start", re.IGNORECASE, before=r"\s*")
 _CAPTION_START = pattern("caption_start", re.IGNORECASE, before=r"\W*")
 _CHAT = pattern("chat", before=r"\b")
-# Length of the beginning that is compared with _OTHER_START.
-MAX_START_CHARACTERS = 120
 _OTHER_START = pattern("other_start", before=r"\W*+")
 # Most captions begin with one of these words, and no match does, so testing for them first is faster.
-_USUAL_STARTS = frozenset(("a", "an", "two", "three", "the", "some", "people", "man", "group"))
-_TOPICS = ("writer", "caption", "model", "page", "offer", "file", "report", "advice", "second")
-_OTHER = [
-    (frozenset(WORDS[name].split()), pattern(name, before=r"\b")) for name in map("other_{}".format, _TOPICS)
-]
+_USUAL_STARTS = frozenset(WORDS["usual_starts"].split())
+_TOPICS = [name for name in WORDS if name.startswith("other_")]
+_OTHER = [(frozenset(WORDS[name].split()), pattern(name, before=r"\b")) for name in _TOPICS]
 _OTHER_WORDS = frozenset(word for words, _ in _OTHER for word in words)
 _LENGTH = pattern("length")
 _LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
-_CHAT_OR_LENGTH = _CHAT_WORDS | _LENGTH_WORDS
 _QUESTION_AT_END = re.compile(
     r"(?:^|[.!?]\s)[^\w.!?]*(?:what|who|where|how|why|which|is|are|do|does|did|can|could|would|should"
     r"|anything)\b[^.?!]*\?\W{0,2}$",
@@ -118,8 +113,7 @@ def has_caption_label(text: str) -> bool:
 
 def is_no_description(text: str, words: list[str]) -> bool:
     """Return whether a caption is an order, an advertisement, an error message, a story or the like."""
-    is_usual = not _USUAL_STARTS.isdisjoint(words[:1])
-    if not is_usual and _OTHER_START.match(text[:MAX_START_CHARACTERS].lower().replace("\u2019", "'")):
+    if words[0] not in _USUAL_STARTS and _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
         return True
     if _OTHER_WORDS.isdisjoint(words):
         return False
@@ -132,10 +126,9 @@ def is_no_description(text: str, words: list[str]) -> bool:
 
 def is_chat(text: str, words: list[str]) -> bool:
     """Return whether a text speaks about the request, the reply, its writer or its reader."""
-    found = _CHAT_OR_LENGTH.intersection(words)
-    if not _LENGTH_WORDS.isdisjoint(found) and _LENGTH.search(unquoted(text).lower()):
+    if not _LENGTH_WORDS.isdisjoint(words) and _LENGTH.search(unquoted(text).lower()):
         return True
-    if _CHAT_WORDS.isdisjoint(found):
+    if _CHAT_WORDS.isdisjoint(words):
         return False
     plain = unquoted(text).lower().replace("\u2019", "'")
     return any(map(_CHAT.search, sentences_with(_CHAT_WORDS, plain)))

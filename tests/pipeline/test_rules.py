@@ -185,8 +185,9 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "A kite flies over a bay. It is a red one. A kite flies over a bay.",
         f"{CATS}, a cat in a car, a cat at a bar.",
         " ".join(f"The cat is {word}." for word in ("big", "red", "wet", "old", "shy", "sad")),
-        ("What animals are there?", "dog, dog"), "A kite over a bay, a kite over a bay", "A bag with a cup, a fork, a cup, a fork, a cup, a fork.",
-        "A shelf with one kite, two kites, six kites, ten kites, four kites, five kites, nine kites, a few kites.",
+        ("What animals are there?", "dog, dog"), "A kite over a bay, a kite over a bay",
+        "A bag with a cup, a fork, a cup, a fork, a cup, a fork.",
+        "A shelf with one kite, two kites, six kites, ten kites, five kites, nine kites, some kites.",
     ),
     "answer_in_question": (("What color is the red kite?", "red"),),
     "label": (
