@@ -27,6 +27,7 @@ IN_WORDS = {
     # filter
     "refusal": "the model declined, or saw no image",
     "junk": "markup, code or coordinates in the text",
+    "no_description": "an advertisement, a story, an order or another text that describes no image",
     "label": "a label, or a remark to the reader, in the text",
     "prompt_echo": "repeats the prompt",
     "unanswerable": "the answer says that there is no answer",
