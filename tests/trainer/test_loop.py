@@ -131,7 +131,7 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     assert len(losses(tmp_path)) == 12
 
 
-def test_blocks_are_recomputed_once_a_step_does_not_fit_in_memory(
+def test_step_that_does_not_fit_in_memory_is_repeated_with_recomputed_blocks(
     version: Version, clip: str, language_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(version, encoder=clip, decoder=language_model)

@@ -63,7 +63,7 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: s
         ({"models": {"a": {"base_url": ["http://h"], "flags": ["--x"]}}}, "models.a: flags are for vLLM"),
         (
             {"models": {"a": {"base_url": ["http://h"], "engine": "embedded"}}},
-            "models.a: base_url and engine: embedded exclude",
+            "models.a: base_url and `engine: embedded`",
         ),
         (
             {"filter": {"min_caption_words": 20, "max_caption_words": 10}},
