@@ -332,7 +332,8 @@ def is_labeled(row: RuleInput) -> bool:
 
 def is_off_type(row: RuleInput) -> bool:
     """Return True if an answer is of another kind than the question asks for, such as a color for a place."""
-    return not asks_to_read(row) and bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
+    is_judged = row.config.language == "en" and not asks_to_read(row)
+    return is_judged and bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
@@ -415,7 +416,12 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     ),
     "placeholder": lambda row: artifacts.is_placeholder(row.words),
     "label": is_labeled,
-    "no_description": lambda row: row.is_caption and artifacts.is_no_description(row.main, row.words),
+    "no_description": lambda row: (
+        row.is_caption
+        and row.config.language == "en"
+        and row.style != HUMAN
+        and artifacts.is_no_description(row.main, row.words)
+    ),
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
     "unanswerable": is_unanswered,
     "personal_answer": lambda row: row.scores.redaction_count > 0 and row.answer in PERSONAL,
@@ -430,7 +436,9 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
     "not_visible": lambda row: (
-        not _NOT_VISIBLE_WORDS.isdisjoint(row.words) and bool(_NOT_VISIBLE.match(row.main.lower()))
+        row.config.language == "en"
+        and not _NOT_VISIBLE_WORDS.isdisjoint(row.words)
+        and bool(_NOT_VISIBLE.match(row.main.lower()))
     ),
     "no_single_question": lambda row: bool(_ANOTHER_QUESTION.search(row.main) or _CHOICES.search(row.main)),
     "count_not_a_number": lambda row: (
@@ -468,7 +476,7 @@ READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
 TAG_RULES = {
     name: rule
     for name, rule in CAPTION_RULES.items()
-    if name not in ("other_language", "cut_off", "repetitive")
+    if name not in ("no_description", "other_language", "cut_off", "repetitive")
 } | {"keywords": is_no_tag_list}
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
 # The rules for records of custom tasks, whose texts may be a word, a code, or the text on a sign.

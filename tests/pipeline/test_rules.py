@@ -121,7 +121,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What number is on the boat?", "white"), ("What is the boy holding?", "on the beach"),
     ),
     "no_description": (
-        "Fold the kite and put it into the bag.", "and a kite that lies on the beach.",
+        "and a kite that lies on the beach.",
         "Our kites are made of silk and fly for hours.", "Fishermen said on Monday that a kite fell.",
         "No assumptions are made about the kite.", "Sign up for a course at the harbour.",
         "What a kite over the old harbour!", "Kites are native to islands in the south.",
@@ -231,6 +231,8 @@ STYLED = (
     ("ocr", "No text is visible", "unanswerable"), ("ocr", "Sortie (in English: exit)", "unanswerable"),
     ("human", "Three men drink tea at a cafe \u2615", None),
     ("human", "Three \u2615 men drink tea at a cafe", "junk"),
+    ("human", "My cat sleeps on our sofa.", None), ("plain", "My cat sleeps on our sofa.", "no_description"),
+    ("tags", "sign, login, cookies", None),
     ("plain", "Three men drink tea at a cafe \u2615", "junk"), ("ocr", "exit exit " * 40, "repetitive"),
     ("ocr", " ".join(map(str, range(3000))), None),
 )  # fmt: skip
@@ -270,6 +272,8 @@ GERMAN = {"question": "Welche Zahl ist auf dem Drachen?", "answer": "zwei"}
         (NUMBER | {"answer": "two"}, {}, None), (NUMBER | {"answer": "a couple"}, {}, None),
         (NUMBER | {"answer": "forty"}, {}, None), (NUMBER | {"answer": "city"}, {}, "answer_not_a_number"),
         (NUMBER | {"answer": "red"}, {}, "answer_not_a_number"), (NUMBER | GERMAN, {"language": "de"}, None),
+        ({"task": "qa", "question": "Was hält er?", "answer": "einen Ball"}, {"language": "de"}, None),
+        ({"task": "qa", "question": "Is de deur open?", "answer": "nee"}, {"language": "nl"}, None),
     ],
 )  # fmt: skip
 def test_bounds_of_answers_depend_on_their_type_origin_and_language(
@@ -317,6 +321,9 @@ def test_clean_columns_lack_openings_and_personal_data() -> None:
         ("A black cat sleeps on a red sofa in the kitchen", {"language": "da"}, "other_language"),
         ("Ein roter Drache fliegt über dem grauen Hafen der Stadt.", {"language": None}, None),
         ("Ein roter Drache fliegt über dem grauen Hafen der Stadt.", {"language": "de"}, None),
+        ("O gato preto dorme no sofá vermelho da sala.", {"language": "pt"}, None),
+        ("Красный змей летит над серой гаванью города.", {"language": "ru"}, None),
+        ("一只黑猫睡在红色的沙发上。", {"language": "zh"}, None),
         ("A kite flies over harbours.", {}, None),
         ("A kite flies over harbours.", {"min_caption_words": 6}, "too_short"),
     ],
