@@ -138,7 +138,6 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Load a good checkpoint and all damaged ones in one audited process."""
     folder = tmp_path_factory.mktemp("checkpoints")
     good = folder / "good"
     good.mkdir()

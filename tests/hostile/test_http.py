@@ -79,13 +79,11 @@ def running_raw(script: Script) -> Iterator[RawServer]:
 
 
 def response(body: bytes, status: str = "200 OK", header: str = "Content-Type: application/json") -> bytes:
-    """Return a valid response that closes the connection."""
     head = f"HTTP/1.1 {status}\r\n{header}\r\nContent-Length: {len(body)}\r\n".encode()
     return head + CLOSE + body
 
 
 def chat_answer(text: str, **more: object) -> bytes:
-    """Return a valid chat response."""
     choice = {"message": {"content": text}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 5, "completion_tokens": 7}
     return response(json.dumps({"choices": [choice], "usage": usage, **more}).encode())

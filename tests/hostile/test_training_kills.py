@@ -89,7 +89,6 @@ def train_until(moment: str, number: int, version: Version, config: TrainConfig,
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, TrainConfig, Path]:
-    """Return a version, settings, and the folder of an undisturbed training."""
     root = tmp_path_factory.mktemp("world")
     version, _ = make_version(root / "data", scene_samples(40))
     config = TrainConfig(encoder=save_clip(root / "clip"), **CONFIG)

@@ -20,8 +20,6 @@ from tests.scene_data import make_version, pulled, scene_samples
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Damage:
-    """Return a damage that changes the manifest."""
-
     def damage(folder: Path) -> None:
         values = json.loads((folder / "manifest.json").read_text())
         change(values)
@@ -178,7 +176,6 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Read a good version and all damaged ones in one audited process."""
     made, _ = make_version(tmp_path_factory.mktemp("made"), scene_samples(12))
     version = pulled(made, tmp_path_factory.mktemp("home") / "pulled")
     folder, out = tmp_path_factory.mktemp("versions"), tmp_path_factory.mktemp("out")

@@ -115,7 +115,6 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
 
 
 async def tag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Tag a commit. Raises HubError if the tag exists."""
     repository = hub.writable(request, kind, repo)
     name = (await request.json())["tag"]
     oid = hub.commit_at(repository, revision).oid

@@ -38,7 +38,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
 def train_until_saved(
     version: Version, config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupt a training after its first saved state."""
     interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_captioner(version, config, folder)
@@ -54,7 +53,6 @@ def losses(folder: Path) -> list[float]:
 
 
 def only(texts: TextBatch, number: int) -> TextBatch:
-    """Return a batch with one of the texts."""
     return TextBatch(*(getattr(texts, field.name)[[number]] for field in fields(TextBatch)))
 
 

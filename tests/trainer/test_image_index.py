@@ -29,7 +29,6 @@ def version(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def files(version: Version, split: str) -> list[Path]:
-    """Return the files with the images of a split."""
     return version.shards(split) if version.holds_pixels else version.store.paths()
 
 
@@ -75,7 +74,6 @@ def test_equal_and_empty_images_are_located(tmp_path: Path) -> None:
 
 
 def flip_images(shard: Path) -> None:
-    """Change a byte of the first image of a shard."""
     content = bytearray(shard.read_bytes())
     at = content.find(b"\x89PNG") + 40
     content[at] ^= 1

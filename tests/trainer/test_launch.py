@@ -37,7 +37,6 @@ def test_default_settings_and_folder_depend_on_the_data(version: Version) -> Non
 
 
 def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path: Path) -> None:
-    """Such as the files of an encoder or a dataset."""
     for name in ("config.json", "photo.jpg"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()

@@ -39,7 +39,6 @@ def small_trainer(version: Version, clip: str) -> Trainer:
 
 
 def test_four_images_are_memorized(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Overfitting shows that images, texts and gradients are connected."""
     four = examples_in(version, "train")[:4]
     monkeypatch.setattr(trainer.data, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}

@@ -121,7 +121,6 @@ def test_questions_are_asked_about_matching_and_shuffled_images(
 def test_saved_captioner_has_merged_adapters(
     version: Version, tmp_path: Path, clip: str, language_model: str
 ) -> None:
-    """The checkpoint has the weights of the language model and no adapters."""
     train_captioner(version, replace(encoder=clip, decoder=language_model, decoder_lr=0.01, **LORA), tmp_path)
     loaded = load_checkpoint(tmp_path).captioner
     before = AutoModelForCausalLM.from_pretrained(language_model).state_dict()

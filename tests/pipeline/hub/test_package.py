@@ -170,7 +170,6 @@ def test_card_of_a_captioner_names_the_repository_of_its_own_data(tmp_path: Path
 
 
 def captioner_of(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the files of a captioner that its card shows."""
     scores: dict[str, Any] = {"scores": {}, "shuffled_scores": {}, "shown": [], "settings": {"steps": 70}}
     scores |= {"parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references"}
     config = {"prompts": [["synthetic", "brief"]], "data": data}

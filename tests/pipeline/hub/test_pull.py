@@ -142,7 +142,6 @@ def test_local_folder_is_not_a_hub_name(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yield the path of a dataset with two versions in an object store."""
     monkeypatch.chdir(tmp_path)
     path = parse_dataset_path(f"memory://sets-{tmp_path.name}/mine")
     for count in (20, 24):

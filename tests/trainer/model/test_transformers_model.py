@@ -157,7 +157,6 @@ def save(captioner: CaptionerModel, tokenizer: CaptionTokenizer, folder: Path) -
 
 
 def load_with_transformers(folder: Path, **options: Any) -> tuple[Any, Any]:
-    """Return the model and the processor."""
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options)
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
