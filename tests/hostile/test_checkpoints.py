@@ -16,12 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.hostile import Damage, link, outcomes_of, pipe, require_harmless_outcome
-from tests.trainer.tiny_models import save_vit
-from trainer.model.caption_model import build_captioner
-from trainer.model.checkpoint import Checkpoint
-from trainer.model.decoder import DecoderConfig
-from trainer.model.encoder import load_encoder
-from trainer.tokenizer import TargetText, train_tokenizer
+from tests.trainer.test_captioner import save_captioner
 
 
 def config(*path: str, **values: Any) -> Damage:
@@ -138,17 +133,11 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    good = folder / "good"
-    good.mkdir()
-    texts = [TargetText("synthetic", f"A red ring number {n}.", style="brief") for n in range(50)]
-    tokenizer = train_tokenizer(texts, 300)
-    decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=32, depth=1, heads=2)
-    encoder = load_encoder(save_vit(tmp_path_factory.mktemp("vit")))
-    prompts = [("synthetic", "brief")]
-    model = build_captioner(encoder, decoder, prompts=prompts, eos_id=tokenizer.eos_id, max_caption_tokens=8)
-    Checkpoint(model, tokenizer).save(good)
-    for name, damage in DAMAGES.items():
+    folder, good = (
+        tmp_path_factory.mktemp("checkpoints"),
+        save_captioner(tmp_path_factory.mktemp("made") / "c"),
+    )
+    for name, damage in {"good": Path.exists, **DAMAGES}.items():
         shutil.copytree(good, folder / name)
         damage(folder / name)
     Path("/tmp/synth-was-here").unlink(missing_ok=True)
