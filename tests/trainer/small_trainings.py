@@ -1,6 +1,7 @@
 """Small trainings: their settings and results."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import trainer.loop
+import trainer.training
 from pipeline.dataset.version import Version
 from trainer.config import TrainConfig
 from trainer.runtime.training_state import read_log, save_resume
@@ -42,6 +44,18 @@ def train_until_saved(
     with pytest.raises(KeyboardInterrupt):
         train_captioner(version, config, folder)
     monkeypatch.undo()
+
+
+def script_scores(monkeypatch: pytest.MonkeyPatch, scores: Iterable[float], evaluations: int = 30) -> None:
+    """Give evaluations during a training these scores, and its test the score `{}`."""
+    remaining = iter(scores)
+
+    def evaluate(*_: Any) -> dict[str, Any]:
+        return {"images": 2, "scores": {"cider_d": next(remaining)}, "shuffled_scores": {"cider_d": 0.0}}
+
+    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", evaluations)
+    monkeypatch.setattr(trainer.loop, "evaluate", evaluate)
+    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
 
 
 def weights(folder: Path) -> bytes:

@@ -65,11 +65,9 @@ def write(checkpoint: Checkpoint, version: Version) -> list[list[int]]:
 def test_continued_captioner_writes_the_same_captions_before_its_first_step(
     kind: str, version: Version, started: dict[str, Path]
 ) -> None:
-    decoder = {"scratch": "scratch", "prefix": "prefix", "language_model": "a model"}[kind]
-    first, continued = (
-        load_checkpoint(started[kind], CPU),
-        build(version, init=str(started[kind]), decoder=decoder),
-    )
+    decoder = "a model" if kind == "language_model" else kind
+    first = load_checkpoint(started[kind], CPU)
+    continued = build(version, init=str(started[kind]), decoder=decoder)
     captions = write(first, version)
     assert write(continued, version) == captions and any(captions)
     before, after = first.captioner.config, continued.captioner.config
@@ -102,13 +100,8 @@ def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_
 ) -> None:
     own = shutil.copytree(started["scratch"], tmp_path / "own")
     train(version, init=str(own), out=tmp_path / "next", **NEXT)
-    settings: dict[str, Any] = {
-        "encoder": "tiny-clip",
-        "decoder": "scratch",
-        "decoder_width": 64,
-        "decoder_depth": 1,
-    }
-    train(version, out=tmp_path / "new", **NEXT, **settings, decoder_heads=2)
+    sizes = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
+    train(version, out=tmp_path / "new", encoder="tiny-clip", decoder="scratch", **sizes, **NEXT)
     assert losses(tmp_path / "next")[0] < losses(tmp_path / "new")[0] - 0.5
     finished = (tmp_path / "next/model.safetensors").read_bytes()
     train(version, init=str(own), out=tmp_path / "next", **NEXT)

@@ -63,16 +63,13 @@ def test_micro_batches_do_not_change_the_loss(version: Version, tmp_path: Path, 
 def test_text_weights_depend_on_style_and_source(version: Version, clip: str) -> None:
     weights = {"detailed": 0.25, "human": 3.0, "answer": 0.0}
     loader = trainer_of(version, encoder=clip, text_source="mixed", text_weights=weights).loader
-    examples = loader.examples
-    (batch,) = loader.load(examples[:3]).micro_batches
+    examples = loader.examples[:3]
+    loaded = loader.load(examples)
+    (batch,) = loaded.micro_batches
     expected = {("human", "brief"): 3.0, ("synthetic", "brief"): 1.0, ("synthetic", "detailed"): 0.25}
-    learned = [expected.get((text.source, text.style), 0.0) for e in examples[:3] for text in e.texts]
+    learned = [expected.get((text.source, text.style), 0.0) for e in examples for text in e.texts]
     assert batch.texts.weight_C.tolist() == learned and {*learned} >= {3.0, 1.0, 0.25}
-    assert (
-        loader.load(examples[:3]).weight
-        == batch.texts.total_weight
-        < loader.load(examples[:3]).num_tokens * 3
-    )
+    assert loaded.weight == batch.texts.total_weight < loaded.num_tokens * 3
 
 
 @pytest.mark.parametrize(
@@ -172,12 +169,8 @@ def test_step_with_a_non_finite_loss_or_gradient_changes_no_weight(
     optimizer = build_optimizer(captioner, small_trainer.config)
     weights = next(captioner.connector.parameters())
     small_trainer.begin_step(optimizer, 0)
-    for step_loss, step_gradient, skipped in (
-        (1.0, 1.0, 0),
-        (loss, gradient, 1),
-        (loss, gradient, 2),
-        (1.0, 1.0, 0),
-    ):
+    steps = ((1.0, 1.0, 0), (loss, gradient, 1), (loss, gradient, 2), (1.0, 1.0, 0))
+    for step_loss, step_gradient, skipped in steps:
         before = weights.detach().clone()
         weights.grad = torch.full_like(weights, step_gradient)
         small_trainer.clip_and_step(optimizer, torch.tensor(step_loss))

@@ -68,12 +68,8 @@ def test_long_text_is_cut_after_the_last_sentence_that_fits_and_ends(tokenizer: 
     texts = ["A red circle.", "A red circle. A blue ring!", "A red circle. A blue ring! Mr. X?"]
     sizes = tokenizer.count_tokens([TargetText("human", text, style="brief") for text in texts])
     long = TargetText("human", f"{texts[2]} 3.5 rings", style="brief")
-    for limit, kept in (
-        (sizes[0], texts[0]),
-        (sizes[1] - 1, texts[0]),
-        (sizes[1], texts[1]),
-        (sizes[2], texts[2]),
-    ):
+    limits = (sizes[0], sizes[1] - 1, sizes[1], sizes[2])
+    for limit, kept in zip(limits, (texts[0], *texts), strict=True):
         target = tokenizer.encode(long, limit).target.tolist()
         assert (target[-1], tokenizer.decode(target[:-1])) == (EOS_ID, kept)
     whole = tokenizer.encode(long, None).target.tolist()

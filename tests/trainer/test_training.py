@@ -59,9 +59,8 @@ def test_captions_file_has_one_row_per_test_image(version: Version, tmp_path: Pa
     settings = metrics["settings"]
     assert settings["steps"] > 0 and (settings["connector_lr"], settings["encoder_lr"]) == (1e-3, 0.0)
     rows = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
-    assert [row["sample_id"] for row in rows] == sorted(
-        version.read("test", ["sample_id"])["sample_id"].to_pylist()
-    )
+    ids = version.read("test", ["sample_id"])["sample_id"].to_pylist()
+    assert [row["sample_id"] for row in rows] == sorted(ids)
     assert metrics["images"] == len(rows) and "each" not in metrics
     for name in ("cider_d", "rouge_l"):
         assert fmean(row[name] for row in rows) == pytest.approx(metrics["scores"][name], abs=1e-3)

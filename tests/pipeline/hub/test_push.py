@@ -126,8 +126,7 @@ def test_push_after_missing_tag_adds_only_the_tag(client: Pusher, version: Versi
 
 
 @pytest.mark.parametrize(
-    ("repo", "hint"),
-    [("me/sc enes", "use ORG/NAME"), ("https://huggingface.co/datasets/me/x", "use me/x")],
+    ("repo", "hint"), [("me/sc enes", "use ORG/NAME"), ("https://huggingface.co/datasets/me/x", "use me/x")]
 )
 def test_invalid_repository_name_is_refused(repo: str, hint: str) -> None:
     with pytest.raises(PushError, match="not a repository name") as refused:
