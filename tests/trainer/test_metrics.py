@@ -51,7 +51,6 @@ def test_scores_equal_those_of_pycocoevalcap(seed: int) -> None:
         ("كَلْبٌ يَجْرِي", ["كَلْبٌ", "يَجْرِي"]),
         ("Two 狗 run 3.5 m_x", ["two", "狗", "run", "3.5", "m", "x"]),
         ("A man's T-shirt, 3.5 m (red)!", ["a", "man's", "t-shirt", "3.5", "m", "red"]),
-        ("Zwei Hunde, ein Café", ["zwei", "hunde", "ein", "café"]),
         ("A man\u2019s, man\u2018s or man\u02bcs dog", ["a", "man's", "man's", "or", "man's", "dog"]),
     ],
 )

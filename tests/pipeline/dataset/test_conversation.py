@@ -46,12 +46,9 @@ def test_turns_ask_for_each_style_and_end_with_questions() -> None:
 
 
 def test_values_are_asked_with_their_prompts_and_written_as_json() -> None:
-    tasks = [
-        {"name": "tags", "prompt": " List tags. "},
-        {"name": "offer", "prompt": "It is {{ row.title }}."},
-        {"name": "things", "prompt": "Find them."},
-        {"name": "note", "prompt": "Write a note."},
-    ]
+    texts = (" List tags. ", "It is {{ row.title }}.", "Find them.", "Write a note.")
+    names = ("tags", "offer", "things", "note")
+    tasks = [{"name": name, "prompt": text} for name, text in zip(names, texts, strict=True)]
     kinds = {"tags": "labels", "offer": "record", "things": "boxes", "note": "text"}
     own = {name: {"kind": kind, "is_list": kind == "boxes"} for name, kind in kinds.items()}
     prompts = value_prompts({"config": {"custom_tasks": tasks}, "own_columns": own})

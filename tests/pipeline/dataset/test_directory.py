@@ -1,4 +1,4 @@
-"""Tests of the dataset folder: atomic writes, locks, and finding datasets and versions."""
+"""Tests of the dataset folder: locks, and finding datasets and versions."""
 
 import json
 import os
@@ -9,18 +9,8 @@ import pytest
 from pipeline.dataset.directory import DatasetDir, newest_dataset, open_dataset, split_version
 from pipeline.dataset.version import dataset_folder
 from pipeline.errors import StoreError
-from pipeline.storage.files import atomic_write, write_text
+from pipeline.storage.files import write_text
 from tests.scene_data import make_version, scene_samples
-
-
-def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    target = tmp_path / "a.txt"
-    write_text(target, "before")
-    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
-        temporary.write_text("half of what")
-        raise RuntimeError
-    assert target.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_write_of_same_content_does_not_touch_the_file(tmp_path: Path) -> None:

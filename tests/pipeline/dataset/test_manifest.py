@@ -13,7 +13,6 @@ from pipeline.tasks import Tasks
         ("folder:photos", None, "photos"),
         ("folder:/home/me/2019 Sommer/", None, "2019 Sommer"),
         ("folder:photos", "My lakes", "My lakes"),
-        ("folder:.", None, None),
         ("folder:..", None, None),
         ("folder:two\nlines", None, None),
         ("parquet:photos/a.parquet", None, None),

@@ -61,7 +61,11 @@ def test_unsupported_dataset_url_is_an_error_with_hint(name: str, what: str) -> 
     assert raised.value.hint
 
 
-def test_objects_are_written_atomically_and_columns_are_read_alone(home: Path) -> None:
+@pytest.mark.parametrize("is_local", [False, True])
+def test_files_are_written_atomically_and_columns_are_read_alone(
+    home: Path, tmp_path: Path, *, is_local: bool
+) -> None:
+    home = tmp_path if is_local else home
     write_table(home / "t.parquet", [TABLE], TABLE.schema)
     assert read_table(home / "t.parquet").equals(TABLE)
     assert read_table(home / "t.parquet", ["b"]).column_names == ["b"]
@@ -71,7 +75,7 @@ def test_objects_are_written_atomically_and_columns_are_read_alone(home: Path) -
             path.write_bytes(b"half")
             raise RuntimeError
     assert read_table(home / "t.parquet").equals(TABLE)
-    assert not (home / "other").exists()
+    assert [path.name for path in home.iterdir()] == ["t.parquet"]
 
 
 def test_manifest_of_remote_version_is_moved_last(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

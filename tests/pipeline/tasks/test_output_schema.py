@@ -19,6 +19,7 @@ from pipeline.tasks.output_schema import (
 )
 
 TEXT = {"type": "string"}
+LONG = {"type": "array", "items": TEXT, "minItems": 500}
 
 
 def fields(properties: dict[str, Any]) -> dict[str, Any]:
@@ -102,25 +103,18 @@ def test_schema_shape_shows_an_example_and_empty_value_matches_the_schema() -> N
     ("schema", "flaw"),
     [
         ("text", "output is not a schema"),
-        ({"type": "object"}, "must name its fields"),
         (field(TEXT) | {"additionalProperties": TEXT}, "must name its fields"),
         (field({}), r"output\.a has no type"),
         (field({"type": "array"}), r"output\.a is a list without `items`"),
-        (field({"type": "array", "items": TEXT, "minItems": 10**9}), "minItems over maxItems or over 1,000"),
-        (field({"type": "array", "items": TEXT, "minItems": 3, "maxItems": 2}), "minItems over maxItems"),
+        (field(LONG | {"minItems": 10**9}), "minItems over maxItems or over 1,000"),
+        (field(LONG | {"maxItems": 2}), "minItems over maxItems"),
         (field(TEXT | {"minLength": 10**9}), "minLength over maxLength or over 20,000"),
-        (
-            field(
-                {"type": "array", "minItems": 500, "items": {"type": "array", "minItems": 500, "items": TEXT}}
-            ),
-            "more than 10,000 values",
-        ),
+        (field(LONG | {"items": LONG}), "more than 10,000 values"),
         (WIDE, "nested more than 12 levels deep, or the schema has more than 1000 parts"),
         (field(TEXT | {"format": "date"}), r"output\.a has format"),
         (field({"type": ["string", "integer"]}), "several types"),
         (field({"anyOf": [TEXT, {"type": "integer"}]}), "exactly one alternative in anyOf"),
         (field({"enum": ["x", 1]}), "must list only strings"),
-        (field({"enum": []}), "must list only strings"),
         (field({"enum": ["x", "x"]}), "lists a value twice"),
         (field({"type": "integer", "minimum": "1"}), "has a minimum that is not a number"),
         (field(TEXT | {"pattern": 1}), "has a pattern that is not a string"),
