@@ -60,9 +60,7 @@ def test_pil_image_path_and_bytes_give_the_same_caption(captioner: Captioner, tm
     assert image.size == photo(3).size
 
 
-def test_styles_questions_and_beams_change_the_text(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_style_question_and_beams_change_text(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [photo(number) for number in range(6)]
     assert captioner.styles == ["brief", "detailed"]
     assert captioner.usual_style == "brief"
@@ -131,9 +129,7 @@ def test_image_may_change_after_it_was_passed(captioner: Captioner, tmp_path: Pa
         assert captioner.caption(ImageSequence.Iterator(animation), batch_size=2) == texts
 
 
-def test_captioner_without_captions_or_invalid_number_is_refused(
-    captioner: Captioner, tmp_path: Path
-) -> None:
+def test_captioner_without_captions_or_bad_number_is_refused(captioner: Captioner, tmp_path: Path) -> None:
     asked = Captioner.from_pretrained(save_captioner(tmp_path / "c", [("synthetic", "")]), device="cpu")
     with pytest.raises(TrainError, match="was trained only on questions"):
         asked.caption(photo(1))

@@ -112,9 +112,7 @@ def test_stages_are_shares_of_the_steps_and_epochs_become_steps() -> None:
         ({"decoder": "qwen3"}, "the preset photos does not fit the decoder qwen3"),
     ],
 )
-def test_settings_that_exclude_each_other_are_refused(
-    tmp_path: Path, flags: dict[str, Any], problem: str
-) -> None:
+def test_settings_that_contradict_are_refused(tmp_path: Path, flags: dict[str, Any], problem: str) -> None:
     (tmp_path / "c.yaml").write_text("preset: photos\n")
     with pytest.raises(ConfigError, match=problem):
         resolve(tmp_path / "c.yaml", **flags)

@@ -52,9 +52,7 @@ def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path:
     assert plan(version, tmp_path / "empty")[1] == tmp_path / "empty"
 
 
-def test_interrupted_training_resumes_with_its_settings_only_on_request(
-    version: Version, tmp_path: Path
-) -> None:
+def test_interrupted_training_resumes_as_it_was_only_on_request(version: Version, tmp_path: Path) -> None:
     interrupt(tmp_path, resolve(None, **OPTIONS, seed=9, steps=3))
     with pytest.raises(ConfigError, match="has an interrupted training run") as refused:
         plan(version, tmp_path)
@@ -70,9 +68,7 @@ def test_interrupted_training_resumes_with_its_settings_only_on_request(
     shutil.rmtree(default.parent)
 
 
-def test_data_is_opened_by_folder_version_or_hub_name(
-    version: Version, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_is_opened_by_folder_version_or_name(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_version(version) is version
     assert open_version(version.dataset_dir) == open_version(f"{version.dataset_dir}@v1.0.0") == version
     monkeypatch.setattr(trainer.launch, "pull_version", {"me/scenes@v1.0.0": version}.__getitem__)

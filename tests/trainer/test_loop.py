@@ -79,9 +79,7 @@ def test_text_weights_depend_on_style_and_source(version: Version, clip: str) ->
         ({"synthetic": 0.0}, "all texts have the weight 0"),
     ],
 )
-def test_unknown_text_weight_or_nothing_to_learn_is_refused(
-    version: Version, weights: dict[str, float], error: str
-) -> None:
+def test_unusable_text_weights_are_refused(version: Version, weights: dict[str, float], error: str) -> None:
     with pytest.raises(TrainError, match=error):
         choose_examples(version, replace(text_weights=weights))
 
@@ -148,9 +146,7 @@ def test_blocks_are_recomputed_once_a_step_does_not_fit_in_memory(
     torch.testing.assert_close(weights.grad, gradient)
 
 
-def test_step_that_does_not_fit_in_memory_is_an_error_with_a_hint(
-    small_trainer: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_beyond_memory_gives_a_hint(small_trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def exceed(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
@@ -162,9 +158,7 @@ def test_step_that_does_not_fit_in_memory_is_an_error_with_a_hint(
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(nan, 1.0), (1.0, nan), (1.0, inf)])
-def test_step_with_a_non_finite_loss_or_gradient_changes_no_weight(
-    small_trainer: Trainer, loss: float, gradient: float
-) -> None:
+def test_non_finite_step_changes_no_weight(small_trainer: Trainer, loss: float, gradient: float) -> None:
     captioner = small_trainer.checkpoint.captioner
     optimizer = build_optimizer(captioner, small_trainer.config)
     weights = next(captioner.connector.parameters())

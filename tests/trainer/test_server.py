@@ -239,9 +239,7 @@ def test_key_is_required(captioner: Captioner) -> None:
         assert request(url, CHAT, chat(png(1)), headers=right)[0] == 200
 
 
-def test_request_of_disconnected_client_is_not_generated(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_request_of_lost_client_is_dropped(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first text is held back until the other clients have disconnected."""
     begun, released, written = threading.Event(), threading.Event(), list[str]()
     write = Captioner.write
@@ -299,9 +297,7 @@ def test_only_errors_of_the_request_are_shown_to_the_client(
     assert (str(error) in caplog.text) == (status == 500)
 
 
-def test_request_with_a_temperature_is_sampled_without_beams(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_request_with_temperature_is_sampled_without_beams(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[DecodingConfig] = []
 
     def record(_: Captioner, pixels_BCHW: Any, prompts: Any, decoding: DecodingConfig) -> list[list[int]]:

@@ -77,9 +77,7 @@ def test_long_text_is_cut_after_the_last_sentence_that_fits_and_ends(tokenizer: 
     assert whole == tokenizer.encode(long, len(whole)).target.tolist()
 
 
-def test_default_text_limit_fits_99_percent_of_the_style_with_the_longest_texts(
-    tokenizer: CaptionTokenizer,
-) -> None:
+def test_default_text_limit_fits_99_percent_of_the_longest_style(tokenizer: CaptionTokenizer) -> None:
     detailed = [TargetText("synthetic", "ring " * n, style="detailed") for n in (*[20] * 99, 70)]
     answers = [TargetText("synthetic", "yes", question="?")] * 9_000
     longest = tokenizer.count_tokens(detailed[:1])[0]

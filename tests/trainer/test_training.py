@@ -117,9 +117,7 @@ def test_questions_are_asked_about_matching_and_shuffled_images(
     assert (scores["count"], scores["accuracy"], scores["shuffled"]) == (len(examples), 1.0, 0.0)
 
 
-def test_saved_captioner_has_merged_adapters(
-    version: Version, tmp_path: Path, clip: str, language_model: str
-) -> None:
+def test_saved_adapters_are_merged(version: Version, tmp_path: Path, clip: str, language_model: str) -> None:
     train_captioner(version, replace(encoder=clip, decoder=language_model, decoder_lr=0.01, **LORA), tmp_path)
     loaded = load_checkpoint(tmp_path).captioner
     before = AutoModelForCausalLM.from_pretrained(language_model).state_dict()
@@ -168,9 +166,7 @@ def test_finished_training_is_neither_repeated_nor_overwritten(
             train_captioner(version, replace(encoder=clip), tmp_path)
 
 
-def test_texts_longer_than_the_position_embeddings_are_refused(
-    version: Version, tmp_path: Path, clip: str
-) -> None:
+def test_texts_beyond_position_embeddings_are_refused(version: Version, tmp_path: Path, clip: str) -> None:
     save_language_model(tmp_path / "lm", "llama")
     settings = json.loads((tmp_path / "lm/config.json").read_text())
     (tmp_path / "lm/config.json").write_text(json.dumps(settings | {"max_position_embeddings": 70}))

@@ -47,9 +47,7 @@ def test_lower_loss_decides_between_equal_scores(
     assert len(saved) == 3
 
 
-def test_score_of_a_single_validation_image_is_not_reported(
-    version: Version, tmp_path: Path, clip: str
-) -> None:
+def test_score_of_one_validation_image_is_not_reported(version: Version, tmp_path: Path, clip: str) -> None:
     metrics = train_captioner(version, replace(encoder=clip, evaluate_images=1), tmp_path)
     assert metrics["best_validation"] is None
 

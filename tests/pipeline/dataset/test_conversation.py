@@ -27,9 +27,7 @@ from pipeline.tables import row_schema
         ([("plain", "p"), ("human", "h"), ("human", "i")], "h"),
     ],
 )
-def test_human_caption_is_preferred_to_plain_and_other_captions(
-    captions: list[tuple[str, str]], expected: str | None
-) -> None:
+def test_human_caption_is_preferred_to_others(captions: list[tuple[str, str]], expected: str | None) -> None:
     assert preferred_caption(captions) == expected
 
 

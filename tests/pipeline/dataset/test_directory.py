@@ -78,9 +78,7 @@ def test_linked_lock_file_is_refused_and_its_target_is_unchanged(tmp_path: Path)
     assert victim.read_text() == "private"
 
 
-def test_newest_dataset_that_must_be_the_only_one_is_refused_if_there_are_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_datasets_are_refused_if_one_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("public", "secret"):
         manifest = Path("data") / name / "versions" / "v1.0.0" / "manifest.json"

@@ -39,9 +39,7 @@ AUDIT: dict[str, Any] = {"seed": 0, "reviewed": 0, "reviewers": 0, "agreement": 
 
 
 @pytest.mark.parametrize("measured", [{"checks": []}, {"audit": AUDIT}])
-def test_other_measurements_of_the_same_rows_make_a_new_version(
-    tmp_path: Path, measured: dict[str, Any]
-) -> None:
+def test_other_measurements_of_same_rows_make_a_new_version(tmp_path: Path, measured: dict[str, Any]) -> None:
     make_version(tmp_path, scene_samples(20))
     measured = PROVENANCE | measured
     versions = [make_version(tmp_path, scene_samples(20), provenance=measured) for _ in range(2)]

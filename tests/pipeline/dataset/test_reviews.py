@@ -79,9 +79,7 @@ def test_invalid_review_error_shows_line_number_and_reason(tmp_path: Path, line:
         ([EDIT, review("A dog.", "edited", text="A cat.")], "edited", "A cat."),
     ],
 )
-def test_later_review_of_a_text_or_of_its_edit_replaces_earlier_one(
-    reviews: list[Review], verdict: str, text: str | None
-) -> None:
+def test_later_review_of_text_or_edit_counts(reviews: list[Review], verdict: str, text: str | None) -> None:
     applied = AppliedReviews.of(merge_lines(reviews), captions("A cat."))
     assert not applied.unusable and not applied.pending
     assert {name: (m.verdict, m.text) for name, m in applied.by_name.items()} == {EDIT.name: (verdict, text)}

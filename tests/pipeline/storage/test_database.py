@@ -55,9 +55,7 @@ def test_error_while_making_rows_is_raised_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["what?", "run:1", "12:30", "file:x"])
-def test_folder_name_with_special_meaning_in_duckdb_works(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_odd_folder_name_works_in_duckdb(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     with open_database(Path(name)) as db:
@@ -74,9 +72,7 @@ def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
     signal.signal(request.param, before)
 
 
-def test_signal_during_load_or_query_raises_keyboard_interrupt(
-    number: signal.Signals, tmp_path: Path
-) -> None:
+def test_signal_in_load_or_query_raises_keyboard_interrupt(number: signal.Signals, tmp_path: Path) -> None:
 
     def interrupted_rows() -> Iterator[pa.Table]:
         yield numbers(0, 10)

@@ -62,9 +62,7 @@ def test_unsupported_dataset_url_is_an_error_with_hint(name: str, what: str) -> 
 
 
 @pytest.mark.parametrize("is_local", [False, True])
-def test_files_are_written_atomically_and_columns_are_read_alone(
-    home: Path, tmp_path: Path, *, is_local: bool
-) -> None:
+def test_writes_are_atomic_and_columns_are_read_alone(home: Path, tmp_path: Path, *, is_local: bool) -> None:
     home = tmp_path if is_local else home
     write_table(home / "t.parquet", [TABLE], TABLE.schema)
     assert read_table(home / "t.parquet").equals(TABLE)

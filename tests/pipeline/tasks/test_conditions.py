@@ -111,9 +111,7 @@ def test_value_of_a_task_without_a_result_is_missing() -> None:
         ("", 1, "invalid syntax", ""),
     ],
 )
-def test_invalid_condition_is_refused_with_position(
-    text: str, position: int, problem: str, hint: str
-) -> None:
+def test_invalid_condition_error_has_a_position(text: str, position: int, problem: str, hint: str) -> None:
     with pytest.raises(ConditionError) as caught:
         evaluate(text)
     assert str(caught.value).startswith(f"character {position}: "), caught.value

@@ -77,9 +77,7 @@ def test_scene_prompt_ids_are_unchanged_since_training_of_the_tiny_model() -> No
         ("folder:x", "tiny", (SCENE_PROMPTS,)), ("folder:scenes", None, ()),
     ],
 )  # fmt: skip
-def test_scene_sources_and_the_tiny_model_use_scene_prompts(
-    source: str, model: str | None, folders: tuple[Path, ...]
-) -> None:
+def test_scenes_and_tiny_use_scene_prompts(source: str, model: str | None, folders: tuple[Path, ...]) -> None:
     assert resolve(source=source, model=model).prompt_dirs == folders
 
 

@@ -167,9 +167,7 @@ def test_decoding_options_have_their_meanings(build: Build, recwarn: pytest.Warn
     assert not recwarn.list
 
 
-def test_later_generation_does_not_change_torch_in_other_threads(
-    build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_later_generation_does_not_change_torch(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner, states, prompt = build("scratch"), torch.randn(2, N, V), torch.tensor([[2, 3]] * 2)
     texts = captioner.generate(states, prompt, GREEDY)
     monkeypatch.setattr("trainer.model.caption_model.no_init_weights", None)

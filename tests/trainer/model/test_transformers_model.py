@@ -213,9 +213,7 @@ def test_saved_captioner_without_this_package_generates_the_same_tokens(
     assert written["sampled"] == 2
 
 
-def test_captioner_saved_by_transformers_loads_with_the_same_tokens(
-    checkpoint: Path, photos: list[Path], tmp_path: Path
-) -> None:
+def test_copy_by_transformers_has_same_tokens(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
     for part in load_with_transformers(checkpoint):
         part.save_pretrained(tmp_path / "saved")
     tokens = [generate(load_checkpoint(path), photos[:8], BRIEF) for path in (checkpoint, tmp_path / "saved")]
@@ -281,9 +279,7 @@ def test_later_step_of_generation_has_only_the_last_token(name: str, tmp_path: P
     assert inputs["input_ids"].tolist() == [[8]] and inputs["past_key_values"] is cache
 
 
-def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
-    photos: list[Path], tmp_path: Path
-) -> None:
+def test_saved_captioner_stops_at_last_position_of_its_model(photos: list[Path], tmp_path: Path) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
     question = TargetText("synthetic", "", question=QUESTIONS[0])
     num_states, prompt_tokens = 5, len(tokenizer.prompt(question))
@@ -309,9 +305,7 @@ def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_saved_captioner_writes_the_same_tokens_with_its_decoding_settings(
-    num_beams: int, tmp_path: Path
-) -> None:
+def test_saved_captioner_writes_same_tokens_with_its_settings(num_beams: int, tmp_path: Path) -> None:
     folder = save_captioner("scratch", tmp_path)
     settings = {"num_beams": num_beams, "min_new_tokens": 5, "no_repeat_ngram_size": 2, "length_penalty": 0.3}
     config = json.loads((folder / "config.json").read_text())
