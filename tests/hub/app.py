@@ -56,7 +56,7 @@ FILES = rf"/(?:(?P<kind>datasets)/)?{ID}"
 
 
 class Hub:
-    """The ASGI app. `log` lists (method, path) of all requests."""
+    """The ASGI app. `log` lists (method, path) of all requests, `received_bytes` counts uploaded bytes."""
 
     def __init__(self, storage: Storage) -> None:
         from tests.hub.write import ROUTES
@@ -67,6 +67,7 @@ class Hub:
         # gated repositories whose terms the user has accepted
         self.granted: set[str] = set()
         self.sent_bytes = 0
+        self.received_bytes = 0
         routes = (*READING, *ROUTES)
         self.routes = [(method, re.compile(path), handler) for method, path, handler in routes]
 

@@ -67,6 +67,7 @@ async def lfs_put(hub: Hub, request: Request, sha256: str) -> Response:
         async for part in request.stream():
             digest.update(part)
             file.write(part)
+            hub.received_bytes += len(part)
     if digest.hexdigest() != sha256:
         draft.unlink()
         raise HubError(400, "BadChecksum", "the bytes are not those announced")

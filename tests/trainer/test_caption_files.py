@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, ImageError
-from pipeline.progress import NullProgress
 from pipeline.types import Sample
+from tests.notes import Steps
 from tests.pipeline.images.test_similarity import photo
 from tests.pipeline.sources.reading import open_folder
 from tests.trainer.test_captioner import save_captioner
@@ -32,17 +32,6 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-class Stop(NullProgress):
-    """Interrupts a run after `after` images, like Ctrl-C."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
-        if done == self.after:
-            raise KeyboardInterrupt
-
-
 def run(
     model: Path, names: list[str], out: Path | None, stop: int = -1, **more: Any
 ) -> tuple[list[tuple[Path, ImageError]], list[dict[str, Any]], list[Path]]:
@@ -57,11 +46,15 @@ def run(
             seen.append(path)
             yield path, text
 
+    def interrupt(stage: str, done: int, metrics: Any) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
     captioner.stream = watched  # type: ignore[assignment, method-assign]
     settings: dict[str, Any] = {"styles": ("brief",), "batch_size": 2} | more
     job = CaptionTask(captioner, find_images(names), **settings)
     try:
-        unread = caption_images(job, out, model, Stop(stop), rows.append).unread
+        unread = caption_images(job, out, model, Steps(interrupt), rows.append).unread
     except KeyboardInterrupt:
         unread = []
     return unread, rows, seen

@@ -96,7 +96,7 @@ def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_
 ) -> None:
     own = shutil.copytree(started["scratch"], tmp_path / "own")
     train(version, init=str(own), out=tmp_path / "next", **NEXT)
-    sizes = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
+    sizes: Any = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
     train(version, out=tmp_path / "new", encoder="tiny-clip", decoder="scratch", **sizes, **NEXT)
     assert losses(tmp_path / "next")[0] < losses(tmp_path / "new")[0] - 0.5
     finished = (tmp_path / "next/model.safetensors").read_bytes()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from pipeline.progress import NullProgress
+from tests.notes import Steps
 from tests.trainer.small_trainings import CPU, PROCESS, TWO_PROCESSES, losses, replace
 from trainer.data import choose_examples, examples_in, texts_of
 from trainer.evaluate import evaluate
@@ -110,15 +110,14 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     counts: list[int] = []
     shown: list[dict[str, str]] = []
 
-    class Note(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
-            if stage == "train":
-                counts.append(counter.reads)
-                shown.append(metrics)
+    def note(stage: str, done: int, metrics: Any) -> None:
+        if stage == "train":
+            counts.append(counter.reads)
+            shown.append(metrics)
 
     config = replace(encoder=clip, decoder=decoder, steps=12, evaluations=1)
     with CountReads() as counter:  # type: ignore[no-untyped-call]
-        train_captioner(version, config, tmp_path, progress=Note())
+        train_captioner(version, config, tmp_path, progress=Steps(note))
     assert counts[0] == counts[8] < counts[9] == counts[10]
     # The remaining time has no evaluations before the first one.
     assert "evaluations" in shown[10] and "evaluations" not in shown[11]

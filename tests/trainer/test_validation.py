@@ -10,6 +10,7 @@ import trainer.model.checkpoint
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import replace, script_scores
+from trainer.config import MIN_EVALUATIONS
 from trainer.loop import Validation
 from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
@@ -65,7 +66,7 @@ def test_nan_validation_loss_ends_the_training_before_saving(
 def test_short_run_has_four_evaluations_at_most(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
-    script_scores(monkeypatch, repeat(0.0), trainer.loop.MIN_EVALUATIONS)
+    script_scores(monkeypatch, repeat(0.0), MIN_EVALUATIONS)
     train_captioner(version, replace(encoder=clip, steps=8, batch_size=4, evaluations=8), tmp_path)
     scored = [line["step"] for line in read_log(tmp_path / "log.jsonl") if "validation_cider_d" in line]
     assert scored == [2, 4, 6, 8]

@@ -168,7 +168,8 @@ def test_card_of_a_captioner_names_the_repository_of_its_own_data(tmp_path: Path
 
 
 def captioner_of(data: dict[str, Any]) -> dict[str, Any]:
-    scores: dict[str, Any] = {"scores": {}, "shuffled_scores": {}, "shown": [], "settings": {"steps": 70}}
+    scores: dict[str, Any] = {"scores": {"cider_d": 1.0}, "shuffled_scores": {"cider_d": 0.5}}
+    scores |= {"shown": [{"caption": "a", "references": ["b"]}], "settings": {"steps": 70}}
     scores |= {"parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references"}
     config = {"prompts": [["synthetic", "brief"]], "data": data}
     train = {"encoder": "vit", "decoder": "scratch", "steps": 0}

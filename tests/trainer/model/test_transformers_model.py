@@ -9,18 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    DynamicCache,
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Trainer,
-    TrainingArguments,
-)
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
@@ -157,8 +148,9 @@ def save(captioner: CaptionerModel, tokenizer: CaptionTokenizer, folder: Path) -
 
 
 def load_with_transformers(folder: Path, **options: Any) -> tuple[Any, Any]:
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options)
-    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    auto: Any = transformers.AutoModelForImageTextToText
+    model = auto.from_pretrained(folder, trust_remote_code=True, **options)
+    return model, transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
 def generate(loaded: Checkpoint, photos: list[Path], prompt: TargetText, beams: int = 1) -> list[list[int]]:
@@ -273,7 +265,7 @@ def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(fa
 def test_later_step_of_generation_has_only_the_last_token(name: str, tmp_path: Path) -> None:
     """The name is `cache` since transformers 5.24."""
     model, _ = load_with_transformers(save_captioner("scratch", tmp_path))
-    cache, keys = DynamicCache(), torch.zeros(1, 1, 3, 4)
+    cache, keys = transformers.DynamicCache(), torch.zeros(1, 1, 3, 4)
     cache.update(keys, keys, 0)
     inputs = model.prepare_inputs_for_generation(torch.tensor([[5, 6, 7, 8]]), **{name: cache})
     assert inputs["input_ids"].tolist() == [[8]] and inputs["past_key_values"] is cache
@@ -285,7 +277,8 @@ def test_saved_captioner_stops_at_last_position_of_its_model(photos: list[Path],
     num_states, prompt_tokens = 5, len(tokenizer.prompt(question))
     sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 258}
     sizes["n_positions"] = num_states + prompt_tokens + 3
-    decoder = PretrainedDecoder({"model_type": "gpt2", **sizes}, GPT2LMHeadModel(GPT2Config(**sizes)))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    decoder = PretrainedDecoder({"model_type": "gpt2", **sizes}, model)
     encoder = load_encoder(save_vit(tmp_path / "vit"))
     captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=257, max_caption_tokens=12, data={})
     model, processor = load_with_transformers(save(captioner, tokenizer, tmp_path / "c"))
@@ -293,7 +286,7 @@ def test_saved_captioner_stops_at_last_position_of_its_model(photos: list[Path],
     tokens = {"eos_token_id": 257, "pad_token_id": 257}
     calls: list[dict[str, Any]] = [{}, {"max_new_tokens": 12}, {"num_beams": 2}]
     limits = ({"num_beams": 2}, {"max_length": 90})
-    calls += [{"generation_config": GenerationConfig(**limit, **tokens)} for limit in limits]
+    calls += [{"generation_config": transformers.GenerationConfig(**limit, **tokens)} for limit in limits]
     for options in calls:
         assert model.generate(**inputs, **options).shape[1] <= prompt_tokens + 3
     assert model.generate(**inputs, max_new_tokens=2).shape[1] <= prompt_tokens + 2
@@ -353,10 +346,10 @@ def test_gradient_accumulation_changes_neither_loss_nor_gradient(tmp_path: Path)
         model = SynthCaptioner(config)
         options: dict[str, Any] = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
         options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
-        arguments = TrainingArguments(
+        arguments = transformers.TrainingArguments(
             str(tmp_path), remove_unused_columns=False, save_strategy="no", disable_tqdm=True, **options
         )
-        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows)
+        trainer = transformers.Trainer(model, arguments, data_collator=collate, train_dataset=rows)
         trainer.train()
         logged.append(trainer.state.log_history[0])
     for name in ("loss", "grad_norm"):
