@@ -46,16 +46,14 @@ def train_until_saved(
     monkeypatch.undo()
 
 
-def script_scores(
-    monkeypatch: pytest.MonkeyPatch, scores: Iterable[float], min_evaluations: int = 30
-) -> None:
+def script_scores(monkeypatch: pytest.MonkeyPatch, scores: Iterable[float], evaluations: int = 30) -> None:
     """Give evaluations during a training these scores, and its test the score `{}`."""
     remaining = iter(scores)
 
     def evaluate(*_: Any) -> dict[str, Any]:
         return {"images": 2, "scores": {"cider_d": next(remaining)}, "shuffled_scores": {"cider_d": 0.0}}
 
-    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", min_evaluations)
+    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", evaluations)
     monkeypatch.setattr(trainer.loop, "evaluate", evaluate)
     monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
 

@@ -13,7 +13,7 @@ from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
 from tests.scene_data import make_version, scene_samples
 from trainer.config import TrainConfig, resolve
-from trainer.launch import open_version, plan_training, train
+from trainer.launch import choose_encoder, open_version, plan_training, train
 
 OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
 
@@ -75,15 +75,24 @@ def test_data_is_opened_by_folder_version_or_name(version: Version, monkeypatch:
     assert open_version("me/scenes@v1.0.0") is version
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise ConnectionError("offline")
+
+
+def test_tiny_clip_is_the_offline_fallback_for_drawn_scenes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.launch, "snapshot_download", refuse)
+    said: list[str] = []
+    assert choose_encoder(said.append, is_drawn=True) == "tiny-clip" and len(said) == 1
+    with pytest.raises(TrainError, match="clip-vit-base-patch32"):
+        choose_encoder(said.append, is_drawn=False)
+
+
 @pytest.mark.parametrize(
     ("factor", "model"), [("encoder", "clip"), ("encoder", "me/vit"), ("decoder", "qwen3")]
 )
 def test_model_that_cannot_be_downloaded_is_reported_before_a_folder_is_made(
     factor: str, model: str, version: Version, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("offline")
-
     monkeypatch.setattr(trainer.launch, "snapshot_download", refuse)
     monkeypatch.setattr(trainer.launch, "plan_training", None)  # imports torch
     with pytest.raises(TrainError, match="does not answer: offline") as caught:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import trainer.data
 import trainer.evaluate
-import trainer.launch
 import trainer.training
 from pipeline.cli.output import print_scores
 from pipeline.dataset.version import Version
@@ -26,7 +25,6 @@ from tests.trainer.tiny_models import save_language_model
 from trainer.data import Example, Question, examples_in
 from trainer.evaluate import evaluate
 from trainer.features import OnlineFeatures
-from trainer.launch import choose_encoder
 from trainer.metrics import derangement
 from trainer.model.checkpoint import load_checkpoint
 from trainer.model.language_model import PretrainedDecoder
@@ -174,14 +172,3 @@ def test_texts_beyond_position_embeddings_are_refused(version: Version, tmp_path
         train_captioner(version, config, tmp_path / "c")
     assert "--encoder-states" in refused.value.hint
     assert not (tmp_path / "c").exists()
-
-
-def test_tiny_clip_is_the_offline_fallback_for_drawn_scenes_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr(trainer.launch, "snapshot_download", refuse)
-    said: list[str] = []
-    assert choose_encoder(said.append, is_drawn=True) == "tiny-clip" and len(said) == 1
-    with pytest.raises(TrainError, match="clip-vit-base-patch32"):
-        choose_encoder(said.append, is_drawn=False)

@@ -16,9 +16,9 @@ TOWER: dict[str, Any] = {
 IMAGE: dict[str, Any] = {"image_size": SIDE_PX, "patch_size": 14}
 
 
-def save_vit(folder: Path) -> str:
+def save_vit(folder: Path, **settings: Any) -> str:
     torch.manual_seed(1)
-    transformers.ViTModel(transformers.ViTConfig(**TOWER, **IMAGE)).save_pretrained(folder)
+    transformers.ViTModel(transformers.ViTConfig(**TOWER, **IMAGE, **settings)).save_pretrained(folder)
     transformers.ViTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(folder)
     return str(folder)
 

@@ -3,7 +3,6 @@
 import random
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import transformers
 from PIL import Image
 
 from pipeline.errors import TrainError
-from tests.trainer.tiny_models import IMAGE, SIDE_PX, TOWER, save_clip, save_vit
+from tests.trainer.tiny_models import SIDE_PX, TOWER, save_clip, save_vit
 from trainer.model.encoder import choose_states, load_encoder, patch_grid
 
 
@@ -36,11 +35,8 @@ def test_encoder_states_equal_transformers_states(clip: str, vit: str) -> None:
 
 
 def test_frozen_encoder_has_no_dropout_in_training_mode(tmp_path: Path) -> None:
-    dropout: Any = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
-    settings = transformers.ViTConfig(**TOWER, **IMAGE, **dropout)
-    transformers.ViTModel(settings).save_pretrained(tmp_path)
-    transformers.ViTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
-    frozen, learning = load_encoder(str(tmp_path)), load_encoder(str(tmp_path), frozen=False)
+    folder = save_vit(tmp_path, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    frozen, learning = load_encoder(folder), load_encoder(folder, frozen=False)
     pixels = frozen.pixels([Image.new("RGB", (40, 30), "green")])
     with torch.no_grad():
         fresh, trained = frozen(pixels), frozen.train()(pixels)

@@ -17,6 +17,7 @@ from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
+from tests.trainer.test_captioner import save_captioner
 from tests.trainer.tiny_models import (
     IMAGE,
     SIDE_PX,
@@ -29,13 +30,12 @@ from tests.trainer.tiny_models import (
 from trainer.captioner import Captioner
 from trainer.model.caption_model import CaptionerModel, build_captioner
 from trainer.model.checkpoint import Checkpoint, load_checkpoint
-from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
-from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
+from trainer.model.language_model import PretrainedDecoder, load_decoder
 from trainer.model.transformers_files import transformers_files
 from trainer.model.transformers_model import SynthCaptioner, SynthCaptionerConfig
-from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
+from trainer.tokenizer import CaptionTokenizer, TargetText
 
 IMAGES = 100
 DECODERS = ("scratch", "prefix", "llama")
@@ -108,7 +108,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: save_captioner(name, tmp_path_factory.mktemp(name)) for name in DECODERS}
+    return {name: save_kind(name, tmp_path_factory.mktemp(name)) for name in DECODERS}
 
 
 @pytest.fixture(params=DECODERS)
@@ -116,25 +116,11 @@ def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> 
     return checkpoints[request.param]
 
 
-def save_captioner(name: str, root: Path) -> Path:
-    """Save a captioner with random weights, strong enough for its texts to differ between images."""
-    torch.manual_seed(4)
-    sizes = {"width": 32, "depth": 2, "heads": 4}
-    decoder: Any
-    if name == "llama":
-        decoder, tokenizer = load_decoder(save_language_model(root / "lm", name))
-        encoder = load_encoder(save_clip(root / "clip"), states="2x2")
-    else:
-        prompts = [prompt for prompt in PROMPTS if prompt[1]]
-        texts = [
-            TargetText(source, f"A dog, number {n}.", style) for source, style in prompts for n in range(30)
-        ]
-        texts += [TargetText("synthetic", "two", question=question) for question in QUESTIONS]
-        tokenizer = train_tokenizer(texts, 400)
-        decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), **sizes)
-        encoder = load_encoder(save_vit(root / "vit"))
-        if name == "prefix":
-            decoder, tokenizer = new_decoder(tokenizer, **sizes)
+def save_kind(name: str, root: Path) -> Path:
+    if name != "llama":
+        return save_captioner(root / "c", PROMPTS, decoder=name, strength=8, max_caption_tokens=12)
+    decoder, tokenizer = load_decoder(save_language_model(root / "lm", name))
+    encoder = load_encoder(save_clip(root / "clip"), states="2x2")
     options: dict[str, Any] = {"max_caption_tokens": 12, "data": {}}
     captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, **options)
     return save(captioner, tokenizer, root / "checkpoint")
@@ -264,7 +250,7 @@ def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(fa
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_later_step_of_generation_has_only_the_last_token(name: str, tmp_path: Path) -> None:
     """The name is `cache` since transformers 5.24."""
-    model, _ = load_with_transformers(save_captioner("scratch", tmp_path))
+    model, _ = load_with_transformers(save_kind("scratch", tmp_path))
     cache, keys = transformers.DynamicCache(), torch.zeros(1, 1, 3, 4)
     cache.update(keys, keys, 0)
     inputs = model.prepare_inputs_for_generation(torch.tensor([[5, 6, 7, 8]]), **{name: cache})
@@ -299,7 +285,7 @@ def test_saved_captioner_stops_at_last_position_of_its_model(photos: list[Path],
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_saved_captioner_writes_same_tokens_with_its_settings(num_beams: int, tmp_path: Path) -> None:
-    folder = save_captioner("scratch", tmp_path)
+    folder = save_kind("scratch", tmp_path)
     settings = {"num_beams": num_beams, "min_new_tokens": 5, "no_repeat_ngram_size": 2, "length_penalty": 0.3}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"data": {"decoding": settings}}))
