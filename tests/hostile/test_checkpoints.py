@@ -71,24 +71,18 @@ def lying_header(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 
 
-PROCESSOR = {"task": "text-generation", "model": "me/evil", "trust_remote_code": True}
+PIPELINE = {"image_processor_type": "pipeline", "model": "me/evil", "trust_remote_code": True}
+PIPELINE["task"] = "text-generation"
+KERNEL = {"model_type": "qwen3", "attn_implementation": "me/evil", "vocab_size": 99}
 WORDS = {"type": "WordLevel", "vocab": {"a": 4_000_000_000, "<unk>": 0}, "unk_token": "<unk>"}
 TOKENIZER = json.dumps({"version": "1.0", "model": WORDS})
 DAMAGES: dict[str, Damage] = {
-    "processor that is a pipeline": config(
-        "encoder", processor={"image_processor_type": "pipeline", **PROCESSOR}
-    ),
-    "processor with another preprocess": config(
-        "encoder", "processor", preprocess="x", __call__="y", resize=1
-    ),
+    "processor that is a pipeline": config("encoder", processor=PIPELINE),
+    "processor with other methods": config("encoder", "processor", preprocess="x", __call__="y", resize=1),
     "processor of giant images": config("encoder", "processor", size={"height": 10**9, "width": 10**9}),
     "remote code": remote_code,
     "a kernel of the Hub": config(*ENCODER, attn_implementation="me/evil-kernel"),
-    "a kernel for the decoder": config(
-        decoder={
-            "language_model": {"model_type": "qwen3", "attn_implementation": "me/evil", "vocab_size": 99}
-        }
-    ),
+    "a kernel for the decoder": config(decoder={"language_model": KERNEL}),
     "a backbone of the Hub": config(
         "encoder",
         model={"model_type": "timm_wrapper", "architecture": "resnet18", "use_pretrained_backbone": True},
@@ -131,11 +125,9 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder, good = (
-        tmp_path_factory.mktemp("checkpoints"),
-        save_captioner(tmp_path_factory.mktemp("made") / "c"),
-    )
-    for name, damage in {"good": Path.exists, **DAMAGES}.items():
+    folder = tmp_path_factory.mktemp("checkpoints")
+    good = save_captioner(tmp_path_factory.mktemp("made") / "c")
+    for name, damage in {"good": lambda folder: None, **DAMAGES}.items():
         shutil.copytree(good, folder / name)
         damage(folder / name)
     Path("/tmp/synth-was-here").unlink(missing_ok=True)

@@ -189,9 +189,7 @@ CaptionerModel.generate = counted
 """
 
 
-def test_two_processes_have_the_losses_and_scores_of_one_and_share_the_evaluations(
-    version: Version, tmp_path: Path, clip: str
-) -> None:
+def test_two_processes_have_the_results_of_one(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0, evaluations=1)
     train_captioner(version, config, tmp_path / "one")
     (tmp_path / "config.json").write_text(config.model_dump_json())

@@ -270,9 +270,7 @@ def test_request_of_lost_client_is_dropped(captioner: Captioner, monkeypatch: py
     assert len(written) == 2
 
 
-def test_text_that_ends_at_the_last_position_is_cut(
-    url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_last_position_ends_a_text(url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
     model = captioner.checkpoint.captioner
     num_tokens = model.encoder.count_states() + len(captioner.prompt("detailed"))
     monkeypatch.setattr(model.decoder, "max_positions", num_tokens + 2)

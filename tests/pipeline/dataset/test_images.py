@@ -41,9 +41,7 @@ def filled(folder: Path) -> ImageStore:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_images_are_read_in_requested_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, remote: bool
-) -> None:
+def test_images_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, remote: bool) -> None:
     monkeypatch.setattr(images, "GROUP_ROWS", 2)
     monkeypatch.setattr(images, "FILE_BYTES", 1)
     folder = parse_dataset_path(f"memory://store/{tmp_path.name}") if remote else tmp_path

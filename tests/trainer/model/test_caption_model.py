@@ -35,11 +35,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
                 save_language_model(root / kind, kind)
             decoder, tokenizer = load_decoder(str(root / kind))
             eos = tokenizer.eos_id
-        options: dict[str, Any] = {
-            "prompts": [("synthetic", "brief")],
-            "eos_id": eos,
-            "max_caption_tokens": 8,
-        }
+        options: Any = {"prompts": [("synthetic", "brief")], "eos_id": eos, "max_caption_tokens": 8}
         return build_captioner(load_encoder(encoders[kind]), decoder, **options).eval()
 
     return built
@@ -105,9 +101,7 @@ def test_greedy_tokens_have_the_lowest_loss_without_a_cache(build: Build, kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_that_do_not_fit_in_memory_are_an_error_with_a_hint(
-    build: Build, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_beyond_memory_give_a_hint(build: Build, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def exceed(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
