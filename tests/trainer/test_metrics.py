@@ -17,7 +17,8 @@ def random_corpus(seed: int, images: int = 60) -> Corpus:
     rng = random.Random(seed)
 
     def text() -> list[str]:
-        return rng.choices("a red blue circle square on the left of and".split(), k=rng.randint(1, 14))
+        words = ["a", "red", "blue", "circle", "square", "on", "the", "left", "of", "and"]
+        return rng.choices(words, k=rng.randint(1, 14))
 
     references = [[text() for _ in range(rng.randint(1, 5))] for _ in range(images)]
     hypotheses = [list(texts[0]) if rng.random() < 0.3 else text() for texts in references]
