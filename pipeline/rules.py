@@ -48,6 +48,8 @@ MIN_ANSWER_SCORE = 0.8
 # Minimum detector score for telling close languages apart.
 MIN_CLOSE_SCORE = 0.9
 MIN_WORDS_FOR_REPETITION = 12
+# Shorter answers may end with any word, as in "not very".
+MIN_WORDS_OF_ENDING = 4
 # Shorter sentences may occur more than once.
 MIN_WORDS_OF_SENTENCE = 4
 # Maximum share of repeated trigrams in a text that was read from the image.
@@ -76,9 +78,8 @@ _NOT_VISIBLE = pattern(
     before=r"(?!.*\b(?:according to|charts?|graphs?|diagrams?|slides?|pages?|timeline)\b).*?\b",
     after=r"\b",
 )
+_NOT_VISIBLE_WORDS = frozenset(WORDS["not_visible"].split())
 _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
-_ALTERNATIVES = pattern("alternatives", re.IGNORECASE)
-_TAUTOLOGY = pattern("tautology", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 _SENTENCE_END = re.compile(r"[.!?]\s+")
 
@@ -94,7 +95,6 @@ _UNREAD = pattern("unread", re.IGNORECASE)
 _ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
 _NO_WORDS = re.compile(r"[\W_]*")
 _ANOTHER_QUESTION = pattern("another_question", re.IGNORECASE)
-_WH_QUESTION = pattern("asking", re.IGNORECASE, before=r"\s*", after=r"\b")
 _HOW_MANY = re.compile(
     r"\b(?:how many|(?:what is|what's|count) the (?:total )?number of(?! (?:the|this|that)\b))\b",
     re.IGNORECASE,
@@ -240,7 +240,9 @@ def is_repetitive(row: RuleInput) -> bool:
     """Return True if words, sentences or characters repeat too often."""
     scores, config = row.scores, row.config
     has_many_repeats = scores.duplicate_trigram_frac > config.max_duplicate_trigram_frac
-    if has_many_repeats or scores.distinct_word_frac < config.min_distinct_word_frac:
+    half = len(row.words) // 2
+    is_double = half > 1 and row.words[0] == row.words[half] and row.words[:half] == row.words[half:]
+    if is_double or has_many_repeats or scores.distinct_word_frac < config.min_distinct_word_frac:
         return True
     for text, words in row.texts[:1] if row.main else row.texts:
         if artifacts.has_run(text) or artifacts.counts_on(words) or artifacts.stutters(text, words):
@@ -278,6 +280,14 @@ def is_other_language(row: RuleInput) -> bool:
     return scores.language_score >= (max(MIN_CLOSE_SCORE, min_score) if is_close else min_score)
 
 
+def is_cut_off(row: RuleInput) -> bool:
+    """Return True if a caption, or an answer of several words, ends in the middle of a sentence."""
+    text, words = row.texts[-1]
+    if not row.is_caption and (len(words) < MIN_WORDS_OF_ENDING or asks_to_read(row)):
+        return text.startswith('"') and text.count('"') == 1
+    return artifacts.is_cut_off(text, words)
+
+
 def asks_to_read(row: RuleInput) -> bool:
     """Return True if a question is about words in the image, so that any answer is possible."""
     return not _READING_WORDS.isdisjoint(row.words)
@@ -288,6 +298,8 @@ def _is_foreign_answer(row: RuleInput) -> bool:
     answer, words = row.texts[1]
     if not _NAMING_WORDS.isdisjoint(row.words) or not answer.replace(" ", "").rstrip(".").isalpha():
         return False
+    if language.has_foreign_words(words):
+        return True
     return answer.islower() and language.detect_short(answer, words) >= MIN_ANSWER_SCORE
 
 
@@ -320,13 +332,8 @@ def is_labeled(row: RuleInput) -> bool:
 
 def is_off_type(row: RuleInput) -> bool:
     """Return True if an answer is of another kind than the question asks for, such as a color for a place."""
-    if asks_to_read(row):
-        return False
-    if row.answer not in ("yes", "no"):
-        return bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
-    if _WH_QUESTION.match(row.main):
-        return True
-    return row.answer == "yes" and bool(_TAUTOLOGY.fullmatch(row.main) or _ALTERNATIVES.fullmatch(row.main))
+    is_judged = row.config.language == "en" and not asks_to_read(row)
+    return is_judged and bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
@@ -409,6 +416,12 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     ),
     "placeholder": lambda row: artifacts.is_placeholder(row.words),
     "label": is_labeled,
+    "no_description": lambda row: (
+        row.is_caption
+        and row.config.language == "en"
+        and row.style != HUMAN
+        and artifacts.is_no_description(row.main, row.words)
+    ),
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
     "unanswerable": is_unanswered,
     "personal_answer": lambda row: row.scores.redaction_count > 0 and row.answer in PERSONAL,
@@ -417,12 +430,16 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "keywords": lambda row: row.is_caption and "," in row.main and is_keyword_list(row),
     "repetitive": is_repetitive,
     "other_language": is_other_language,
-    "cut_off": lambda row: row.is_caption and artifacts.is_cut_off(row.main, row.words),
+    "cut_off": is_cut_off,
     "too_general": is_general,
     "unwanted_phrase": lambda row: (
         row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
-    "not_visible": lambda row: bool(_NOT_VISIBLE.match(row.main.lower())),
+    "not_visible": lambda row: (
+        row.config.language == "en"
+        and not _NOT_VISIBLE_WORDS.isdisjoint(row.words)
+        and bool(_NOT_VISIBLE.match(row.main.lower()))
+    ),
     "no_single_question": lambda row: bool(_ANOTHER_QUESTION.search(row.main) or _CHOICES.search(row.main)),
     "count_not_a_number": lambda row: (
         bool(_HOW_MANY.search(row.main)) and not _COUNT.fullmatch(row.answer or "")
@@ -459,7 +476,7 @@ READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
 TAG_RULES = {
     name: rule
     for name, rule in CAPTION_RULES.items()
-    if name not in ("other_language", "cut_off", "repetitive")
+    if name not in ("no_description", "other_language", "cut_off", "repetitive")
 } | {"keywords": is_no_tag_list}
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
 # The rules for records of custom tasks, whose texts may be a word, a code, or the text on a sign.
@@ -482,6 +499,10 @@ def _repeats_parts(text: str) -> bool:
         if max(starts.values()) > MAX_EQUAL_PARTS:
             return True
     parts = text.lower().split(", ")
+    if MAX_EQUAL_PARTS < len(parts) > len(text) / MAX_CHARACTERS_OF_STUB:
+        ends = Counter(part.rpartition(" ")[2] for part in parts)
+        if 3 * len({*parts}) <= 2 * len(parts) or max(ends.values()) > MAX_EQUAL_PARTS:
+            return True
     # Parts that name the same object begin with the same two letters (objects of one letter are ignored).
     if len(parts) <= MAX_EQUAL_PARTS or max(Counter(p[:2] for p in parts).values()) <= MAX_EQUAL_PARTS:
         return False

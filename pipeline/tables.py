@@ -224,7 +224,7 @@ ADDED = {
     "qa": pa.schema([BLIND, *_BOTH]),
 }
 ADDED_FIELDS = tuple(dict.fromkeys(name for schema in ADDED.values() for name in schema.names))
-SCORE_NAMES = tuple(name for name in ADDED_FIELDS if name not in (REJECTED.name, MODEL.name))
+SCORE_NAMES = tuple(name for name in ADDED_FIELDS if name not in (BLIND.name, REJECTED.name, MODEL.name))
 # Added fields that have another name in the annotation tables.
 ADDED_FROM = {"precision": "agreement", REJECTED.name: "rejected_text"}
 # An image in the encoding of `datasets`.

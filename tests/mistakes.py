@@ -105,7 +105,7 @@ MISTAKES = (
     Mistake("split misspelled", "export --split valid", "'valid' is not one of", "--split", code=2),
     Mistake(
         "two options for one key", "generate --source scenes --tasks qa --no-model",
-        "--no-model and --tasks exclude each other", "pass one",
+        "--no-model and --tasks cannot be combined", "pass one",
     ),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
     Mistake("encoder misspelled", "train --encoder tiny-vitt", "no encoder tiny-vitt", "tiny-vit or"),

@@ -1,4 +1,17 @@
+from collections.abc import Callable
+from typing import Any
+
 from pipeline.progress import NullProgress
+
+
+class Steps(NullProgress):
+    """Calls a function with the name of a step, the number of finished items, and the metrics."""
+
+    def __init__(self, call: Callable[[str, int, Any], object]) -> None:
+        self.call = call
+
+    def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
+        self.call(stage, done, metrics)
 
 
 class Notes(NullProgress):

@@ -184,8 +184,8 @@ def caption_images(
 ) -> CaptionedImages:
     """Write captions to the file `out`, or to text files next to the images if `out` is SIDECARS.
 
-    If `out` is None, rows are passed to `show`. Rows of an interrupted run and existing text files are kept.
-    Raises ConfigError if the file `out` exists.
+    If `out` is None, rows are passed to `show`. The draft of an interrupted run is continued, and existing
+    text files are kept. Raises ConfigError if the file `out` exists, or if the draft has other settings.
     """
 
     def show_rows(path: Path, texts: list[str]) -> int:

@@ -94,15 +94,15 @@ class TrainConfig(Section):
     decoder: str = "scratch"
     """`scratch`, `prefix`, `qwen3`, `smollm2`, a folder or a Hub id of a causal language model."""
     decoder_width: int = Field(default=192, ge=32)
-    """Width of a decoder from scratch."""
+    """Width of a decoder trained from scratch."""
     decoder_depth: int = Field(default=3, ge=1)
-    """Number of blocks of a decoder from scratch."""
+    """Number of blocks of a decoder trained from scratch."""
     decoder_heads: int = Field(default=6, ge=1)
-    """Number of attention heads of a decoder from scratch."""
+    """Number of attention heads of a decoder trained from scratch."""
     vocab_size: int = Field(default=4096, ge=300)
-    """Maximum size of the vocabulary of a decoder from scratch."""
+    """Maximum size of the vocabulary of a decoder trained from scratch."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Dropout of a decoder from scratch."""
+    """Dropout of a decoder trained from scratch."""
     text_source: Mixture = "synthetic"
     """Captions to learn: `synthetic`, `human` or `mixed`. The command uses those of the version."""
     text_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)

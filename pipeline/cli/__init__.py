@@ -97,7 +97,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-versions = typer.Typer(no_args_is_help=True, help="List versions, or free disk space.")
+versions = typer.Typer(no_args_is_help=True, help="List versions, or delete files to free disk space.")
 review = typer.Typer(
     no_args_is_help=True, help="Draw texts to judge, and make a new version from exported reviews."
 )

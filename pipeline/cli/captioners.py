@@ -39,7 +39,7 @@ def caption(
         problem = "the question is empty; leave out --question to get captions"
         raise BadParameter(problem, param_hint="--question")
     if style and question:
-        problem = "--style and --question exclude each other: an answer has no style"
+        problem = "--style and --question cannot be combined: an answer has no style"
         raise BadParameter(problem, param_hint="--style")
     folder = find_checkpoint(captioner)
     paths = find_images(images)

@@ -94,7 +94,7 @@ OPTIONS = (
     RunOption("--follow-links", bool, IMAGES, "Follow symlinks to files outside of the folder."),
     RunOption("--exclude", list[str], IMAGES,
         "Leave out the images of this source, e.g. flickr30k#test. Repeatable.", metavar="SOURCE[#SPLIT]"),
-    RunOption("--limit", int, IMAGES, "Stop after reading N images.", min=1, default="all, of scenes 1000",
+    RunOption("--limit", int, IMAGES, "Stop after reading N images.", min=1, default="all; 1000 for scenes",
         is_common=True),
     RunOption("--every", float, IMAGES, "Seconds between two frames of a video.", "frame_seconds",
         metavar="SECONDS", default="5"),
@@ -102,7 +102,7 @@ OPTIONS = (
     RunOption("--group-by", str, IMAGES, "Keep images of a folder or numbered series (prefix) in one split.",
         "split.group_by", metavar="folder|prefix"),
     RunOption("--tasks", str, TEXTS, "Tasks: caption, qa, deck_qa.", metavar="TASKS", read=read_names,
-        default="caption,qa, for decks deck_qa", is_common=True),
+        default="caption,qa; deck_qa for decks", is_common=True),
     RunOption(NO_MODEL, bool, TEXTS, "Make the dataset from human captions and questions only.", "tasks",
         value="none", is_common=True),
     RunOption("--task", list[Path], TEXTS,
@@ -117,7 +117,7 @@ OPTIONS = (
         metavar="CODE", default="en"),
     RunOption("--styles", str, TEXTS, "Styles: plain, detailed, dense, brief, alt, tags, ocr, or your own.",
         "generate.caption_styles", metavar="NAME,...", read=read_names, is_common=True,
-        default="plain,detailed, for scenes brief,detailed"),
+        default="plain,detailed; brief,detailed for scenes"),
     RunOption("--words", int, TEXTS, "Approximate number of words per caption.", "generate.caption_words",
         default="by style"),
     RunOption("--samples", int, TEXTS, "Candidates per caption style. The best one is kept.",
@@ -176,7 +176,7 @@ def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOpt
         if argument in (None, "", [], [""]):
             continue
         if option.key in origins:
-            problem = f"{option.flag} and {origins[option.key]} exclude each other"
+            problem = f"{option.flag} and {origins[option.key]} cannot be combined"
             raise ConfigError(problem, hint="pass one of them")
         section, _, name = option.key.rpartition(".")
         target = settings.setdefault(section, {}) if section else settings

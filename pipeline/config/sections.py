@@ -327,7 +327,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "ModelConfig":
         if self.engine == "embedded" and self.base_url:
-            raise ValueError("base_url and engine: embedded exclude each other")
+            raise ValueError("base_url and `engine: embedded` cannot be combined")
         if self.flags and (self.base_url or self.engine == "embedded"):
             raise ValueError("flags are for vLLM, but synth starts no server for this model")
         return self

@@ -44,7 +44,7 @@ class KnownTexts:
 
 
 def choose_known_texts(samples: Iterable[pa.RecordBatch], number: int, seed: int) -> dict[str, KnownTexts]:
-    """Return the known texts of the samples with the least hashes, by sample id."""
+    """Return the known texts of the `number` samples with the smallest hashes, by sample id."""
     rows = (row for batch in samples for row in batch.to_pylist())
     chosen = nsmallest(number, rows, key=lambda row: hash_to_unit(seed, row["sample_id"]))
     others = [*chosen[1:], *chosen[:1]] if len(chosen) > 1 else [{"references": []}]

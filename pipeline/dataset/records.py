@@ -18,7 +18,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest, file_digest, state_of
 from pipeline.errors import SynthError
 from pipeline.install import ROOT, installed_version, needed_packages
-from pipeline.storage.files import open_table, read_json, read_table, write_json
+from pipeline.storage.files import open_table, read_json, write_json
 from pipeline.storage.object_store import is_remote
 
 DONE, PREPARED = "done", "prepared"  # names of records
@@ -72,7 +72,7 @@ def read_record(shard: DatasetDir, step: str, which: str = DONE) -> dict[str, An
 def count_rows(shard: DatasetDir, step: str) -> tuple[int, dict[str, int]]:
     """Return the number of rows that a step kept, and the number of rejected rows by reason."""
     kept = open_table(shard.step_file(step)).metadata.num_rows
-    reasons = read_table(shard.step_file(step, "rejected"), columns=["reason"])["reason"]
+    reasons = open_table(shard.step_file(step, "rejected"), "reason").read(["reason"])["reason"]
     return kept, dict(Counter(reasons.to_pylist()).most_common())
 
 

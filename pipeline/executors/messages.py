@@ -127,8 +127,8 @@ def describe_losses(
             )
         if step and step.is_choice:
             continue
-        # Repeated images are not counted, since their texts are kept. Replaced texts have another chance, and
-        # conditions of the user are choices.
+        # Repeated images are no loss, because another row gets their texts. Nor are texts that the next model
+        # was asked to replace, or rejections that the settings ask for.
         wanted = [reason for reason in rejected if reason == REPEATED or is_no_loss(reason)]
         rows, lost = summary.input - sum(map(rejected.pop, wanted)), sum(rejected.values())
         if 2 * lost > rows:

@@ -1,6 +1,5 @@
 """Open a version on the Hub or in an object store: download it once, and check it against its manifest."""
 
-from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -52,13 +51,16 @@ def pull_version(name: str) -> Version:
             raise StoreError(f"{repo} is not a local folder, and the Hub has no version of it", hint=hint)
         fetch = partial(snapshot_download, repo, repo_type="dataset", allow_patterns=DOWNLOAD_PATTERNS)
         try:
-            # Without force, a second download would reuse the damaged files in the cache.
-            for force in (False, True):
-                folder = Path(fetch(revision=revision, force_download=force))
-                with nullcontext() if force else suppress(StoreError):
-                    version = read_version(folder)
-                    if not (damage := find_damage(version)):
-                        break
+            folder = Path(fetch(revision=revision))
+            try:
+                version = read_version(folder)
+            except StoreError:
+                fetch(revision=revision, allow_patterns=[MANIFEST], force_download=True)
+                version = read_version(folder)
+            if damage := find_damage(version):
+                # Without force, a second download would reuse the damaged files in the cache.
+                version = read_version(Path(fetch(revision=revision, force_download=True)))
+                damage = find_damage(version)
         except errors.RevisionNotFoundError:
             hint = f"versions there: {', '.join(_tags(repo)) or 'none'}"
             raise StoreError(f"{repo} has no version {requested}", hint=hint) from None

@@ -117,7 +117,7 @@ def _limited(answers: Iterator[Answer]) -> Iterator[Answer]:
     for format_name in ("JPEG", "PNG"):  # load the encoders while files can be opened
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format_name)
     limit_resources()
-    # No new descriptor is allowed, even after code that took over has closed one.
+    # Forbid new descriptors, even if malicious code in this process closes one first.
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     while True:
         allow_cpu()

@@ -67,7 +67,7 @@ def choose_engine(
 ) -> EngineChoice:
     """Choose the engine. `log` is the log file of a server that synth starts.
 
-    Raises ConfigError if the settings exclude each other, and EngineError if this machine cannot run the
+    Raises ConfigError if settings cannot be combined, and EngineError if this machine cannot run the
     model, or if the servers of --base-url do not answer.
     """
     if not config.asks_model:
@@ -113,7 +113,7 @@ def _output_affecting_flags(flags: tuple[str, ...]) -> str:
 def pick_engine(config: Config) -> tuple[str, str]:
     """Return the engine, `embedded` or `vllm`, and the reason for the choice."""
     if config.engine == "embedded" and config.base_url:
-        raise ConfigError("--base-url and --engine embedded exclude each other", hint="leave one of them out")
+        raise ConfigError("--base-url and --engine embedded cannot be combined", hint="leave one of them out")
     if config.engine != "auto":
         return config.engine, f"--engine {config.engine}"
     if config.base_url:

@@ -89,7 +89,7 @@ class MemoryPlan(NamedTuple):
 
 
 def choose_utilization(total_gib: float, free_gib: float) -> float:
-    """Return the share of a card for vLLM, which leaves FREE_GIB of the free memory."""
+    """Return the share of a card's memory for vLLM: at most MAX_UTILIZATION, and FREE_GIB stay free."""
     return floor(100 * min(MAX_UTILIZATION, (free_gib - FREE_GIB) / total_gib)) / 100
 
 

@@ -213,9 +213,10 @@ class KnownSample:
         return [text for text in (self.base, self.known.foreign) if text]
 
     def claims(self, claims: Mapping[str, list[Claim]], *, splits: bool) -> Iterator[tuple[str, Claim]]:
-        """Yield the known claims with their kinds. `claims` has the claims of the texts in `to_split`.
+        """Yield claims that are known to be true or false, with their kinds.
 
-        `splits` states whether the model found these claims, or a rule.
+        `claims` has the claims of the texts in `to_split`. `splits` is true if the model found these claims,
+        and false if rules found them.
         """
         if self.known.captions:
             yield from ((TRUE, claim) for claim in claims[self.base][:MAX_TRUTHS])

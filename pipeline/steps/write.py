@@ -144,7 +144,7 @@ def publish_shards(
     num_rows = sum(sum(part.counts.values()) for part in written)
     funnel = [*work.summaries, _summarize(num_rows, shards)]
     if funnel[-1].input != funnel[0].kept:
-        problem = f"the step write received {funnel[0].kept} images and returned {funnel[-1]}"
+        problem = f"the step `write` received {funnel[0].kept} images, but counted {funnel[-1].input}"
         raise TableError(problem, hint=BUG_HINT)
     all_rows = AllRows([shard.step_file("review") for shard in shards])
     images = (part.group_by(IMAGE).aggregate([]) for part in all_rows.batches(*IMAGE))

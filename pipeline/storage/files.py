@@ -135,7 +135,9 @@ def open_table(path: Path, *columns: str) -> pq.ParquetFile:
     """
     try:
         file = open_parquet(path)
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing", hint=_REMAKE) from None
+    except pa.ArrowInvalid as error:
         raise StoreError(f"{path} is damaged: {error}", hint=_REMAKE) from None
     if missing := set(columns) - set(file.schema_arrow.names):
         raise StoreError(f"{path} has no column {min(missing)}", hint=_REMAKE)

@@ -41,7 +41,7 @@ End of the notes.
 
 
 class Values(dict[str, Any]):
-    """Named values that a template reads as `row.title` or `row["title"]`, but not as one text."""
+    """Named values. A template reads them as `row.title` or `row["title"]`, and cannot print `row` itself."""
 
     def __str__(self) -> str:
         name = next(iter(self), "title")

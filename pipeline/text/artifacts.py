@@ -38,6 +38,12 @@ _CAPTION_LABEL = re.compile(
 _CHAT_START = pattern("chat_start", before=r"\s*")
 _CAPTION_START = pattern("caption_start", before=r"\W*")
 _CHAT = pattern("chat", before=r"\b")
+_OTHER_START = pattern("other_start", before=r"\W*+")
+# Most captions begin with one of these words, and no match does, so testing for them first is faster.
+_USUAL_STARTS = frozenset(WORDS["usual_starts"].split())
+_TOPICS = [name for name in WORDS if name.startswith("other_")]
+_OTHER = [(frozenset(WORDS[name].split()), pattern(name, before=r"\b")) for name in _TOPICS]
+_OTHER_WORDS = frozenset(word for words, _ in _OTHER for word in words)
 _LENGTH = pattern("length")
 _LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
@@ -107,6 +113,19 @@ def has_caption_label(text: str) -> bool:
     if (":" in text and _CAPTION_LABEL.match(text)) or _CAPTION_START.match(text.lower()):
         return True
     return "?" in text[-3:] and bool(_QUESTION_AT_END.search(text))
+
+
+def is_no_description(text: str, words: list[str]) -> bool:
+    """Return whether a caption is an order, an advertisement, an error message, a story or the like."""
+    if words[0] not in _USUAL_STARTS and _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
+        return True
+    if _OTHER_WORDS.isdisjoint(words):
+        return False
+    for sentence in sentences_with(_OTHER_WORDS, unquoted(text).lower().replace("\u2019", "'")):
+        found = _OTHER_WORDS.intersection(words_of(sentence))
+        if any(not hints.isdisjoint(found) and other.search(sentence) for hints, other in _OTHER):
+            return True
+    return False
 
 
 def is_chat(text: str, words: list[str]) -> bool:

@@ -27,6 +27,7 @@ IN_WORDS = {
     # filter
     "refusal": "the model declined, or saw no image",
     "junk": "markup, code or coordinates in the text",
+    "no_description": "an advertisement, a story, an order or another text that describes no image",
     "label": "a label, or a remark to the reader, in the text",
     "prompt_echo": "repeats the prompt",
     "unanswerable": "the answer says that there is no answer",
@@ -63,7 +64,6 @@ IN_WORDS = {
 SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
     "coverage": "share of the questions about the image that the caption alone answers correctly",
-    "answered_blind": "whether the model gave the answer of a question without the image, too",
     "logprob_mean": "mean log-probability of the tokens of the model's reply",
     "relevance": "judge's score, 1 to 5: describes the important parts of the image",
     "grounding": "judge's score, 1 to 5: everything stated is visible",

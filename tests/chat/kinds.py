@@ -15,8 +15,6 @@ Refusal = tuple[int, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerKind:
-    """The protocol of one kind of server."""
-
     name: str
     path: str = "/v1"
     # supported fields of a request body, which has no `uuid`; None: unknown fields are ignored

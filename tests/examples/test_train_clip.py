@@ -9,18 +9,6 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 from examples.scenes import train_clip
-from examples.scenes.train_clip import (
-    PLAIN,
-    WIDTH,
-    align_loss,
-    build_model,
-    build_processor,
-    change_attribute,
-    embed,
-    pool_cells,
-    step_data,
-    train_tokenizer,
-)
 from examples.scenes.training_steps import VisionHeads
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from pipeline.scenes.scene import VALUES, draw, sample_scene
@@ -49,12 +37,13 @@ def test_true_caption_scores_higher_than_one_with_a_wrong_word(clip: tuple[CLIPM
         rng = random.Random(f"{UNSEEN}:{index}")
         scene, name = sample_scene(rng), ATTRIBUTES[index % len(ATTRIBUTES)]
         pixels.append(np.array(draw(scene, rng)))
-        texts += [caption(scene, "detailed"), caption(change_attribute(scene, rng, name), "detailed")]
+        changed = train_clip.change_attribute(scene, rng, name)
+        texts += [caption(scene, "detailed"), caption(changed, "detailed")]
         names.append(name)
     images = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
     tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     with torch.inference_mode():
-        image_BD, text_TD = embed(model, images, tokens)
+        image_BD, text_TD = train_clip.embed(model, images, tokens)
     scores_B2 = torch.einsum("bd,btd->bt", image_BD, text_TD.view(len(images), 2, -1))
     for name, better in zip(names, (scores_B2[:, 0] > scores_B2[:, 1]).tolist(), strict=True):
         right[name].append(better)
@@ -64,14 +53,14 @@ def test_true_caption_scores_higher_than_one_with_a_wrong_word(clip: tuple[CLIPM
 
 def test_each_training_phase_has_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_clip, "BATCH", 4)
-    scenes, pixels, captions = step_data(0)
+    scenes, pixels, captions = train_clip.step_data(0)
     assert len(captions) == 4 * (1 + train_clip.HARD_NEGATIVES)
-    assert step_data(0)[2] == captions
-    tokenizer = train_tokenizer(captions)
-    processor, model = build_processor(tokenizer), build_model(tokenizer)
+    assert train_clip.step_data(0)[2] == captions
+    tokenizer = train_clip.train_tokenizer(captions)
+    processor, model = train_clip.build_processor(tokenizer), train_clip.build_model(tokenizer)
     images = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
-    cells = pool_cells(model.vision_model(images).last_hidden_state[:, 1:])
-    VisionHeads(WIDTH, PLAIN)(cells, scenes)[0].backward()
+    cells = train_clip.pool_cells(model.vision_model(images).last_hidden_state[:, 1:])
+    VisionHeads(train_clip.WIDTH, train_clip.PLAIN)(cells, scenes)[0].backward()
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
-    align_loss(*embed(model, images, tokens), model.logit_scale).backward()
+    train_clip.align_loss(*train_clip.embed(model, images, tokens), model.logit_scale).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -45,8 +45,6 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def link(name: str, target: str) -> Damage:
-    """Return a damage that replaces a file by a link."""
-
     def damage(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).symlink_to(target)
@@ -55,8 +53,6 @@ def link(name: str, target: str) -> Damage:
 
 
 def pipe(name: str) -> Damage:
-    """Return a damage that replaces a file by a named pipe."""
-
     def damage(folder: Path) -> None:
         (folder / name).unlink()
         os.mkfifo(folder / name)
@@ -99,10 +95,8 @@ def bounded_memory(max_bytes: int) -> Iterator[None]:
 
 
 def limit_memory(max_bytes: int) -> None:
-    """Limit the address space of this process."""
     resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
 
 
 def limit_more_memory(max_bytes: int) -> None:
-    """Limit the growth of this process's address space."""
     limit_memory(int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + max_bytes)

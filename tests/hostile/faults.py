@@ -29,8 +29,6 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a run, and its number of writes."""
-
     code: int
     output: str
     writes: int
@@ -71,7 +69,6 @@ class _Faults:
         setattr(owner, name, counted)
 
     def install(self) -> None:
-        """Wrap all functions that write."""
         for name in ("replace", "rename", "unlink", "remove", "mkdir", "rmdir", "fsync", "truncate"):
             self.wrap(os, name)
         self.wrap(os, "link", position=1)
@@ -104,7 +101,6 @@ def run(
 def _run_here(
     folder: Path, number: int, mode: str, arguments: Sequence[str], environment: dict[str, str]
 ) -> NoReturn:
-    """Run a command in this process, then exit."""
     log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
     code = 70
     try:

@@ -16,12 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.hostile import Damage, link, outcomes_of, pipe, require_harmless_outcome
-from tests.trainer.tiny_models import save_vit
-from trainer.model.caption_model import build_captioner
-from trainer.model.checkpoint import Checkpoint
-from trainer.model.decoder import DecoderConfig
-from trainer.model.encoder import load_encoder
-from trainer.tokenizer import TargetText, train_tokenizer
+from tests.trainer.test_captioner import save_captioner
 
 
 def config(*path: str, **values: Any) -> Damage:
@@ -76,24 +71,18 @@ def lying_header(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 
 
-PROCESSOR = {"task": "text-generation", "model": "me/evil", "trust_remote_code": True}
+PIPELINE = {"image_processor_type": "pipeline", "model": "me/evil", "trust_remote_code": True}
+PIPELINE["task"] = "text-generation"
+KERNEL = {"model_type": "qwen3", "attn_implementation": "me/evil", "vocab_size": 99}
 WORDS = {"type": "WordLevel", "vocab": {"a": 4_000_000_000, "<unk>": 0}, "unk_token": "<unk>"}
 TOKENIZER = json.dumps({"version": "1.0", "model": WORDS})
 DAMAGES: dict[str, Damage] = {
-    "processor that is a pipeline": config(
-        "encoder", processor={"image_processor_type": "pipeline", **PROCESSOR}
-    ),
-    "processor with another preprocess": config(
-        "encoder", "processor", preprocess="x", __call__="y", resize=1
-    ),
+    "processor that is a pipeline": config("encoder", processor=PIPELINE),
+    "processor with other methods": config("encoder", "processor", preprocess="x", __call__="y", resize=1),
     "processor of giant images": config("encoder", "processor", size={"height": 10**9, "width": 10**9}),
     "remote code": remote_code,
     "a kernel of the Hub": config(*ENCODER, attn_implementation="me/evil-kernel"),
-    "a kernel for the decoder": config(
-        decoder={
-            "language_model": {"model_type": "qwen3", "attn_implementation": "me/evil", "vocab_size": 99}
-        }
-    ),
+    "a kernel for the decoder": config(decoder={"language_model": KERNEL}),
     "a backbone of the Hub": config(
         "encoder",
         model={"model_type": "timm_wrapper", "architecture": "resnet18", "use_pretrained_backbone": True},
@@ -114,10 +103,8 @@ DAMAGES: dict[str, Damage] = {
     "an end token outside of the vocabulary": config(eos_id=10**9),
     "endless captions": config(max_caption_tokens=10**9),
     "100,000 beams": config(data={"decoding": {"num_beams": 100_000}}),
-    "beams that are a text": config(data={"decoding": {"num_beams": "many"}}),
     "a penalty that overflows": config(data={"decoding": {"length_penalty": 2000}}),
     "n-grams of 2.5 tokens": config(data={"decoding": {"no_repeat_ngram_size": 2.5}}),
-    "heads below zero": config("decoder", heads=-2),
     "config that is deep": file("config.json", b"[" * 100_000 + b"]" * 100_000),
     "config that is not JSON": file("config.json", b"\x80\x04K\x01."),
     "config that is a pipe": pipe("config.json"),
@@ -138,18 +125,9 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Load a good checkpoint and all damaged ones in one audited process."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    good = folder / "good"
-    good.mkdir()
-    texts = [TargetText("synthetic", f"A red ring number {n}.", style="brief") for n in range(50)]
-    tokenizer = train_tokenizer(texts, 300)
-    decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=32, depth=1, heads=2)
-    encoder = load_encoder(save_vit(tmp_path_factory.mktemp("vit")))
-    prompts = [("synthetic", "brief")]
-    model = build_captioner(encoder, decoder, prompts=prompts, eos_id=tokenizer.eos_id, max_caption_tokens=8)
-    Checkpoint(model, tokenizer).save(good)
-    for name, damage in DAMAGES.items():
+    good = save_captioner(tmp_path_factory.mktemp("made") / "c")
+    for name, damage in {"good": lambda folder: None, **DAMAGES}.items():
         shutil.copytree(good, folder / name)
         damage(folder / name)
     Path("/tmp/synth-was-here").unlink(missing_ok=True)

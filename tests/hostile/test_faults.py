@@ -41,7 +41,6 @@ def generate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ..
 
 @pytest.fixture(scope="module")
 def made(generate: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a finished dataset and a file of reviews."""
     folder = tmp_path_factory.mktemp("made")
     require_success(folder, *generate)
     rows = pq.read_table(folder / "data" / "steps" / "split" / "kept.parquet").to_pylist()
@@ -59,7 +58,6 @@ def require_success(folder: Path, *arguments: str) -> None:
 
 
 def sound_digests(folder: Path) -> list[str]:
-    """Check a dataset, and return the digests of its versions."""
     require_success(folder, "check", "data")
     return digests(folder)
 

@@ -18,29 +18,19 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from pipeline.dataset.card import metadata, render_card, render_model_card
-from pipeline.dataset.content import Content
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import run_synth
 from tests.hostile import LONG
 from tests.hostile.vectors import ALL
-from tests.pipeline.dataset.test_card import MANIFEST, sample
+from tests.pipeline.dataset.test_card import LEAKAGE, MANIFEST, MEASURED, sample
+from tests.pipeline.hub.test_package import captioner_of
 
-content = Content()
-content.add("A ring.", "a")
-CONTENT = content.result()
 FULL = MANIFEST | {
     "title": "A title",
     "acknowledged": ["flickr-terms"],
     "review": {"good": 1, "bad": 1, "edited": 1},
-    "measured": {
-        "captions": {"brief": CONTENT},
-        "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6, "entropy_bits": 1.0}},
-    },
-    "leakage": {
-        "compared_as": "photos", "near_bits": 70, "groups_of_images": 7, "near_held_out_annotations": 3,
-        "banned_images": 2,
-        "never": [{"name": "flickr30k#test", "revision": "abc", "images": 10, "unread": 1}],
-    },
+    "measured": MEASURED,
+    "leakage": LEAKAGE,
     "models": {"small": {"name": "m", "revision": "r", "license": "x"}},
     "ladder": [
         {"task": "caption", "model": "small"}
@@ -48,19 +38,8 @@ FULL = MANIFEST | {
     ],
     "price": [{"texts": "captions", "kept": 1, "requests": 1, "prompt_tokens": 1, "reply_tokens": 1}],
 }  # fmt: skip
-MODEL = {
-    "config": {
-        "prompts": [["synthetic", "brief"]],
-        "data": {"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "d" * 64},
-    },
-    "train": {"encoder": "vit", "decoder": "scratch"},
-    "metrics": {
-        "parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references",
-        "scores": {"cider_d": 1.0},
-        "shuffled_scores": {"cider_d": 0.5}, "shown": [{"caption": "a", "references": ["b"]}],
-    },
-    "digest": "d" * 64,
-}  # fmt: skip
+MODEL = captioner_of({"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "d" * 64})
+MODEL["digest"] = "d" * 64
 # versions with other values are rejected
 FIXED = {"tasks", "columns", "features", "files", "rows", "licenses"}
 ALLOWED_TAGS = {
@@ -150,7 +129,7 @@ def test_texts_and_keys_are_escaped_in_the_card() -> None:
         keys = FULL | {
             "prompts": {vector: vector}, "schemas": {vector: {vector: vector}},
             "funnel": [{"step": vector, "unit": vector, "input": 9, "kept": 8, "rejected": {vector: 1}}],
-            "measured": {"captions": {vector: CONTENT}},
+            "measured": {"captions": {vector: MEASURED["captions"]["brief"]}},
         }  # fmt: skip
         require_harmless(render_card(keys, [texts]), plain)
         names = {"name": vector, "revision": vector}

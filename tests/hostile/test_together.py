@@ -45,7 +45,6 @@ def chat() -> Iterator[ChatServer]:
 
 @pytest.fixture(scope="module")
 def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a finished dataset and reviews for it."""
     home = tmp_path_factory.mktemp("together")
     (home / "photos").mkdir()
     for number in range(12):

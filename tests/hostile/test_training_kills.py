@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 
 import trainer.features
 from pipeline.dataset.version import FEATURES, Version
-from pipeline.progress import NullProgress
 from tests.hostile import part_of
+from tests.notes import Steps
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
@@ -36,18 +36,6 @@ MOMENTS = [
 ]  # fmt: skip
 
 
-class Progress(NullProgress):
-    """Calls a function with the name and the number of each step."""
-
-    def __init__(self, at_step: Callable[[str, int], object]) -> None:
-        self._at_step = at_step
-
-    def __call__(
-        self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None
-    ) -> None:
-        self._at_step(step, done)
-
-
 def train_until(moment: str, number: int, version: Version, config: TrainConfig, out: Path) -> int:
     """Train in a forked process that sends itself a signal, and return its exit code.
 
@@ -57,7 +45,7 @@ def train_until(moment: str, number: int, version: Version, config: TrainConfig,
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     saves: Counter[str] = Counter()
 
-    def die_at(step: str, done: int) -> None:
+    def die_at(step: str, done: int, metrics: Any = None) -> None:
         if f"{step} {done}" == moment:
             os.kill(os.getpid(), number)
 
@@ -80,7 +68,7 @@ def train_until(moment: str, number: int, version: Version, config: TrainConfig,
     ):
         setattr(owner, attribute, die_in(name, getattr(owner, attribute), file))
     try:
-        train_captioner(version, config, out, progress=Progress(die_at))
+        train_captioner(version, config, out, progress=Steps(die_at))
     except KeyboardInterrupt:
         os._exit(INTERRUPTED)
     finally:
@@ -89,7 +77,6 @@ def train_until(moment: str, number: int, version: Version, config: TrainConfig,
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, TrainConfig, Path]:
-    """Return a version, settings, and the folder of an undisturbed training."""
     root = tmp_path_factory.mktemp("world")
     version, _ = make_version(root / "data", scene_samples(40))
     config = TrainConfig(encoder=save_clip(root / "clip"), **CONFIG)
@@ -111,7 +98,7 @@ def test_killed_training_resumes_to_same_files(
     reached = max((line["step"] for line in read_log(out / "log.jsonl")), default=0)
     is_saved = (out / "resume.pt").exists()
     steps: list[int] = []
-    progress = Progress(lambda step, done: steps.append(done) if step == "train" else None)
+    progress = Steps(lambda step, done, _: steps.append(done) if step == "train" else None)
     train_captioner(version, config, out, resume=is_saved, progress=progress)
     first = steps[0] if steps else 16  # a signal at step 14 may arrive after the last step
     assert 0 <= reached - (first - 1) <= (SAVE_EVERY if number == KILL else 0), (reached, first)

@@ -20,8 +20,6 @@ from tests.scene_data import make_version, pulled, scene_samples
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Damage:
-    """Return a damage that changes the manifest."""
-
     def damage(folder: Path) -> None:
         values = json.loads((folder / "manifest.json").read_text())
         change(values)
@@ -100,7 +98,7 @@ for _ in range(500):
     DEEP = [DEEP]
 BROKEN_KEYS = (
     "columns", "features", "rows", "files", "funnel", "config", "source", "licenses", "measured",
-    "table_version", "audit", "checks", "price", "ladder",
+    "table_version", "audit", "checks", "price", "ladder", "leakage", "review",
 )  # fmt: skip
 BROKEN_VALUES: dict[str, Any] = {
     "null": None, "a number": 7, "a text": "x", "a list": [[1]], "a map": {"x": {"y": 1}},
@@ -127,8 +125,6 @@ DAMAGES: dict[str, Damage] = {
     },
     "rejections that are null": manifest(lambda m: m.update(rejections=None)),
     "measures that are numbers": manifest(lambda m: m.update(measured={"captions": {"brief": 5}})),
-    "leakage that is a number": manifest(lambda m: m.update(leakage=5)),
-    "review of texts": manifest(lambda m: m.update(review={"good": "many"})),
     "filters that are texts": manifest(lambda m: m["config"].update(filter="none")),
     "manifest without a digest": manifest(lambda m: m.pop("digest")),
     "digest that is a path": manifest(lambda m: m.update(digest="../../etc")),
@@ -178,12 +174,10 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Read a good version and all damaged ones in one audited process."""
     made, _ = make_version(tmp_path_factory.mktemp("made"), scene_samples(12))
     version = pulled(made, tmp_path_factory.mktemp("home") / "pulled")
     folder, out = tmp_path_factory.mktemp("versions"), tmp_path_factory.mktemp("out")
-    shutil.copytree(version.path, folder / "good")
-    for name, damage in DAMAGES.items():
+    for name, damage in {"good": lambda folder: None, **DAMAGES}.items():
         shutil.copytree(version.path, folder / name)
         damage(folder / name)
     return outcomes_of("versions", folder, out)
@@ -195,8 +189,6 @@ def test_hostile_version_gives_result_or_one_error(name: str, outcomes: dict[str
 
 
 @pytest.mark.parametrize("name", INVALID_RESULTS)
-def test_manifest_with_invalid_results_is_refused_when_it_is_opened(
-    name: str, outcomes: dict[str, Any]
-) -> None:
+def test_manifest_with_invalid_results_is_refused(name: str, outcomes: dict[str, Any]) -> None:
     assert [*outcomes[name]["results"]] == ["open"]
     assert outcomes[name]["results"]["open"].startswith("error: not a version")

@@ -40,14 +40,11 @@ class Fault:
 
 
 class HubError(Exception):
-    """An error response."""
-
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
 
     def answer(self) -> Response:
-        """Return the error in the form that clients expect."""
         headers = {"X-Error-Code": self.code, "X-Error-Message": self.message}
         return JSONResponse({"error": self.message}, self.status, headers)
 
@@ -75,7 +72,6 @@ class Hub:
         self.routes = [(method, re.compile(path), handler) for method, path, handler in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or apply the first matching fault."""
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
@@ -119,27 +115,23 @@ class Hub:
         raise HubError(404, "NotFound", f"no such route: {request.method} {path}")
 
     def token(self, request: Request) -> str | None:
-        """Return the token of a request. Raises HubError if it is unknown."""
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         if token not in (TOKEN, ""):
             raise HubError(401, "Unauthorized", "Invalid user token.")
         return token or None
 
     def repo(self, request: Request, kind: str, repo: str) -> Repo:
-        """Return a repository. Raises HubError if it is missing, or is private and there is no token."""
         repository, token = self.storage.repos.get((KINDS[kind], repo)), self.token(request)
         if repository is None or (repository.private and token is None):
             raise HubError(404 if token else 401, "RepoNotFound", "Repository not found")
         return repository
 
     def writable(self, request: Request, kind: str, repo: str) -> Repo:
-        """Return a repository to write to. Raises HubError without a token."""
         if self.token(request) is None:
             raise HubError(401, "Unauthorized", "a token is needed to write")
         return self.repo(request, kind, repo)
 
     def commit_at(self, repo: Repo, revision: str) -> Commit:
-        """Return the commit of a revision. Raises HubError if it is missing."""
         commit = repo.resolve(revision)
         if commit is None:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -153,7 +145,6 @@ def _drop(send: Send, fault: Fault) -> None:
 
 
 async def info(hub: Hub, request: Request, kind: str, repo: str, revision: str = "main") -> Response:
-    """Describe a repository at a revision."""
     repository = hub.repo(request, kind, repo)
     commit = hub.commit_at(repository, revision)
     fields = {
@@ -179,7 +170,6 @@ def _card(hub: Hub, commit: Commit) -> dict[str, object]:
 
 
 async def refs(hub: Hub, request: Request, kind: str, repo: str) -> Response:
-    """List branches, tags, and conversion branches."""
     repository = hub.repo(request, kind, repo)
     converts = {name: oid for name, oid in repository.branches.items() if name.startswith("refs/convert/")}
     branches = {name: oid for name, oid in repository.branches.items() if name not in converts}
@@ -211,7 +201,6 @@ async def tree(hub: Hub, request: Request, kind: str, repo: str, revision: str, 
 
 
 async def paths_info(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Describe the named files that exist."""
     files = hub.commit_at(hub.repo(request, kind, repo), revision).files
     paths = parse_qs((await request.body()).decode())["paths"]
     return JSONResponse([files[path].entry(path) for path in paths if path in files])

@@ -16,8 +16,6 @@ from tests.hub.storage import Storage
 
 @dataclass(frozen=True)
 class RunningHub:
-    """A server that answers at `endpoint`."""
-
     hub: Hub
     endpoint: str
 
@@ -38,7 +36,6 @@ class RunningHub:
 
 @contextmanager
 def running_hub(root: Path) -> Iterator[RunningHub]:
-    """Serve on a free port of loopback while the block runs."""
     hub = Hub(Storage(root))
     config = uvicorn.Config(hub, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
     server = uvicorn.Server(config)

@@ -24,8 +24,6 @@ class File:
 
 @dataclass(frozen=True)
 class Commit:
-    """One state of a repository."""
-
     oid: str
     parent: str | None
     title: str
@@ -35,8 +33,6 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository with its branches and tags."""
-
     kind: str
     id: str
     private: bool
@@ -46,7 +42,6 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, title: str, files: dict[str, File], message: str = "") -> Commit:
-        """Add a commit on a branch."""
         parent = self.branches.get(branch)
         content = repr((self.kind, self.id, parent, title, len(self.commits), sorted(files.items())))
         commit = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files, message)
@@ -61,8 +56,6 @@ class Repo:
 
 
 class Storage:
-    """All repositories, and their files by sha256."""
-
     def __init__(self, root: Path) -> None:
         self.root = root
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -72,7 +65,6 @@ class Storage:
         return self.root / sha256
 
     def put(self, data: bytes) -> File:
-        """Store a small file."""
         sha256 = hashlib.sha256(data).hexdigest()
         self.path(sha256).write_bytes(data)
         git_oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's blob id

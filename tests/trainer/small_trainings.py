@@ -1,6 +1,7 @@
 """Small trainings: their settings and results."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import trainer.loop
+import trainer.training
 from pipeline.dataset.version import Version
 from trainer.config import TrainConfig
 from trainer.runtime.training_state import read_log, save_resume
@@ -38,11 +40,22 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
 def train_until_saved(
     version: Version, config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupt a training after its first saved state."""
     interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_captioner(version, config, folder)
     monkeypatch.undo()
+
+
+def script_scores(monkeypatch: pytest.MonkeyPatch, scores: Iterable[float], evaluations: int = 30) -> None:
+    """Give evaluations during a training these scores, and its test the score `{}`."""
+    remaining = iter(scores)
+
+    def evaluate(*_: Any) -> dict[str, Any]:
+        return {"images": 2, "scores": {"cider_d": next(remaining)}, "shuffled_scores": {"cider_d": 0.0}}
+
+    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", evaluations)
+    monkeypatch.setattr(trainer.loop, "evaluate", evaluate)
+    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
 
 
 def weights(folder: Path) -> bytes:
@@ -54,7 +67,6 @@ def losses(folder: Path) -> list[float]:
 
 
 def only(texts: TextBatch, number: int) -> TextBatch:
-    """Return a batch with one of the texts."""
     return TextBatch(*(getattr(texts, field.name)[[number]] for field in fields(TextBatch)))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, ImageError
-from pipeline.progress import NullProgress
 from pipeline.types import Sample
+from tests.notes import Steps
 from tests.pipeline.images.test_similarity import photo
 from tests.pipeline.sources.reading import open_folder
 from tests.trainer.test_captioner import save_captioner
@@ -32,17 +32,6 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-class Stop(NullProgress):
-    """Interrupts a run after `after` images, like Ctrl-C."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
-        if done == self.after:
-            raise KeyboardInterrupt
-
-
 def run(
     model: Path, names: list[str], out: Path | None, stop: int = -1, **more: Any
 ) -> tuple[list[tuple[Path, ImageError]], list[dict[str, Any]], list[Path]]:
@@ -57,11 +46,15 @@ def run(
             seen.append(path)
             yield path, text
 
+    def interrupt(stage: str, done: int, metrics: Any) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
     captioner.stream = watched  # type: ignore[assignment, method-assign]
     settings: dict[str, Any] = {"styles": ("brief",), "batch_size": 2} | more
     job = CaptionTask(captioner, find_images(names), **settings)
     try:
-        unread = caption_images(job, out, model, Stop(stop), rows.append).unread
+        unread = caption_images(job, out, model, Steps(interrupt), rows.append).unread
     except KeyboardInterrupt:
         unread = []
     return unread, rows, seen
@@ -72,9 +65,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("cut_bytes", [0, 9])  # the last row may be incomplete
-def test_interrupted_run_resumes_to_the_same_file(
-    model: Path, photos: Path, tmp_path: Path, cut_bytes: int
-) -> None:
+def test_interrupted_run_makes_same_file(model: Path, photos: Path, tmp_path: Path, cut_bytes: int) -> None:
     name = "c.jsonl"
     _, shown, _ = run(model, [str(photos)], None)
     run(model, [str(photos)], tmp_path / "whole" / name)
@@ -144,9 +135,7 @@ def test_damaged_draft_is_reported(lines: list[str], problem: str | None, tmp_pa
         assert done == set()
 
 
-def test_text_file_has_a_line_per_style_and_an_existing_one_is_kept(
-    model: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_text_file_has_a_line_per_style_and_is_kept(model: Path, photos: Path, tmp_path: Path) -> None:
     _, shown, _ = run(model, [str(photos)], None, styles=("brief", "detailed"))
     by_image: dict[str, list[str]] = {}
     for row in shown:

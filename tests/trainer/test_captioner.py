@@ -19,6 +19,7 @@ from trainer.model.caption_model import build_captioner
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
+from trainer.model.language_model import new_decoder
 from trainer.prompts import STYLES
 from trainer.tokenizer import TargetText, train_tokenizer
 
@@ -26,20 +27,28 @@ PROMPTS = [("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 
 
 def save_captioner(
-    folder: Path, prompts: list[tuple[str, str]] = PROMPTS, seed: int = 4, **encoder_options: Any
+    folder: Path,
+    prompts: list[tuple[str, str]] = PROMPTS,
+    seed: int = 4,
+    decoder: str = "scratch",
+    strength: float = 6,
+    max_caption_tokens: int = 8,
 ) -> Path:
     """Save a captioner with large random weights, so that captions differ between images."""
     learned = [(source, style) for source, style in prompts if style]
     sentences = [f"A dog, number {n}." for n in range(30)]
     texts = [TargetText(source, text, style=style) for text in sentences for source, style in learned]
     tokenizer = train_tokenizer([*texts, TargetText("synthetic", "two", question="How many?")], 400)
-    decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=32, depth=2, heads=4)
-    encoder = load_encoder(save_vit(folder.with_name(f"{folder.name}-vit")), **encoder_options)
+    sizes = {"width": 32, "depth": 2, "heads": 4}
+    config: Any = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), **sizes)
+    if decoder == "prefix":
+        config, tokenizer = new_decoder(tokenizer, **sizes)
+    encoder = load_encoder(save_vit(folder.with_name(f"{folder.name}-vit")))
     # Saving the encoder has changed the random state.
     torch.manual_seed(seed)
-    settings = {"prompts": prompts, "eos_id": tokenizer.eos_id, "max_caption_tokens": 8}
-    captioner = build_captioner(encoder, decoder, **settings)
-    strengthen(captioner, 6)
+    settings = {"prompts": prompts, "eos_id": tokenizer.eos_id, "max_caption_tokens": max_caption_tokens}
+    captioner = build_captioner(encoder, config, **settings)
+    strengthen(captioner, strength)
     folder.mkdir()
     Checkpoint(captioner, tokenizer).save(folder)
     return folder
@@ -60,9 +69,7 @@ def test_pil_image_path_and_bytes_give_the_same_caption(captioner: Captioner, tm
     assert image.size == photo(3).size
 
 
-def test_styles_questions_and_beams_change_the_text(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_style_question_and_beams_change_text(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [photo(number) for number in range(6)]
     assert captioner.styles == ["brief", "detailed"]
     assert captioner.usual_style == "brief"
@@ -131,9 +138,7 @@ def test_image_may_change_after_it_was_passed(captioner: Captioner, tmp_path: Pa
         assert captioner.caption(ImageSequence.Iterator(animation), batch_size=2) == texts
 
 
-def test_captioner_without_captions_or_invalid_number_is_refused(
-    captioner: Captioner, tmp_path: Path
-) -> None:
+def test_captioner_without_captions_or_bad_number_is_refused(captioner: Captioner, tmp_path: Path) -> None:
     asked = Captioner.from_pretrained(save_captioner(tmp_path / "c", [("synthetic", "")]), device="cpu")
     with pytest.raises(TrainError, match="was trained only on questions"):
         asked.caption(photo(1))

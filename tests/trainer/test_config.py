@@ -32,9 +32,8 @@ def test_differences_to_a_finished_run_are_listed(tmp_path: Path) -> None:
     changed = config.model_copy(update={"steps": 60, "decoder_lr": 0.5, "preset": "photos"})
     listed = describe_difference(tmp_path, changed)
     assert listed == "other settings (decoder_lr null, now 0.5, steps 50, now 60)"
-    assert describe_difference(tmp_path, config.model_copy(update={"preset": "photos"})).startswith(
-        "other data"
-    )
+    renamed = config.model_copy(update={"preset": "photos"})
+    assert describe_difference(tmp_path, renamed).startswith("other data")
     (tmp_path / "train.json").write_text("?")
     assert describe_difference(tmp_path, config) == "other settings or data"
 
@@ -113,9 +112,7 @@ def test_stages_are_shares_of_the_steps_and_epochs_become_steps() -> None:
         ({"decoder": "qwen3"}, "the preset photos does not fit the decoder qwen3"),
     ],
 )
-def test_settings_that_exclude_each_other_are_refused(
-    tmp_path: Path, flags: dict[str, Any], problem: str
-) -> None:
+def test_settings_that_contradict_are_refused(tmp_path: Path, flags: dict[str, Any], problem: str) -> None:
     (tmp_path / "c.yaml").write_text("preset: photos\n")
     with pytest.raises(ConfigError, match=problem):
         resolve(tmp_path / "c.yaml", **flags)

@@ -94,9 +94,7 @@ def test_full_disk_raises_an_error_before_images_are_encoded(
 
 
 @pytest.mark.parametrize("name", ["lock", "ids.bin", "states.bin"])
-def test_link_in_a_store_is_refused(
-    encoder: Encoder, examples: list[Example], tmp_path: Path, name: str
-) -> None:
+def test_linked_file_is_refused(encoder: Encoder, examples: list[Example], tmp_path: Path, name: str) -> None:
     store_features(encoder, examples, tmp_path / "features", CPU, QUIET)
     (store,) = (tmp_path / "features").iterdir()
     (tmp_path / "precious").write_text("of the user")

@@ -11,7 +11,7 @@ import pipeline.dataset.images
 import pipeline.dataset.shards
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
-from pipeline.tables import SAMPLE_IMAGES
+from pipeline.tables import ROW, SAMPLE_IMAGES
 from tests.scene_data import make_version, pulled, sample_table, scene_samples
 from trainer.image_index import StoredImage, map_images
 
@@ -29,7 +29,6 @@ def version(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def files(version: Version, split: str) -> list[Path]:
-    """Return the files with the images of a split."""
     return version.shards(split) if version.holds_pixels else version.store.paths()
 
 
@@ -60,14 +59,8 @@ def test_images_of_compressed_shards_are_read_into_memory(version: Version) -> N
 
 
 def test_equal_and_empty_images_are_located(tmp_path: Path) -> None:
-    rows = [
-        {"sample_id": str(n), "image": {"bytes": data, "path": None}}
-        for n, data in enumerate((b"abc", b"abc", b"", b"xabc"))
-    ]
-    schema = pa.schema(
-        {"sample_id": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}
-    )
-    table = pa.Table.from_pylist(rows, schema=schema)
+    cells = [{"bytes": data, "path": None} for data in (b"abc", b"abc", b"", b"xabc")]
+    table = pa.table({"sample_id": ["0", "1", "2", "3"], "image": pa.array(cells, ROW.field("image").type)})
     pq.write_table(table, tmp_path / "test-00000.parquet", compression="none", use_dictionary=False)
     manifest = {"version": "v1.0.0", "columns": ["sample_id", "image"], "files": {"test-00000.parquet": {}}}
     version = Version(tmp_path, manifest)
@@ -75,7 +68,6 @@ def test_equal_and_empty_images_are_located(tmp_path: Path) -> None:
 
 
 def flip_images(shard: Path) -> None:
-    """Change a byte of the first image of a shard."""
     content = bytearray(shard.read_bytes())
     at = content.find(b"\x89PNG") + 40
     content[at] ^= 1

@@ -65,11 +65,9 @@ def write(checkpoint: Checkpoint, version: Version) -> list[list[int]]:
 def test_continued_captioner_writes_the_same_captions_before_its_first_step(
     kind: str, version: Version, started: dict[str, Path]
 ) -> None:
-    decoder = {"scratch": "scratch", "prefix": "prefix", "language_model": "a model"}[kind]
-    first, continued = (
-        load_checkpoint(started[kind], CPU),
-        build(version, init=str(started[kind]), decoder=decoder),
-    )
+    decoder = "a model" if kind == "language_model" else kind
+    first = load_checkpoint(started[kind], CPU)
+    continued = build(version, init=str(started[kind]), decoder=decoder)
     captions = write(first, version)
     assert write(continued, version) == captions and any(captions)
     before, after = first.captioner.config, continued.captioner.config
@@ -78,9 +76,7 @@ def test_continued_captioner_writes_the_same_captions_before_its_first_step(
     assert after.data["init"]["data"] == before.data and after.data["texts"] == "human"
 
 
-def test_continued_tokenizer_keeps_ids_and_gets_a_token_per_new_source(
-    version: Version, started: dict[str, Path]
-) -> None:
+def test_continued_tokenizer_keeps_ids_and_adds_sources(version: Version, started: dict[str, Path]) -> None:
     first = load_checkpoint(started["scratch"], CPU).tokenizer.backend
     continued = build(version, init=str(started["scratch"])).tokenizer.backend
     added = continued.get_vocab().keys() - first.get_vocab().keys()
@@ -88,9 +84,7 @@ def test_continued_tokenizer_keeps_ids_and_gets_a_token_per_new_source(
     assert continued.get_vocab() == first.get_vocab() | {"<human>": first.get_vocab_size()}
 
 
-def test_training_continues_with_adapters_or_a_trainable_encoder(
-    version: Version, started: dict[str, Path]
-) -> None:
+def test_continued_training_may_add_adapters_or_encoder(version: Version, started: dict[str, Path]) -> None:
     adapted = build(version, init=str(started["language_model"]), decoder="a model", lora_rank=2)
     assert any("lora" in name for name in adapted.captioner.decoder.state_dict())
     trainable = build(version, init=str(started["scratch"]), encoder_lr=1e-5).captioner.encoder
@@ -102,13 +96,8 @@ def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_
 ) -> None:
     own = shutil.copytree(started["scratch"], tmp_path / "own")
     train(version, init=str(own), out=tmp_path / "next", **NEXT)
-    settings: dict[str, Any] = {
-        "encoder": "tiny-clip",
-        "decoder": "scratch",
-        "decoder_width": 64,
-        "decoder_depth": 1,
-    }
-    train(version, out=tmp_path / "new", **NEXT, **settings, decoder_heads=2)
+    sizes: Any = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
+    train(version, out=tmp_path / "new", encoder="tiny-clip", decoder="scratch", **sizes, **NEXT)
     assert losses(tmp_path / "next")[0] < losses(tmp_path / "new")[0] - 0.5
     finished = (tmp_path / "next/model.safetensors").read_bytes()
     train(version, init=str(own), out=tmp_path / "next", **NEXT)
@@ -119,9 +108,7 @@ def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_
         train(version, init=str(own), out=tmp_path / "next", **NEXT)
 
 
-def test_first_data_of_another_source_is_reported(
-    version: Version, started: dict[str, Path], tmp_path: Path
-) -> None:
+def test_data_of_other_source_is_reported(version: Version, started: dict[str, Path], tmp_path: Path) -> None:
     """It may include the test images."""
     config = TrainConfig.model_validate(NEXT | {"init": str(started["scratch"])})
     notes = Notes()

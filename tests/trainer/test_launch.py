@@ -13,7 +13,7 @@ from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
 from tests.scene_data import make_version, scene_samples
 from trainer.config import TrainConfig, resolve
-from trainer.launch import open_version, plan_training, train
+from trainer.launch import choose_encoder, open_version, plan_training, train
 
 OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
 
@@ -37,7 +37,6 @@ def test_default_settings_and_folder_depend_on_the_data(version: Version) -> Non
 
 
 def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path: Path) -> None:
-    """Such as the files of an encoder or a dataset."""
     for name in ("config.json", "photo.jpg"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
@@ -53,9 +52,7 @@ def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path:
     assert plan(version, tmp_path / "empty")[1] == tmp_path / "empty"
 
 
-def test_interrupted_training_resumes_with_its_settings_only_on_request(
-    version: Version, tmp_path: Path
-) -> None:
+def test_interrupted_training_resumes_as_it_was_only_on_request(version: Version, tmp_path: Path) -> None:
     interrupt(tmp_path, resolve(None, **OPTIONS, seed=9, steps=3))
     with pytest.raises(ConfigError, match="has an interrupted training run") as refused:
         plan(version, tmp_path)
@@ -71,13 +68,23 @@ def test_interrupted_training_resumes_with_its_settings_only_on_request(
     shutil.rmtree(default.parent)
 
 
-def test_data_is_opened_by_folder_version_or_hub_name(
-    version: Version, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_is_opened_by_folder_version_or_name(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_version(version) is version
     assert open_version(version.dataset_dir) == open_version(f"{version.dataset_dir}@v1.0.0") == version
     monkeypatch.setattr(trainer.launch, "pull_version", {"me/scenes@v1.0.0": version}.__getitem__)
     assert open_version("me/scenes@v1.0.0") is version
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise ConnectionError("offline")
+
+
+def test_tiny_clip_is_the_offline_fallback_for_drawn_scenes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.launch, "snapshot_download", refuse)
+    said: list[str] = []
+    assert choose_encoder(said.append, is_drawn=True) == "tiny-clip" and len(said) == 1
+    with pytest.raises(TrainError, match="clip-vit-base-patch32"):
+        choose_encoder(said.append, is_drawn=False)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +93,6 @@ def test_data_is_opened_by_folder_version_or_hub_name(
 def test_model_that_cannot_be_downloaded_is_reported_before_a_folder_is_made(
     factor: str, model: str, version: Version, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("offline")
-
     monkeypatch.setattr(trainer.launch, "snapshot_download", refuse)
     monkeypatch.setattr(trainer.launch, "plan_training", None)  # imports torch
     with pytest.raises(TrainError, match="does not answer: offline") as caught:

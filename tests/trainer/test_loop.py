@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from pipeline.progress import NullProgress
+from tests.notes import Steps
 from tests.trainer.small_trainings import CPU, PROCESS, TWO_PROCESSES, losses, replace
 from trainer.data import choose_examples, examples_in, texts_of
 from trainer.evaluate import evaluate
@@ -39,7 +39,6 @@ def small_trainer(version: Version, clip: str) -> Trainer:
 
 
 def test_four_images_are_memorized(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Overfitting shows that images, texts and gradients are connected."""
     four = examples_in(version, "train")[:4]
     monkeypatch.setattr(trainer.data, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
@@ -64,16 +63,13 @@ def test_micro_batches_do_not_change_the_loss(version: Version, tmp_path: Path, 
 def test_text_weights_depend_on_style_and_source(version: Version, clip: str) -> None:
     weights = {"detailed": 0.25, "human": 3.0, "answer": 0.0}
     loader = trainer_of(version, encoder=clip, text_source="mixed", text_weights=weights).loader
-    examples = loader.examples
-    (batch,) = loader.load(examples[:3]).micro_batches
+    examples = loader.examples[:3]
+    loaded = loader.load(examples)
+    (batch,) = loaded.micro_batches
     expected = {("human", "brief"): 3.0, ("synthetic", "brief"): 1.0, ("synthetic", "detailed"): 0.25}
-    learned = [expected.get((text.source, text.style), 0.0) for e in examples[:3] for text in e.texts]
+    learned = [expected.get((text.source, text.style), 0.0) for e in examples for text in e.texts]
     assert batch.texts.weight_C.tolist() == learned and {*learned} >= {3.0, 1.0, 0.25}
-    assert (
-        loader.load(examples[:3]).weight
-        == batch.texts.total_weight
-        < loader.load(examples[:3]).num_tokens * 3
-    )
+    assert loaded.weight == batch.texts.total_weight < loaded.num_tokens * 3
 
 
 @pytest.mark.parametrize(
@@ -83,9 +79,7 @@ def test_text_weights_depend_on_style_and_source(version: Version, clip: str) ->
         ({"synthetic": 0.0}, "all texts have the weight 0"),
     ],
 )
-def test_unknown_text_weight_or_nothing_to_learn_is_refused(
-    version: Version, weights: dict[str, float], error: str
-) -> None:
+def test_unusable_text_weights_are_refused(version: Version, weights: dict[str, float], error: str) -> None:
     with pytest.raises(TrainError, match=error):
         choose_examples(version, replace(text_weights=weights))
 
@@ -116,22 +110,21 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     counts: list[int] = []
     shown: list[dict[str, str]] = []
 
-    class Note(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
-            if stage == "train":
-                counts.append(counter.reads)
-                shown.append(metrics)
+    def note(stage: str, done: int, metrics: Any) -> None:
+        if stage == "train":
+            counts.append(counter.reads)
+            shown.append(metrics)
 
     config = replace(encoder=clip, decoder=decoder, steps=12, evaluations=1)
     with CountReads() as counter:  # type: ignore[no-untyped-call]
-        train_captioner(version, config, tmp_path, progress=Note())
+        train_captioner(version, config, tmp_path, progress=Steps(note))
     assert counts[0] == counts[8] < counts[9] == counts[10]
     # The remaining time has no evaluations before the first one.
     assert "evaluations" in shown[10] and "evaluations" not in shown[11]
     assert len(losses(tmp_path)) == 12
 
 
-def test_blocks_are_recomputed_once_a_step_does_not_fit_in_memory(
+def test_step_that_does_not_fit_in_memory_is_repeated_with_recomputed_blocks(
     version: Version, clip: str, language_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(version, encoder=clip, decoder=language_model)
@@ -152,9 +145,7 @@ def test_blocks_are_recomputed_once_a_step_does_not_fit_in_memory(
     torch.testing.assert_close(weights.grad, gradient)
 
 
-def test_step_that_does_not_fit_in_memory_is_an_error_with_a_hint(
-    small_trainer: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_beyond_memory_gives_a_hint(small_trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def exceed(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
@@ -166,19 +157,13 @@ def test_step_that_does_not_fit_in_memory_is_an_error_with_a_hint(
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(nan, 1.0), (1.0, nan), (1.0, inf)])
-def test_step_with_a_non_finite_loss_or_gradient_changes_no_weight(
-    small_trainer: Trainer, loss: float, gradient: float
-) -> None:
+def test_non_finite_step_changes_no_weight(small_trainer: Trainer, loss: float, gradient: float) -> None:
     captioner = small_trainer.checkpoint.captioner
     optimizer = build_optimizer(captioner, small_trainer.config)
     weights = next(captioner.connector.parameters())
     small_trainer.begin_step(optimizer, 0)
-    for step_loss, step_gradient, skipped in (
-        (1.0, 1.0, 0),
-        (loss, gradient, 1),
-        (loss, gradient, 2),
-        (1.0, 1.0, 0),
-    ):
+    steps = ((1.0, 1.0, 0), (loss, gradient, 1), (loss, gradient, 2), (1.0, 1.0, 0))
+    for step_loss, step_gradient, skipped in steps:
         before = weights.detach().clone()
         weights.grad = torch.full_like(weights, step_gradient)
         small_trainer.clip_and_step(optimizer, torch.tensor(step_loss))
@@ -204,9 +189,7 @@ CaptionerModel.generate = counted
 """
 
 
-def test_two_processes_have_the_losses_and_scores_of_one_and_share_the_evaluations(
-    version: Version, tmp_path: Path, clip: str
-) -> None:
+def test_two_processes_have_the_results_of_one(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0, evaluations=1)
     train_captioner(version, config, tmp_path / "one")
     (tmp_path / "config.json").write_text(config.model_dump_json())

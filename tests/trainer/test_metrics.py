@@ -17,9 +17,8 @@ def random_corpus(seed: int, images: int = 60) -> Corpus:
     rng = random.Random(seed)
 
     def text() -> list[str]:
-        return rng.choices(
-            ["a", "red", "blue", "circle", "square", "on", "the", "left", "of", "and"], k=rng.randint(1, 14)
-        )
+        words = ["a", "red", "blue", "circle", "square", "on", "the", "left", "of", "and"]
+        return rng.choices(words, k=rng.randint(1, 14))
 
     references = [[text() for _ in range(rng.randint(1, 5))] for _ in range(images)]
     hypotheses = [list(texts[0]) if rng.random() < 0.3 else text() for texts in references]
@@ -51,7 +50,6 @@ def test_scores_equal_those_of_pycocoevalcap(seed: int) -> None:
         ("كَلْبٌ يَجْرِي", ["كَلْبٌ", "يَجْرِي"]),
         ("Two 狗 run 3.5 m_x", ["two", "狗", "run", "3.5", "m", "x"]),
         ("A man's T-shirt, 3.5 m (red)!", ["a", "man's", "t-shirt", "3.5", "m", "red"]),
-        ("Zwei Hunde, ein Café", ["zwei", "hunde", "ein", "café"]),
         ("A man\u2019s, man\u2018s or man\u02bcs dog", ["a", "man's", "man's", "or", "man's", "dog"]),
     ],
 )

@@ -10,25 +10,22 @@ PROMPTS += [("human", "human"), ("synthetic", "poem"), ("synthetic", "")]
 SHORT = "\nAnswer the question using a single word or phrase."
 CAPTIONS = """
 Describe this image.
-Caption this.
 What is shown in this image?
-What do you see?
-What is happening here?
 Can you describe this image for me?
-Describe what you see.
-What is this picture about?
 A photo of
 Provide a one-sentence caption for the provided image.|Reference OCR token: STOP
-Beschreibe dieses Bild.
 How would you describe this picture?
 <image>|Describe the image concisely.
 What would be a good caption for this photo?
-Could you use a few words to describe what you perceive in the photo?
 Can you tell me what this image shows?
+what's going on here?
+Tell me what you see in this picture.
+Could you summarise this photo?
+Describe the scene. Respond in one sentence.
+What does this photo depict?
 """.strip().split("\n")
 # A question begins at a mark ^ (or with the prompt) and ends at #. The marks are no part of the prompt.
 ANSWERS = """
-What color is the background?#
 Is there a dog in the image?# Please answer yes or no.
 what color is the car#
 What animal is shown in this image?#
@@ -44,28 +41,10 @@ What is the object in the image?#|Please try to answer the question with short w
 What text is on the shirt?#
 The picture was taken in a kitchen. ^What is on the stove?#
 Combien de chiens y a-t-il ?#
-""".strip().split("\n")
-# More kinds of prompts.
-MORE_PROMPTS = """
-Write one sentence about this photo.
-Make a caption for Instagram
-what's going on here?
-Tell me what you see in this picture.
-Could you summarise this photo?
-List keywords for the photo
-Describe this image as if I were blind.
-Describe the scene. Respond in one sentence.
-<image>|What is happening in this photograph?
-What does this photo depict?
-Read all the text in the image.
-what's the man holding?#
 Whose car is this?#
-What color is the thing in the middle of the photo?#
 In which room was this photo taken?#
 Please tell me how many chairs there are.#
-Is this Mr. Smith?#
-Do they meet Mrs. Smith at St. Paul?#
-What does the caption say?#
+Does Mr. Fox meet Mrs. Smith at St. Paul?#
 What is the job description?#
 How would you describe the mood?#|Answer the question using a single word or phrase.
 Consider the image carefully. ^Is the man older than the woman?#
@@ -91,7 +70,7 @@ def as_prompts(lines: list[str]) -> list[tuple[str, str]]:
     return list(zip(prompts, questions, strict=True))
 
 
-@pytest.mark.parametrize(("prompt", "question"), as_prompts(CAPTIONS + ANSWERS + MORE_PROMPTS))
+@pytest.mark.parametrize(("prompt", "question"), as_prompts(CAPTIONS + ANSWERS))
 def test_question_is_found_in_a_prompt_that_asks_one(prompt: str, question: str) -> None:
     assert find_question(prompt) == question
 
@@ -134,11 +113,9 @@ def test_question_for_a_style_in_conversations_requests_that_style(style: str) -
         ("Provide a one-sentence caption for the provided image.", "plain"),
         ("Describe it for blind people.", "alt"),
         ("Transcribe the sign.", "ocr"),
-        ("OCR this image.", "ocr"),
         ("Read all the text in the image.", "ocr"),
         ("Which words are visible in this image?", "ocr"),
         ("Give an exhaustive description of everything in view.", "detailed"),
-        ("An elaborate caption, please.", "detailed"),
         ("Describe it briefly.\nReference OCR token: STOP", "brief"),
         ("Caption this.", "brief"),
     ],

@@ -2,14 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import trainer.loop
 import trainer.self_critical
-import trainer.training
 from pipeline.dataset.version import Version
 from tests.trainer import small_trainings
 from tests.trainer.tiny_models import save_clip, save_language_model
@@ -85,14 +82,7 @@ def test_reward_stage_begins_early_when_the_score_stops_improving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """Evaluations without gain are counted again from the first rewarded step on."""
-    remaining = iter([0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
-
-    def evaluate(*_: Any) -> dict[str, Any]:
-        return {"images": 2, "scores": {"cider_d": next(remaining)}, "shuffled_scores": {"cider_d": 0.0}}
-
-    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", 30)
-    monkeypatch.setattr(trainer.loop, "evaluate", evaluate)
-    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
+    small_trainings.script_scores(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     lengths = {"steps": 40, "scst_frac": 0.5, "scst_samples": 2, "evaluations": 30, "patience": 2}
     config = SMALL.model_copy(update={"encoder": clip, **lengths})
     train_captioner(version, config, tmp_path / "c")

@@ -97,18 +97,14 @@ BAD: dict[str, bytes] = {
     "not UTF-8": b'{"messages": "\xff"}',
     "no messages": json.dumps({"model": "m"}).encode(),
     "content is a number": body_of(3),
-    "text is a number": body_of([{"type": "text", "text": 3}]),
     "no image": body_of("Describe this."),
     "audio": body_of([image_part(), {"type": "input_audio"}]),
     "an address": body_of([image_part("http://169.254.169.254/")]),
     "file URL": body_of([image_part("file:///etc/passwd")]),
     "not base64": body_of([image_part("data:image/png;base64,%%%")]),
-    "image without URL": body_of([{"type": "image_url"}]),
     "several answers": body_with(n=2),
-    "temperature is a text": body_with(temperature="hot"),
     "temperature is NaN": body_with(temperature=float("nan")),
     "no tokens": body_with(max_tokens=0),
-    "model is a list": body_with(model=["m"]),
     "unknown style": body_with("Task: caption, poem"),
     "two properties": body_with(response_format=schema_of(a={"type": "string"}, b={"type": "string"})),
     "URL is a number": body_of([image_part() | {"image_url": {"url": 3}}]),
@@ -243,9 +239,7 @@ def test_key_is_required(captioner: Captioner) -> None:
         assert request(url, CHAT, chat(png(1)), headers=right)[0] == 200
 
 
-def test_request_of_disconnected_client_is_not_generated(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_request_of_lost_client_is_dropped(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first text is held back until the other clients have disconnected."""
     begun, released, written = threading.Event(), threading.Event(), list[str]()
     write = Captioner.write
@@ -276,9 +270,7 @@ def test_request_of_disconnected_client_is_not_generated(
     assert len(written) == 2
 
 
-def test_text_that_ends_at_the_last_position_is_cut(
-    url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_last_position_ends_a_text(url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
     model = captioner.checkpoint.captioner
     num_tokens = model.encoder.count_states() + len(captioner.prompt("detailed"))
     monkeypatch.setattr(model.decoder, "max_positions", num_tokens + 2)
@@ -303,9 +295,7 @@ def test_only_errors_of_the_request_are_shown_to_the_client(
     assert (str(error) in caplog.text) == (status == 500)
 
 
-def test_request_with_a_temperature_is_sampled_without_beams(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_request_with_temperature_is_sampled_without_beams(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[DecodingConfig] = []
 
     def record(_: Captioner, pixels_BCHW: Any, prompts: Any, decoding: DecodingConfig) -> list[list[int]]:

@@ -8,15 +8,7 @@ from transformers import AutoTokenizer
 from pipeline.errors import TrainError
 from tests.trainer.tiny_models import save_language_model
 from trainer.model.language_model import load_decoder
-from trainer.tokenizer import (
-    EOS_ID,
-    PAD_ID,
-    CaptionTokenizer,
-    TargetText,
-    TextBatch,
-    collate,
-    train_tokenizer,
-)
+from trainer.tokenizer import PAD_ID, CaptionTokenizer, TargetText, TextBatch, collate, train_tokenizer
 
 TEXTS = [
     TargetText("synthetic", "A red circle.", style="brief"),
@@ -47,11 +39,16 @@ def test_prompt_names_source_and_style_or_question(tokenizer: CaptionTokenizer) 
     assert tokenizer.decode(prompt[1:-1]) == "Is there a red circle?"
 
 
-def test_target_ends_with_eos_and_decodes_to_its_text(tokenizer: CaptionTokenizer) -> None:
-    ids = target_of(tokenizer, TargetText("human", 'A "red" <eos> Kreis é.', style="brief"))
-    assert ids[-1] == EOS_ID
-    assert EOS_ID not in ids[:-1]
-    assert tokenizer.decode(ids[:-1]) == 'A "red" <eos> Kreis é.'
+@pytest.mark.parametrize("kind", ["scratch", "qwen3"])
+def test_target_ends_with_eos_and_decodes_to_its_text(
+    kind: str, tokenizer: CaptionTokenizer, tmp_path: Path
+) -> None:
+    if kind != "scratch":
+        _, tokenizer = load_decoder(save_language_model(tmp_path, kind))
+    text = 'A "red" <eos>, <end> and <pad> Kreis é.'
+    ids = target_of(tokenizer, TargetText("human", text, style="brief"))
+    assert (ids.count(tokenizer.eos_id), ids[-1]) == (1, tokenizer.eos_id)
+    assert tokenizer.decode(ids[:-1]) == text
 
 
 def test_batch_learns_targets_only_and_maps_texts_to_images(tokenizer: CaptionTokenizer) -> None:
@@ -68,35 +65,22 @@ def test_long_text_is_cut_after_the_last_sentence_that_fits_and_ends(tokenizer: 
     texts = ["A red circle.", "A red circle. A blue ring!", "A red circle. A blue ring! Mr. X?"]
     sizes = tokenizer.count_tokens([TargetText("human", text, style="brief") for text in texts])
     long = TargetText("human", f"{texts[2]} 3.5 rings", style="brief")
-    for limit, kept in (
-        (sizes[0], texts[0]),
-        (sizes[1] - 1, texts[0]),
-        (sizes[1], texts[1]),
-        (sizes[2], texts[2]),
-    ):
+    limits = (sizes[0], sizes[1] - 1, sizes[1], sizes[2])
+    for limit, kept in zip(limits, (texts[0], *texts), strict=True):
         target = tokenizer.encode(long, limit).target.tolist()
-        assert (target[-1], tokenizer.decode(target[:-1])) == (EOS_ID, kept)
+        assert (target[-1], tokenizer.decode(target[:-1])) == (tokenizer.eos_id, kept)
     whole = tokenizer.encode(long, None).target.tolist()
-    assert tokenizer.encode(long, 3).target.tolist() == whole[:3] and EOS_ID not in whole[:3]
+    assert tokenizer.encode(long, 3).target.tolist() == whole[:3] and tokenizer.eos_id not in whole[:3]
     assert whole == tokenizer.encode(long, len(whole)).target.tolist()
 
 
-def test_default_text_limit_fits_99_percent_of_the_style_with_the_longest_texts(
-    tokenizer: CaptionTokenizer,
-) -> None:
+def test_default_text_limit_fits_99_percent_of_the_longest_style(tokenizer: CaptionTokenizer) -> None:
     detailed = [TargetText("synthetic", "ring " * n, style="detailed") for n in (*[20] * 99, 70)]
     answers = [TargetText("synthetic", "yes", question="?")] * 9_000
     longest = tokenizer.count_tokens(detailed[:1])[0]
     assert 16 < longest <= 96
     assert tokenizer.choose_max_tokens(detailed + answers) == -(-longest // 16) * 16
     assert tokenizer.choose_max_tokens([TargetText("human", "ring " * 999, style="brief")]) == 256
-
-
-def test_special_tokens_in_a_text_are_plain_text(tmp_path: Path) -> None:
-    _, tokenizer = load_decoder(save_language_model(tmp_path, "qwen3"))
-    ids = target_of(tokenizer, TargetText("human", "A sign that says <end> and <pad>.", style="brief"))
-    assert (ids.count(tokenizer.eos_id), ids[-1]) == (1, tokenizer.eos_id)
-    assert tokenizer.decode(ids[:-1]) == "A sign that says <end> and <pad>."
 
 
 def test_only_special_tokens_may_exceed_the_vocabulary_of_the_decoder(tmp_path: Path) -> None:

@@ -1,39 +1,28 @@
 """Validation during training: the best captioner is kept, and training ends early."""
 
+from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import trainer.loop
 import trainer.model.checkpoint
-import trainer.training
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from tests.trainer.small_trainings import replace
+from tests.trainer.small_trainings import replace, script_scores
+from trainer.config import MIN_EVALUATIONS
 from trainer.loop import Validation
 from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
-
-
-def score_nothing(*_: Any) -> dict[str, Any]:
-    return {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}}
 
 
 def test_training_ends_when_the_score_stops_improving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """Resuming a finished run adds no step."""
-    scores = iter([0.1, 0.5, 0.4, 0.45, 0.3, 0.2, 0.1])
-
-    def scored(*_: Any) -> dict[str, Any]:
-        return {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
-
     config = replace(encoder=clip, steps=60, evaluations=30, patience=2)
-    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", 30)
-    monkeypatch.setattr(trainer.loop, "evaluate", scored)
-    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {"tested": True})
-    assert train_captioner(version, config, tmp_path) == {"tested": True}
+    script_scores(monkeypatch, [0.1, 0.5, 0.4, 0.45, 0.3, 0.2, 0.1])
+    train_captioner(version, config, tmp_path)
     log = read_log(tmp_path / "log.jsonl")
     # After 8 steps, the last 15 % of 10 steps anneal the learning rate.
     assert log[-1]["step"] == 10
@@ -41,7 +30,7 @@ def test_training_ends_when_the_score_stops_improving(
     assert validated == [0.1, 0.5, 0.4, 0.45, 0.3]
     rates = [line["rate"] for line in log if "rate" in line]
     assert rates[8] > rates[9] > 0 and rates[9] < 0.6 * rates[7]
-    assert train_captioner(version, config, tmp_path, resume=True) == {"tested": True}
+    train_captioner(version, config, tmp_path, resume=True)
     assert len(read_log(tmp_path / "log.jsonl")) == len(log)
 
 
@@ -49,21 +38,17 @@ def test_lower_loss_decides_between_equal_scores(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """Early captions all score 0, which must not end the training or keep the first weights."""
-    monkeypatch.setattr(trainer.loop, "evaluate", score_nothing)
+    script_scores(monkeypatch, repeat(0.0))
     values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6, 1.7, 1.8])
     monkeypatch.setattr(Validation, "loss", lambda _: next(values))
-    monkeypatch.setattr(trainer.loop, "MIN_EVALUATIONS", 30)
     saved: list[int] = []
     monkeypatch.setattr(trainer.model.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
-    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
     train_captioner(version, replace(encoder=clip, steps=60, evaluations=30, patience=2), tmp_path)
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 15
     assert len(saved) == 3
 
 
-def test_score_of_a_single_validation_image_is_not_reported(
-    version: Version, tmp_path: Path, clip: str
-) -> None:
+def test_score_of_one_validation_image_is_not_reported(version: Version, tmp_path: Path, clip: str) -> None:
     metrics = train_captioner(version, replace(encoder=clip, evaluate_images=1), tmp_path)
     assert metrics["best_validation"] is None
 
@@ -81,8 +66,7 @@ def test_nan_validation_loss_ends_the_training_before_saving(
 def test_short_run_has_four_evaluations_at_most(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
-    monkeypatch.setattr(trainer.loop, "evaluate", score_nothing)
-    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
+    script_scores(monkeypatch, repeat(0.0), MIN_EVALUATIONS)
     train_captioner(version, replace(encoder=clip, steps=8, batch_size=4, evaluations=8), tmp_path)
     scored = [line["step"] for line in read_log(tmp_path / "log.jsonl") if "validation_cider_d" in line]
     assert scored == [2, 4, 6, 8]

@@ -4,18 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    PreTrainedTokenizerFast,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
 
 from trainer.model.caption_model import CaptionerModel
 
@@ -26,10 +16,10 @@ TOWER: dict[str, Any] = {
 IMAGE: dict[str, Any] = {"image_size": SIDE_PX, "patch_size": 14}
 
 
-def save_vit(folder: Path) -> str:
+def save_vit(folder: Path, **settings: Any) -> str:
     torch.manual_seed(1)
-    ViTModel(ViTConfig(**TOWER, **IMAGE)).save_pretrained(folder)
-    ViTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(folder)
+    transformers.ViTModel(transformers.ViTConfig(**TOWER, **IMAGE, **settings)).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(folder)
     return str(folder)
 
 
@@ -37,10 +27,10 @@ def save_clip(folder: Path) -> str:
     torch.manual_seed(2)
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     text = TOWER | ids | {"vocab_size": 99, "max_position_embeddings": 16}
-    config = CLIPConfig(text_config=text, vision_config=TOWER | IMAGE, projection_dim=16)
-    CLIPModel(config).save_pretrained(folder)
+    config = transformers.CLIPConfig(text_config=text, vision_config=TOWER | IMAGE, projection_dim=16)
+    transformers.CLIPModel(config).save_pretrained(folder)
     size = {"height": SIDE_PX, "width": SIDE_PX}
-    CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size=size).save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size=size).save_pretrained(folder)
     return str(folder)
 
 
@@ -50,13 +40,14 @@ def save_language_model(folder: Path, kind: str) -> str:
     sizes: Any = TOWER | {"num_key_value_heads": 1, "head_dim": 16}
     sizes |= {"vocab_size": 258, "max_position_embeddings": 256}
     ids: Any = {"bos_token_id": None, "eos_token_id": 257, "pad_token_id": 256, "tie_word_embeddings": True}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **ids)).save_pretrained(folder)
+    config = transformers.AutoConfig.for_model(kind, **sizes, **ids)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: index for index, letter in enumerate(alphabet)}
     bytes_tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bytes_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_tokenizer.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<pad>", "eos_token": "<end>"})
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -201,7 +201,7 @@ def test_run_that_is_killed_at_the_second_model_ends_with_equal_files(servers: S
     assert whole == killed
 
 
-def test_cluster_climbs_the_ladder_as_one_machine_does(servers: Servers) -> None:
+def test_ladder_on_a_cluster_gives_the_same_requests_and_version_as_on_one_machine(servers: Servers) -> None:
     servers.write({"caption": ["small", "large"]})
     servers.generate("one")
     sent = servers.requests()

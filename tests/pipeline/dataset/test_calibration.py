@@ -106,9 +106,7 @@ def test_least_evidence_loses_at_most_the_given_share_of_captions() -> None:
 
 
 @pytest.mark.parametrize(("alarms", "count", "level"), [(1, 72, 4), (40, 400, NEVER)])
-def test_no_claim_is_refuted_only_if_the_check_surely_errs_too_often(
-    alarms: int, count: int, level: int
-) -> None:
+def test_no_claim_is_refuted_only_if_the_check_surely_errs_often(alarms: int, count: int, level: int) -> None:
     rows = [row(str(n), *[-2] * 8, reference=4 if n < alarms else -2) for n in range(count)]
     assert findings(*rows)["claims"].choose_level(0.1) == level
 

@@ -75,10 +75,7 @@ LEAKAGE = {
         ({"model": UNENFORCED}, ["The server was not required to enforce the JSON schema of the task"]),
         ({}, ["The server enforces the JSON schema", "checked automatically only", "| train | 8 |"]),
         ({}, ["- `trip/IMG_1.jpg`", "## Load it"]),
-        (
-            {"model": LICENSED},
-            ["model applies (Qwen Research License: no commercial use)"],
-        ),
+        ({"model": LICENSED}, ["model applies (Qwen Research License: no commercial use)"]),
         (
             {"review": {"good": 5, "bad": 2, "edited": 1}},
             ["**All but 1 texts are mach", "reviewed 8 texts: 5 were good, 2 were removed and 1 were edited"],

@@ -5,16 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.dataset.conversation import (
-    QUESTIONS,
-    REPHRASE,
-    preferred_caption,
-    reader_columns,
-    turns,
-    value_prompts,
-    value_turns,
-    with_reader_columns,
-)
+from pipeline.dataset import conversation
 from pipeline.tables import row_schema
 
 
@@ -27,54 +18,50 @@ from pipeline.tables import row_schema
         ([("plain", "p"), ("human", "h"), ("human", "i")], "h"),
     ],
 )
-def test_human_caption_is_preferred_to_plain_and_other_captions(
-    captions: list[tuple[str, str]], expected: str | None
-) -> None:
-    assert preferred_caption(captions) == expected
+def test_human_caption_is_preferred_to_others(captions: list[tuple[str, str]], expected: str | None) -> None:
+    assert conversation.preferred_caption(captions) == expected
 
 
 def test_turns_ask_for_each_style_and_end_with_questions() -> None:
     captions = [("zen", "z"), ("plain", "p"), ("human", "h"), ("human", "i"), ("detailed", "d")]
-    assert [*turns(captions, [("How many?", "2")])] == [
-        (QUESTIONS["human"], "h"),
-        (REPHRASE, "i"),
-        (QUESTIONS["plain"], "p"),
-        (QUESTIONS["detailed"], "d"),
+    assert [*conversation.turns(captions, [("How many?", "2")])] == [
+        (conversation.QUESTIONS["human"], "h"),
+        (conversation.REPHRASE, "i"),
+        (conversation.QUESTIONS["plain"], "p"),
+        (conversation.QUESTIONS["detailed"], "d"),
         ("Write a caption of this image in the style zen.", "z"),
         ("How many?", "2"),
     ]
 
 
 def test_values_are_asked_with_their_prompts_and_written_as_json() -> None:
-    tasks = [
-        {"name": "tags", "prompt": " List tags. "},
-        {"name": "offer", "prompt": "It is {{ row.title }}."},
-        {"name": "things", "prompt": "Find them."},
-        {"name": "note", "prompt": "Write a note."},
-    ]
+    texts = (" List tags. ", "It is {{ row.title }}.", "Find them.", "Write a note.")
+    names = ("tags", "offer", "things", "note")
+    tasks = [{"name": name, "prompt": text} for name, text in zip(names, texts, strict=True)]
     kinds = {"tags": "labels", "offer": "record", "things": "boxes", "note": "text"}
     own = {name: {"kind": kind, "is_list": kind == "boxes"} for name, kind in kinds.items()}
-    prompts = value_prompts({"config": {"custom_tasks": tasks}, "own_columns": own})
+    prompts = conversation.value_prompts({"config": {"custom_tasks": tasks}, "own_columns": own})
     things = [{"box": [1, 2, 3, 4], "label": "cat"}]
     row = {"tags": ["cat", "dög"], "offer": {"color": None}, "things": things, "note": "A note"}
-    assert [*value_turns(row, prompts)] == [
+    assert [*conversation.value_turns(row, prompts)] == [
         ("List tags.", '["cat", "dög"]'),
         ("Write offer of this image.", '{"color": null}'),
         ("Find them.", '[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]'),
         ("Write a note.", "A note"),
     ]
-    assert [*value_turns({**row, "tags": None, "things": []}, prompts)][1] == ("Find them.", "[]")
+    empty = {**row, "tags": None, "things": []}
+    assert [*conversation.value_turns(empty, prompts)][1] == ("Find them.", "[]")
 
 
 def test_reader_columns_are_appended_unless_a_column_has_the_name() -> None:
     row: dict[str, Any] = {"captions": [{"text": "A dog.", "style": "plain"}], "qa": []}
     rows = pa.Table.from_pylist([row, {"captions": [], "qa": []}], schema=row_schema(["captions", "qa"]))
-    extended = with_reader_columns(rows, reader_columns(["image"]), {})
+    extended = conversation.with_reader_columns(rows, conversation.reader_columns(["image"]), {})
     assert extended.column_names == ["captions", "qa", "text", "messages"]
     assert extended["text"].to_pylist() == ["A dog.", None]
-    conversation, empty = extended["messages"].to_pylist()
-    assert [message["role"] for message in conversation] == ["user", "assistant"] and empty == []
-    kinds = [[part["type"] for part in message["content"]] for message in conversation]
+    messages, empty = extended["messages"].to_pylist()
+    assert [message["role"] for message in messages] == ["user", "assistant"] and empty == []
+    kinds = [[part["type"] for part in message["content"]] for message in messages]
     assert kinds == [["image", "text"], ["text"]]
-    assert reader_columns(["image", "text"]) == ["messages"]
-    assert reader_columns(["pages"]) == reader_columns(["sample_id"]) == []
+    assert conversation.reader_columns(["image", "text"]) == ["messages"]
+    assert conversation.reader_columns(["pages"]) == conversation.reader_columns(["sample_id"]) == []

@@ -1,4 +1,4 @@
-"""Tests of the dataset folder: atomic writes, locks, and finding datasets and versions."""
+"""Tests of the dataset folder: locks, and finding datasets and versions."""
 
 import json
 import os
@@ -9,18 +9,8 @@ import pytest
 from pipeline.dataset.directory import DatasetDir, newest_dataset, open_dataset, split_version
 from pipeline.dataset.version import dataset_folder
 from pipeline.errors import StoreError
-from pipeline.storage.files import atomic_write, write_text
+from pipeline.storage.files import write_text
 from tests.scene_data import make_version, scene_samples
-
-
-def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    target = tmp_path / "a.txt"
-    write_text(target, "before")
-    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
-        temporary.write_text("half of what")
-        raise RuntimeError
-    assert target.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_write_of_same_content_does_not_touch_the_file(tmp_path: Path) -> None:
@@ -88,9 +78,7 @@ def test_linked_lock_file_is_refused_and_its_target_is_unchanged(tmp_path: Path)
     assert victim.read_text() == "private"
 
 
-def test_newest_dataset_that_must_be_the_only_one_is_refused_if_there_are_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_datasets_are_refused_if_one_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("public", "secret"):
         manifest = Path("data") / name / "versions" / "v1.0.0" / "manifest.json"

@@ -41,9 +41,7 @@ def filled(folder: Path) -> ImageStore:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_images_are_read_in_requested_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, remote: bool
-) -> None:
+def test_images_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, remote: bool) -> None:
     monkeypatch.setattr(images, "GROUP_ROWS", 2)
     monkeypatch.setattr(images, "FILE_BYTES", 1)
     folder = parse_dataset_path(f"memory://store/{tmp_path.name}") if remote else tmp_path
@@ -105,7 +103,7 @@ def test_link_and_pipe_in_store_are_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", range(1, 13))
-def test_killed_removal_keeps_all_needed_images(
+def test_killed_removal_keeps_used_images(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled(tmp_path)
@@ -140,9 +138,7 @@ def test_deleted_images_are_read_from_source_again(tmp_path: Path) -> None:
     assert again.manifest["digest"] == version.manifest["digest"] and path.read_bytes() == content
 
 
-def test_version_with_missing_images_is_not_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_version_without_images_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageStore, "add", lambda *_: None)
     with pytest.raises(StoreError, match="the images of 12 samples are not in"):
         make_version(tmp_path, SAMPLES)

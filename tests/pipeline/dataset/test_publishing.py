@@ -9,10 +9,8 @@ import pyarrow.compute as pc
 import pytest
 from datasets import load_dataset
 
-from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
-from pipeline.errors import SourceError, TableError
-from pipeline.sources import open_source
+from pipeline.errors import TableError
 from pipeline.tables import Extras
 from tests.scene_data import (
     PROVENANCE,
@@ -41,9 +39,7 @@ AUDIT: dict[str, Any] = {"seed": 0, "reviewed": 0, "reviewers": 0, "agreement": 
 
 
 @pytest.mark.parametrize("measured", [{"checks": []}, {"audit": AUDIT}])
-def test_other_measurements_of_the_same_rows_make_a_new_version(
-    tmp_path: Path, measured: dict[str, Any]
-) -> None:
+def test_other_measurements_of_same_rows_make_a_new_version(tmp_path: Path, measured: dict[str, Any]) -> None:
     make_version(tmp_path, scene_samples(20))
     measured = PROVENANCE | measured
     versions = [make_version(tmp_path, scene_samples(20), provenance=measured) for _ in range(2)]
@@ -97,10 +93,3 @@ def test_mix_of_images_and_decks_is_refused(tmp_path: Path) -> None:
     batches = [batch for table in tables for batch in table.to_batches()]
     with pytest.raises(TableError, match="some samples have the columns image"):
         publish_rows(tmp_path, [true_captions([samples[0], samples[2]])], batches, source="mixed")
-
-
-def test_version_without_images_in_its_files_is_refused_as_a_source(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path / "d", scene_samples(4))
-    with pytest.raises(SourceError, match="whose images are stored elsewhere") as refused:
-        open_source(resolve(source=f"parquet:{version.path}"))
-    assert "--format parquet" in refused.value.hint

@@ -22,7 +22,6 @@ def remove_versions(dataset: DatasetDir, *names: str) -> None:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> DatasetDir:
-    """Return a dataset with three versions of 20, 30 and 40 images."""
     for count in (20, 30, 40):
         make_version(tmp_path, SAMPLES[:count])
     return DatasetDir(tmp_path)

@@ -75,7 +75,7 @@ def test_package_with_restricted_license_has_no_pixels(restricted: Version, imag
 
 
 @pytest.mark.parametrize("images", [None, False])
-def test_restricted_version_that_holds_pixels_is_packaged_without_them(
+def test_restricted_pixels_in_a_version_are_left_out(
     restricted: Version, tmp_path: Path, images: Any
 ) -> None:
     whole = pulled(restricted, tmp_path / "home" / "x", images=True, acknowledged=["flickr-terms"])
@@ -122,9 +122,7 @@ def test_package_records_unknown_license(free: Version, tmp_path: Path) -> None:
         ("images/*", r"5 images of .* are not in"),
     ],
 )
-def test_version_with_missing_or_changed_file_is_not_packaged(
-    tmp_path: Path, name: str, problem: str
-) -> None:
+def test_version_with_missing_or_changed_file_is_refused(tmp_path: Path, name: str, problem: str) -> None:
     version, _ = make_version(tmp_path, scene_samples(5))
     (file,) = tmp_path.glob(name)
     for damaged in (file.read_bytes()[:-1] + b"?", None):
@@ -170,8 +168,8 @@ def test_card_of_a_captioner_names_the_repository_of_its_own_data(tmp_path: Path
 
 
 def captioner_of(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the files of a captioner that its card shows."""
-    scores: dict[str, Any] = {"scores": {}, "shuffled_scores": {}, "shown": [], "settings": {"steps": 70}}
+    scores: dict[str, Any] = {"scores": {"cider_d": 1.0}, "shuffled_scores": {"cider_d": 0.5}}
+    scores |= {"shown": [{"caption": "a", "references": ["b"]}], "settings": {"steps": 70}}
     scores |= {"parameters": 7, "images": 3, "split": "test", "style": "brief", "against": "references"}
     config = {"prompts": [["synthetic", "brief"]], "data": data}
     train = {"encoder": "vit", "decoder": "scratch", "steps": 0}
@@ -208,9 +206,7 @@ def test_card_of_a_continued_captioner_has_the_data_of_all_trainings() -> None:
     assert "images of 2 sources" in card and "and on **machine-generated captions**" in card
 
 
-def test_local_folder_with_model_name_is_not_a_base_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_with_model_name_is_not_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "enc" / "vit").mkdir(parents=True)
     ids = {"vit": "google/vit", "qwen3": "Qwen/Qwen3"}

@@ -63,21 +63,25 @@ def pulled(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return home, pull(hub, home, "me/scenes@v1.0.0", "me/scenes", f"me/scenes@{commit}")
 
 
-@pytest.fixture(scope="module")
-def refusals(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Return the errors of pulling a version that is damaged on the Hub, and versions that do not exist."""
+def test_version_that_is_damaged_on_the_hub_or_missing_is_refused(hub: RunningHub, tmp_path: Path) -> None:
     hub.hub.storage.seed("dataset", "me/theirs", {"train.parquet": b"x"})
-    repo = hub.hub.storage.repos["dataset", "me/scenes"]
-    files = repo.commits[repo.tags["v1.0.0"]].files
+    scenes = hub.hub.storage.repos["dataset", "me/scenes"]
+    files = scenes.commits[scenes.tags["v1.0.0"]].files
     names = ["me/scenes@v1.0.0", "me/scenes@v9.9.9", "me/nothing@v1.0.0", "me/theirs@main"]
     shard = "train-00000.parquet"
     before = files[shard]
     files[shard] = replace(hub.hub.storage.put(b"odd"), lfs=before.lfs)
     try:
-        results = pull(hub, tmp_path_factory.mktemp("refused") / "home", *names)
+        damaged, tag, repo, foreign = pull(hub, tmp_path / "home", *names)
     finally:
         files[shard] = before
-    return dict(zip(names, results, strict=True))
+    error = "me/scenes@v1.0.0 is damaged: train-00000.parquet does not match the manifest"
+    assert error in damaged["error"]
+    assert "do not use the dataset" in damaged["hint"]
+    assert tag["error"] == "me/scenes has no version v9.9.9"
+    assert tag["hint"] == "versions there: v1.0.0, v1.1.0"
+    assert "me/nothing@v1.0.0 is not a local folder; no dataset me/nothing at" in repo["error"]
+    assert "not a version" in foreign["error"]
 
 
 def test_tag_or_commit_names_version_and_default_is_newest(pulled: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -116,21 +120,6 @@ def test_file_damaged_in_cache_is_downloaded_again(
     assert next(Path(again["path"]).glob(name)).read_bytes() == whole
 
 
-def test_version_with_a_file_damaged_on_the_hub_is_refused(refusals: dict[str, dict[str, Any]]) -> None:
-    refused = refusals["me/scenes@v1.0.0"]
-    error = "me/scenes@v1.0.0 is damaged: train-00000.parquet does not match the manifest"
-    assert error in refused["error"]
-    assert "do not use the dataset" in refused["hint"]
-
-
-def test_missing_version_or_repository_is_an_error(refusals: dict[str, dict[str, Any]]) -> None:
-    tag, repo, foreign = (refusals[name] for name in [*refusals][1:])
-    assert tag["error"] == "me/scenes has no version v9.9.9"
-    assert tag["hint"] == "versions there: v1.0.0, v1.1.0"
-    assert "me/nothing@v1.0.0 is not a local folder; no dataset me/nothing at" in repo["error"]
-    assert "not a version" in foreign["error"]
-
-
 def test_local_folder_is_not_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_hub_name("me/scenes@v1.0.0")
@@ -142,7 +131,6 @@ def test_local_folder_is_not_a_hub_name(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yield the path of a dataset with two versions in an object store."""
     monkeypatch.chdir(tmp_path)
     path = parse_dataset_path(f"memory://sets-{tmp_path.name}/mine")
     for count in (20, 24):

@@ -86,7 +86,7 @@ def test_second_push_of_same_version_makes_no_commit(client: Pusher, version: Ve
     assert len(repo_of(client).commits) == 2
 
 
-def test_push_of_a_different_version_under_an_existing_tag_is_refused(
+def test_different_version_under_same_tag_is_refused(
     client: Pusher, version: Version, tmp_path: Path
 ) -> None:
     client.push(version)
@@ -126,8 +126,7 @@ def test_push_after_missing_tag_adds_only_the_tag(client: Pusher, version: Versi
 
 
 @pytest.mark.parametrize(
-    ("repo", "hint"),
-    [("me/sc enes", "use ORG/NAME"), ("https://huggingface.co/datasets/me/x", "use me/x")],
+    ("repo", "hint"), [("me/sc enes", "use ORG/NAME"), ("https://huggingface.co/datasets/me/x", "use me/x")]
 )
 def test_invalid_repository_name_is_refused(repo: str, hint: str) -> None:
     with pytest.raises(PushError, match="not a repository name") as refused:
@@ -188,9 +187,7 @@ def test_second_push_reports_damage_on_the_hub(client: Pusher, tmp_path: Path) -
     assert "v1.0.0 in me/scenes is damaged: train-00000.parquet does not match its manifest" in damage
 
 
-def test_push_replaces_edited_card_and_keeps_other_files(
-    client: Pusher, version: Version, later: Version
-) -> None:
+def test_push_replaces_card_and_keeps_other_files(client: Pusher, version: Version, later: Version) -> None:
     client.push(version)
     repo, storage = repo_of(client), client.hub.hub.storage
     head = repo.commits[repo.branches["main"]].files

@@ -43,7 +43,7 @@ def test_auto_engine_is_given_server_vllm_or_embedded(monkeypatch: pytest.Monkey
         ({"verify": {"checks": ["covers"]}}, "can neither read nor repair captions"),
         ({"source": "folder:x", "model": "tiny"}, "can only describe --source scenes, not folder:x"),
         ({"server": {"flags": ["--max-num-seqs", "7"]}}, "synth starts no server"),
-        ({"engine": "embedded", "base_url": ["http://localhost:1/v1"]}, "exclude each other"),
+        ({"engine": "embedded", "base_url": ["http://localhost:1/v1"]}, "cannot be combined"),
         ({"generate": {"caption_styles": ["plain"]}}, "does not support the caption style plain"),
         ({"source": "folder:x"}, "Qwen2.5-VL-3B-Instruct needs a server: no --base-url, and no GPU"),
         ({"engine": "embedded", "model": "a/b"}, "a/b needs a server: --engine embedded runs only the tiny"),

@@ -211,7 +211,7 @@ RATING = {"wrong_words": "", "is_wrong": "no", **dict.fromkeys(RUBRIC, "5")}
         ({"verify": {"judge": "rater@http://localhost:1/v1"}}, "rater is down"),
     ],
 )
-def test_stored_replies_replace_only_models_with_equal_settings(
+def test_stored_replies_suffice_for_models_that_are_down_only_if_settings_are_unchanged(
     changed: dict[str, Any], problem: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(config: Config, *_: Any) -> None:

@@ -21,14 +21,6 @@ def numbers(first: int, count: int) -> pa.Table:
     return pa.table({"number": values, "name": [f"n{value}" for value in values]}, schema=NUMBERS)
 
 
-def test_database_is_removed_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), open_database(tmp_path) as db:
-        load(db, "numbers", [numbers(0, 10)], NUMBERS)
-        assert list(tmp_path.iterdir()) != []
-        raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_sql_hash_equals_python_hash(tmp_path: Path) -> None:
     with open_database(tmp_path) as db:
         load(db, "numbers", [numbers(0, 100)], NUMBERS)
@@ -44,20 +36,19 @@ def test_full_disk_or_memory_is_an_error_with_hint(kind: type[duckdb.Error], tmp
     assert "free some disk space" in caught.value.hint
 
 
-def test_error_while_making_rows_is_raised_unchanged(tmp_path: Path) -> None:
+def test_error_while_making_rows_is_raised_unchanged_and_removes_the_database(tmp_path: Path) -> None:
     def rows() -> Iterator[pa.Table]:
         yield numbers(0, 10)
+        assert list(tmp_path.iterdir()) != []
         raise TableError("column without name", hint="run it again")
 
-    with open_database(tmp_path) as db, pytest.raises(TableError, match="column without name") as caught:
+    with pytest.raises(TableError, match="column without name") as caught, open_database(tmp_path) as db:
         load(db, "numbers", rows(), NUMBERS)
-    assert caught.value.hint == "run it again"
+    assert caught.value.hint == "run it again" and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["what?", "run:1", "12:30", "file:x"])
-def test_folder_name_with_special_meaning_in_duckdb_works(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_odd_folder_name_works_in_duckdb(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     with open_database(Path(name)) as db:
@@ -74,9 +65,7 @@ def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
     signal.signal(request.param, before)
 
 
-def test_signal_during_load_or_query_raises_keyboard_interrupt(
-    number: signal.Signals, tmp_path: Path
-) -> None:
+def test_signal_in_load_or_query_raises_keyboard_interrupt(number: signal.Signals, tmp_path: Path) -> None:
 
     def interrupted_rows() -> Iterator[pa.Table]:
         yield numbers(0, 10)

@@ -14,8 +14,8 @@ from pipeline.storage import files
 
 def test_missing_or_damaged_step_file_is_an_error_with_hint(tmp_path: Path) -> None:
     (tmp_path / "kept.parquet").write_bytes(b"PAR1 no more")
-    for name in ("kept.parquet", "rejected.parquet"):
-        with pytest.raises(StoreError, match=f"{name} is damaged") as caught:
+    for name, problem in (("kept.parquet", "damaged"), ("rejected.parquet", "missing")):
+        with pytest.raises(StoreError, match=f"{name} is {problem}") as caught:
             next(files.read_batches(tmp_path / name))
         assert "run `synth generate` again" in caught.value.hint
 

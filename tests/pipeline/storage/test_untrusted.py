@@ -84,7 +84,6 @@ def test_file_and_link_within_linked_folder_are_read(tmp_path: Path) -> None:
 
 
 def replace_by_link(file: Path) -> None:
-    """Replace the folder of a file by a link to another folder."""
     file.parent.rename(file.parent.with_name("old"))
     file.parent.symlink_to("../outside")
 

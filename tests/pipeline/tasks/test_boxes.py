@@ -40,9 +40,7 @@ def test_predicted_image_size_equals_size_from_the_processor(limit: int | None) 
         (Frame(560, 280), "pixels", [-3, 0, 565, 280], [0, 0, 560, 280]),  # cut at the edges
     ],
 )
-def test_box_is_converted_to_pixels_of_the_image(
-    frame: Frame, coordinates: str, box: list[int], placed: list[int]
-) -> None:
+def test_box_is_scaled_to_pixels(frame: Frame, coordinates: str, box: list[int], placed: list[int]) -> None:
     row = {"bbox_2d": box, "label": "cat"}
     assert place_box(row, "bbox_2d", frame, coordinates) is None
     assert row == {"bbox_2d": placed, "label": "cat"}

@@ -17,30 +17,21 @@ from pipeline.tasks.conditions import (
     parse_condition,
 )
 
+COLOR = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 NAMES: dict[str, dict[str, Any]] = {
     "row": {"width_px": INTEGER, "title": COLUMN, "price": COLUMN},
     "results": {
         "kind": {"type": "string", "enum": ["photo", "document"]},
         "tags": {"type": "array", "items": {"type": "string", "enum": ["dog", "cat"]}},
         "detailed": TEXT,
-        "offer": {
-            "type": "object",
-            "properties": {
-                "color": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-                "is_new": {"type": "boolean"},
-            },
-        },
+        "offer": {"type": "object", "properties": {"color": COLOR, "is_new": {"type": "boolean"}}},
     },
     "scores": {"precision": NUMBER},
 }
+OFFER = {"color": None, "is_new": True}
 VALUES: dict[str, dict[str, Any]] = {
     "row": {"width_px": 640, "title": "A lamp", "price": "12.5"},
-    "results": {
-        "kind": "document",
-        "tags": ["dog"],
-        "detailed": "An invoice of 3 pages",
-        "offer": {"color": None, "is_new": True},
-    },
+    "results": {"kind": "document", "tags": ["dog"], "detailed": "An invoice of 3 pages", "offer": OFFER},
     "scores": {"precision": 0.75},
 }
 
@@ -110,9 +101,7 @@ def test_value_of_a_task_without_a_result_is_missing() -> None:
         ("row.title == null", 14, "null needs `is` or `is not`", "`NAME is null`"),
         ("row.title is 'a'", 14, "compare a name with null", "use == and !="),
         ("row.width_px in [1, 'a']", 17, "a list needs constants of one type", ""),
-        ("row.width_px in []", 17, "a list needs constants of one type", ""),
         ("row.width_px + 1 > 5", 1, "row.width_px + 1 is not supported", "compare row, results and scores"),
-        ("row.title.lower() == 'a'", 1, "row.title.lower() is not supported", ""),
         ("'é' == 'é' and row.x == 1", 16, "unknown name row.x", ""),
         ("row.width_px > )", 16, "unmatched ')'", ""),
         ("('é' == 'é' # or row.x == 1\n) and true", 1, "'(' was never closed", ""),
@@ -122,9 +111,7 @@ def test_value_of_a_task_without_a_result_is_missing() -> None:
         ("", 1, "invalid syntax", ""),
     ],
 )
-def test_invalid_condition_is_refused_with_position(
-    text: str, position: int, problem: str, hint: str
-) -> None:
+def test_invalid_condition_error_has_a_position(text: str, position: int, problem: str, hint: str) -> None:
     with pytest.raises(ConditionError) as caught:
         evaluate(text)
     assert str(caught.value).startswith(f"character {position}: "), caught.value

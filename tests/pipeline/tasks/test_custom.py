@@ -26,6 +26,10 @@ def listed(items: Any) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
+def rows_of(**properties: Any) -> dict[str, Any]:
+    return fields(a=listed(fields(**properties)))
+
+
 FOUR = {"minItems": 4, "maxItems": 4}
 PAIR = fields(("question", "answer"), question=TEXT, answer=TEXT)
 WHO = {"question": "Who?", "answer": "me"}
@@ -39,6 +43,9 @@ def box(*corners: Any, label: str = "x") -> dict[str, Any]:
     return {"bbox_2d": [*corners], "label": label}
 
 
+BOXES = [box(0, 0, 56, 28), box(5, 5, 9, 9)]
+
+
 def read(own: CustomTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
     return read_fields(own, Reply("r", 0, json.dumps(value), "stop", 0, 0), FRAME)
 
@@ -50,27 +57,16 @@ def read(own: CustomTask, value: Any) -> list[tuple[dict[str, Any], str | None]]
         (task("text"), {"text": "EXIT\n12"}, [{"record": '"EXIT\\n12"'}]),
         (task("labels", labels=["a", "b"]), {"labels": ["b", "a", "b"]}, [{"record": '["b", "a"]'}]),
         (task("question"), {"qa": [WHO]}, [WHO | {"answer_type": None}]),
-        (
-            task("boxes"),
-            {"boxes": [box(0, 0, 56, 28), box(5, 5, 9, 9)]},
-            [
-                {"record": f'{{"bbox_2d": {corners}, "label": "x"}}'}
-                for corners in ([0, 0, 56, 28], [5, 5, 9, 9])
-            ],
-        ),
+        (task("boxes"), {"boxes": BOXES}, [{"record": json.dumps(one)} for one in BOXES]),
         (task("record", output=fields(n=INTEGER)), {"n": 3}, [{"record": '{"n": 3}'}]),
         (task("record", output=fields(n=INTEGER)), {}, [{"record": '{"n": null}'}]),
         (task("labels", output=fields(("at",), at={"enum": ["day"]})), {"at": "day"}, [{"record": '"day"'}]),
         (
-            task("caption", field="alt", output=fields(why=TEXT, alt=TEXT)),
-            {"why": "It is a shop.", "alt": "A lamp."},
-            [{"text": "A lamp."}],
+            task("caption", field="a", output=fields(b=TEXT, a=TEXT)),
+            {"b": "A shop.", "a": "A."},
+            [{"text": "A."}],
         ),
-        (
-            task("text", rows="lines", output=fields(lines=listed(TEXT))),
-            {"lines": ["one", "two"]},
-            [{"record": '"one"'}, {"record": '"two"'}],
-        ),
+        (task("text", rows="t", output=fields(t=listed(TEXT))), {"t": ["one"]}, [{"record": '"one"'}]),
     ],
 )
 def test_reply_becomes_the_columns_of_its_kind(own: CustomTask, reply: Any, columns: list[Any]) -> None:
@@ -91,7 +87,6 @@ def test_reply_becomes_the_columns_of_its_kind(own: CustomTask, reply: Any, colu
         (task("boxes"), {"boxes": "none"}, ["off_schema"]),
         (task("boxes"), [1], ["off_schema"]),
         (task("text"), {"text": "I'm sorry, but I cannot help with that."}, ["refusal"]),
-        (task("text"), {"text": "la la la la la la la la"}, ["repeats_itself"]),
         (task("text"), {"text": "\ud800"}, ["off_schema"]),
         (task("text"), {"text": "x" * 30_000}, ["text_string_too_long"]),
         (task("question"), {"qa": [WHO | {"extra": 1}]}, ["extra_not_asked_for"]),
@@ -113,9 +108,7 @@ def test_each_invalid_row_has_a_reason(own: CustomTask, reply: Any, reasons: lis
         (task("question"), [WHO], {"qa": [WHO]}),
     ],
 )
-def test_reply_in_the_form_of_a_server_without_schemas_is_read(
-    own: CustomTask, reply: Any, standard: Any
-) -> None:
+def test_reply_in_form_of_server_without_schemas_is_read(own: CustomTask, reply: Any, standard: Any) -> None:
     assert read(own, reply) == read(own, standard)
     assert all(error is None for _, error in read(own, reply))
 
@@ -165,10 +158,7 @@ def test_custom_task_is_found_by_name() -> None:
         ({"kind": "question", "output": PAIR, "rows": "qa"}, "has no list named qa"),
         ({"kind": "boxes", "output": PAIR}, "boxes need rows with one list of four integers"),
         ({"kind": "record", "output": listed(PAIR)}, "output must be an object"),
-        (
-            {"kind": "caption", "output": fields(caption=INTEGER)},
-            "a caption must be a string, not of type integer",
-        ),
+        ({"kind": "caption", "output": fields(caption=INTEGER)}, "must be a string, not of type integer"),
         ({"kind": "labels", "field": "n", "output": fields(n=INTEGER)}, "labels must be a string"),
         ({"kind": "boxes", "show_image": False}, "boxes need an image"),
         ({"kind": "labels", "min_words": 3}, "min_words and max_words are only for captions"),
@@ -177,14 +167,8 @@ def test_custom_task_is_found_by_name() -> None:
         ({"kind": "text", "output": fields(text=TEXT | {"pattern": "(["})}, "regex parse error"),
         ({"kind": "record", "rows": "a", "output": fields(a=listed(TEXT))}, "items of a must be objects"),
         ({"kind": "question", "output": fields(question=TEXT)}, "needs the fields question and answer"),
-        (
-            {"kind": "labels", "rows": "a", "output": fields(a=listed(fields(labels=listed(TEXT))))},
-            "a field in rows cannot be a list",
-        ),
-        (
-            {"kind": "boxes", "rows": "a", "output": fields(a=listed(fields(box=FOUR | listed(TEXT))))},
-            "must be integers",
-        ),
+        ({"kind": "labels", "rows": "a", "output": rows_of(labels=listed(TEXT))}, "rows cannot be a list"),
+        ({"kind": "boxes", "rows": "a", "output": rows_of(box=FOUR | listed(TEXT))}, "must be integers"),
     ],
 )
 def test_custom_task_with_contradicting_settings_is_refused(settings: dict[str, Any], flaw: str) -> None:

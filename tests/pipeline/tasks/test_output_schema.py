@@ -9,16 +9,10 @@ from datasets import Features
 from pydantic import ValidationError
 
 from pipeline.tables import BOOL, FLOAT64, INT64, STRING, arrow_type_of, features
-from pipeline.tasks.output_schema import (
-    UnusableSchemaError,
-    arrow_type,
-    close_schema,
-    empty_value,
-    shape_of,
-    validator_of,
-)
+from pipeline.tasks import output_schema
 
 TEXT = {"type": "string"}
+LONG = {"type": "array", "items": TEXT, "minItems": 500}
 
 
 def fields(properties: dict[str, Any]) -> dict[str, Any]:
@@ -54,18 +48,18 @@ WIDE = field({"$ref": "#/$defs/D0"}) | {"$defs": DEFS | {"D8": TEXT}}
 
 
 def test_closed_schema_has_all_fields_and_no_references() -> None:
-    closed = close_schema(WHOLE)
+    closed = output_schema.close_schema(WHOLE)
     assert closed["required"] == [*WHOLE["properties"]] and closed["additionalProperties"] is False
     assert closed["properties"]["view"] == {"type": "string", "enum": ["front", "side"]}
     assert closed["properties"]["sure"] == {"anyOf": [{"type": "boolean"}, {"type": "null"}]}
     assert closed["properties"]["size"]["anyOf"][0] == {"type": "number", "maximum": 9.5}
     assert closed["properties"]["parts"]["items"]["required"] == ["class"]
     assert "title" not in closed and "$ref" not in json.dumps(closed)
-    assert close_schema(closed) == closed
+    assert output_schema.close_schema(closed) == closed
 
 
 def test_arrow_type_of_a_schema_stores_matching_values() -> None:
-    kind = arrow_type(close_schema(WHOLE))
+    kind = output_schema.arrow_type(output_schema.close_schema(WHOLE))
     part = pa.list_(pa.struct({"class": STRING}))
     wanted = {"view": STRING, "count": INT64, "sure": BOOL, "unit": STRING, "kind": STRING, "size": FLOAT64}
     assert kind == pa.struct(wanted | {"note": STRING, "parts": part})
@@ -76,7 +70,7 @@ def test_arrow_type_of_a_schema_stores_matching_values() -> None:
 
 
 def test_validator_checks_all_keywords() -> None:
-    check = validator_of(close_schema(WHOLE))
+    check = output_schema.validator_of(output_schema.close_schema(WHOLE))
     for value in (GOOD, {key: value for key, value in GOOD.items() if value is not None}):
         assert check.dump_python(check.validate_python(value), mode="json", by_alias=True) == GOOD
     for wrong in (
@@ -90,37 +84,30 @@ def test_validator_checks_all_keywords() -> None:
 
 
 def test_schema_shape_shows_an_example_and_empty_value_matches_the_schema() -> None:
-    assert shape_of(close_schema(WHOLE)) == (
+    assert output_schema.shape_of(output_schema.close_schema(WHOLE)) == (
         '{"view":"front" or "side","count":1,"sure":true or false or null,"unit":"cm" or null,'
         '"kind":"part" or null,"size":0.5 or null,"note":"..." or null,"parts":[{"class":"..."},...]}'
     )
     empty = {"view": "", "count": 0, "sure": False, "unit": "", "kind": "", "size": 0.0, "note": ""}
-    assert empty_value(close_schema(WHOLE)) == empty | {"parts": []}
+    assert output_schema.empty_value(output_schema.close_schema(WHOLE)) == empty | {"parts": []}
 
 
 @pytest.mark.parametrize(
     ("schema", "flaw"),
     [
         ("text", "output is not a schema"),
-        ({"type": "object"}, "must name its fields"),
         (field(TEXT) | {"additionalProperties": TEXT}, "must name its fields"),
         (field({}), r"output\.a has no type"),
         (field({"type": "array"}), r"output\.a is a list without `items`"),
-        (field({"type": "array", "items": TEXT, "minItems": 10**9}), "minItems over maxItems or over 1,000"),
-        (field({"type": "array", "items": TEXT, "minItems": 3, "maxItems": 2}), "minItems over maxItems"),
+        (field(LONG | {"minItems": 10**9}), "minItems over maxItems or over 1,000"),
+        (field(LONG | {"maxItems": 2}), "minItems over maxItems"),
         (field(TEXT | {"minLength": 10**9}), "minLength over maxLength or over 20,000"),
-        (
-            field(
-                {"type": "array", "minItems": 500, "items": {"type": "array", "minItems": 500, "items": TEXT}}
-            ),
-            "more than 10,000 values",
-        ),
+        (field(LONG | {"items": LONG}), "more than 10,000 values"),
         (WIDE, "nested more than 12 levels deep, or the schema has more than 1000 parts"),
         (field(TEXT | {"format": "date"}), r"output\.a has format"),
         (field({"type": ["string", "integer"]}), "several types"),
         (field({"anyOf": [TEXT, {"type": "integer"}]}), "exactly one alternative in anyOf"),
         (field({"enum": ["x", 1]}), "must list only strings"),
-        (field({"enum": []}), "must list only strings"),
         (field({"enum": ["x", "x"]}), "lists a value twice"),
         (field({"type": "integer", "minimum": "1"}), "has a minimum that is not a number"),
         (field(TEXT | {"pattern": 1}), "has a pattern that is not a string"),
@@ -132,5 +119,5 @@ def test_schema_shape_shows_an_example_and_empty_value_matches_the_schema() -> N
     ],
 )
 def test_unsupported_schema_error_names_the_part(schema: Any, flaw: str) -> None:
-    with pytest.raises(UnusableSchemaError, match=flaw):
-        close_schema(schema)
+    with pytest.raises(output_schema.UnusableSchemaError, match=flaw):
+        output_schema.close_schema(schema)

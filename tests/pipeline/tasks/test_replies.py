@@ -35,9 +35,7 @@ def reply(text: str) -> Reply:
         ("plain", 'Sure! Here is a caption:\n\n"A red ring."', "A red ring."),
         ("ocr", "Ingredients:\nmilk", "Ingredients: / milk"),
         ("ocr", "STOP\nMain St", "STOP / Main St"),
-        ("ocr", "12", "12"),
         ("ocr", "function f() {}", "function f() {}"),
-        ("ocr", "[1]", "[1]"),
         ("ocr", "Line one\n\n Line two", "Line one / Line two"),
         ("detailed", 'A screen shows "if (x) {}" in green.', 'A screen shows "if (x) {}" in green.'),
     ],
@@ -99,8 +97,7 @@ def test_unreadable_reply_is_one_row_with_its_reason(request_: Request, text: st
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("I'm sorry, but I cannot describe this.", "refusal"), ("I can't help with that.", "refusal"),
-        ("As an AI, I see nothing.", "refusal"), ("A sign says I'm sorry, in red.", None),
+        ("I'm sorry, but I cannot describe this.", "refusal"), ("A sign says I'm sorry, in red.", None),
         ("I canter on a horse.", None), ("A cat and a cat and a cat and a cat and", "repeats_itself"),
         ("red red red red", "repeats_itself"), ("A big red ring, a big red disk, a big red star.", None),
         ("Yes yes yes.", None),

@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import TrainError
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
 from trainer.model.caption_model import CaptionerModel, build_captioner
-from trainer.model.decoder import DecoderConfig, ScratchDecoder
+from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import load_decoder
@@ -35,11 +35,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
                 save_language_model(root / kind, kind)
             decoder, tokenizer = load_decoder(str(root / kind))
             eos = tokenizer.eos_id
-        options: dict[str, Any] = {
-            "prompts": [("synthetic", "brief")],
-            "eos_id": eos,
-            "max_caption_tokens": 8,
-        }
+        options: Any = {"prompts": [("synthetic", "brief")], "eos_id": eos, "max_caption_tokens": 8}
         return build_captioner(load_encoder(encoders[kind]), decoder, **options).eval()
 
     return built
@@ -75,19 +71,14 @@ def test_loss_is_the_sum_of_the_weighted_losses_of_separate_texts(build: Build, 
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_is_the_negative_log_likelihood_of_next_tokens(build: Build, kind: str) -> None:
+def test_loss_is_the_negative_log_likelihood_of_next_tokens(build: Build) -> None:
     """Computes each token from the tokens before it, which catches labels that are shifted twice."""
-    captioner, states, row = build(kind), torch.randn(1, N, V), [2, 3, 7, 8, 9, EOS]
+    captioner, states, row = build("scratch"), torch.randn(1, N, V), [2, 3, 7, 8, 9, EOS]
     memory = captioner.connector(states)
     expected = torch.zeros(())
     for position in range(2, len(row)):
         before = torch.tensor([row[:position]])
-        if isinstance(captioner.decoder, ScratchDecoder):
-            scores = captioner.decoder(before, memory, torch.ones_like(before))[:, -1]
-        else:
-            words = captioner.decoder.model.get_input_embeddings()(before)
-            scores = captioner.decoder.model(inputs_embeds=torch.cat([memory, words], 1)).logits[:, -1]
+        scores = captioner.decoder(before, memory, torch.ones_like(before))[:, -1]
         expected = expected - scores.log_softmax(-1)[0, row[position]]
     torch.testing.assert_close(captioner.loss(states, texts([row], [2], [0])), expected)
 
@@ -110,9 +101,7 @@ def test_greedy_tokens_have_the_lowest_loss_without_a_cache(build: Build, kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_that_do_not_fit_in_memory_are_an_error_with_a_hint(
-    build: Build, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_beyond_memory_give_a_hint(build: Build, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def exceed(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
@@ -167,9 +156,7 @@ def test_decoding_options_have_their_meanings(build: Build, recwarn: pytest.Warn
     assert not recwarn.list
 
 
-def test_later_generation_does_not_change_torch_in_other_threads(
-    build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_later_generation_does_not_change_torch(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner, states, prompt = build("scratch"), torch.randn(2, N, V), torch.tensor([[2, 3]] * 2)
     texts = captioner.generate(states, prompt, GREEDY)
     monkeypatch.setattr("trainer.model.caption_model.no_init_weights", None)

@@ -6,21 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionModel,
-    ResNetConfig,
-    ResNetModel,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTMAEConfig,
-    ViTMAEModel,
-    ViTModel,
-)
 
 from pipeline.errors import TrainError
-from tests.trainer.tiny_models import IMAGE, SIDE_PX, TOWER, save_clip, save_vit
+from tests.trainer.tiny_models import SIDE_PX, TOWER, save_clip, save_vit
 from trainer.model.encoder import choose_states, load_encoder, patch_grid
 
 
@@ -34,7 +24,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_encoder_states_equal_transformers_states(clip: str, vit: str) -> None:
-    for folder, model_class in ((clip, CLIPVisionModel), (vit, ViTModel)):
+    for folder, model_class in ((clip, transformers.CLIPVisionModel), (vit, transformers.ViTModel)):
         reference = model_class.from_pretrained(folder)
         encoder = load_encoder(folder, frozen=False)
         pixels = encoder.pixels([picture(1), picture(2)])
@@ -45,10 +35,8 @@ def test_encoder_states_equal_transformers_states(clip: str, vit: str) -> None:
 
 
 def test_frozen_encoder_has_no_dropout_in_training_mode(tmp_path: Path) -> None:
-    settings = ViTConfig(**TOWER, **IMAGE, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
-    ViTModel(settings).save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
-    frozen, learning = load_encoder(str(tmp_path)), load_encoder(str(tmp_path), frozen=False)
+    folder = save_vit(tmp_path, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    frozen, learning = load_encoder(folder), load_encoder(folder, frozen=False)
     pixels = frozen.pixels([Image.new("RGB", (40, 30), "green")])
     with torch.no_grad():
         fresh, trained = frozen(pixels), frozen.train()(pixels)
@@ -57,9 +45,9 @@ def test_frozen_encoder_has_no_dropout_in_training_mode(tmp_path: Path) -> None:
 
 
 def test_encoder_that_masks_patches_is_refused(tmp_path: Path) -> None:
-    config = ViTMAEConfig(**TOWER, image_size=112, patch_size=14, mask_ratio=0.5)
-    ViTMAEModel(config).save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path)
+    config = transformers.ViTMAEConfig(**TOWER, image_size=112, patch_size=14, mask_ratio=0.5)
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path)
     with pytest.raises(TrainError, match="returns different states for the same image"):
         load_encoder(str(tmp_path))
 
@@ -72,9 +60,9 @@ def test_config_has_the_name_of_a_folder_but_no_path(folder: str, name: str, tmp
 
 
 def test_error_about_an_unsupported_encoder_states_the_reason(tmp_path: Path) -> None:
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
-    ResNetModel(config).save_pretrained(tmp_path / "resnet")
-    ViTImageProcessor().save_pretrained(tmp_path / "resnet")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    transformers.ViTImageProcessor().save_pretrained(tmp_path / "resnet")
     with pytest.raises(TrainError, match=r"cannot load encoder .*resnet: it is not a vision transformer"):
         load_encoder(str(tmp_path / "resnet"))
     save_vit(tmp_path / "vit")
@@ -86,7 +74,8 @@ def test_error_about_an_unsupported_encoder_states_the_reason(tmp_path: Path) ->
 def test_encoder_with_varying_image_sizes_is_refused(tmp_path: Path) -> None:
     """Otherwise, storing states would fail at the first photo that is not square."""
     folder = save_clip(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, do_center_crop=False).save_pretrained(folder)
+    size = {"shortest_edge": SIDE_PX}
+    transformers.CLIPImageProcessor(size=size, do_center_crop=False).save_pretrained(folder)
     with pytest.raises(TrainError, match="cannot be used as an encoder"):
         load_encoder(folder)
 

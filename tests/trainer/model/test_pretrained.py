@@ -5,17 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessor,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-)
 
 from pipeline.errors import EngineError, TrainError
 from pipeline.images.clip import ClipScorer
@@ -42,10 +33,10 @@ def without(folder: str | Path, *lost: str) -> None:
 def test_vision_tower_with_other_weight_names_is_refused(tmp_path: Path) -> None:
     """If accepted, the tower would silently have random weights."""
     vision: Any = {"model_type": "clip_vision_model", **TOWER, **IMAGE}
-    sizes: Any = {**TOWER, "vocab_size": 99, "num_key_value_heads": 1}
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**sizes), image_token_index=98)
-    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
-    CLIPImageProcessor(crop_size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
+    text = transformers.LlamaConfig(**TOWER, vocab_size=99, num_key_value_heads=1)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=98)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor(crop_size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
     with pytest.raises(TrainError, match=r"its files lack \d+ weights of a vision model"):
         load_encoder(str(tmp_path))
 
@@ -53,8 +44,9 @@ def test_vision_tower_with_other_weight_names_is_refused(tmp_path: Path) -> None
 def test_missing_weights_are_refused_only_if_a_state_depends_on_them(tmp_path: Path) -> None:
     """Stored states are found by a digest of all weights, so missing weights need fixed values."""
     text = TOWER | {"vocab_size": 99, "max_position_embeddings": 16}
-    SiglipModel(SiglipConfig(text_config=text, vision_config=TOWER | IMAGE)).save_pretrained(tmp_path)
-    SiglipImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
+    config = transformers.SiglipConfig(text_config=text, vision_config=TOWER | IMAGE)
+    transformers.SiglipModel(config).save_pretrained(tmp_path)
+    transformers.SiglipImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
     without(tmp_path, "vision_model.head.")
     assert load_encoder(str(tmp_path)).key() == load_encoder(str(tmp_path)).key()
     without(tmp_path, "vision_model.encoder.layers.1.")
@@ -70,9 +62,7 @@ def test_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("save", "load"), KINDS)
-def test_code_in_a_model_is_never_run(
-    tmp_path: Path, save: Any, load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_is_never_run(tmp_path: Path, save: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would ask on the terminal whether to run it."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = save(tmp_path / "model")
@@ -103,7 +93,7 @@ def test_damaged_or_mismatching_files_are_refused(tmp_path: Path, save: Any, loa
 
 
 def set_unknown_end(folder: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<stop>"})
     tokenizer.save_pretrained(folder)
 
@@ -127,9 +117,7 @@ def test_unusable_language_model_is_refused(tmp_path: Path, damage: Any, problem
 
 
 @pytest.mark.parametrize("name", ["/nowhere/vit", "./vit", "a/b/c", "~/vit"])
-def test_missing_folder_is_not_looked_up_on_the_hub(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_folder_is_no_hub_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrained, "AutoConfig", lambda *_, **__: pytest.fail("the Hub is asked"))
     for load in (load_encoder, load_decoder):

@@ -9,23 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    DynamicCache,
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Trainer,
-    TrainingArguments,
-)
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
+from tests.trainer.test_captioner import save_captioner
 from tests.trainer.tiny_models import (
     IMAGE,
     SIDE_PX,
@@ -38,13 +30,12 @@ from tests.trainer.tiny_models import (
 from trainer.captioner import Captioner
 from trainer.model.caption_model import CaptionerModel, build_captioner
 from trainer.model.checkpoint import Checkpoint, load_checkpoint
-from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
-from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
+from trainer.model.language_model import PretrainedDecoder, load_decoder
 from trainer.model.transformers_files import transformers_files
 from trainer.model.transformers_model import SynthCaptioner, SynthCaptionerConfig
-from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
+from trainer.tokenizer import CaptionTokenizer, TargetText
 
 IMAGES = 100
 DECODERS = ("scratch", "prefix", "llama")
@@ -117,7 +108,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: save_captioner(name, tmp_path_factory.mktemp(name)) for name in DECODERS}
+    return {name: save_kind(name, tmp_path_factory.mktemp(name)) for name in DECODERS}
 
 
 @pytest.fixture(params=DECODERS)
@@ -125,25 +116,11 @@ def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> 
     return checkpoints[request.param]
 
 
-def save_captioner(name: str, root: Path) -> Path:
-    """Save a captioner with random weights, strong enough for its texts to differ between images."""
-    torch.manual_seed(4)
-    sizes = {"width": 32, "depth": 2, "heads": 4}
-    decoder: Any
-    if name == "llama":
-        decoder, tokenizer = load_decoder(save_language_model(root / "lm", name))
-        encoder = load_encoder(save_clip(root / "clip"), states="2x2")
-    else:
-        prompts = [prompt for prompt in PROMPTS if prompt[1]]
-        texts = [
-            TargetText(source, f"A dog, number {n}.", style) for source, style in prompts for n in range(30)
-        ]
-        texts += [TargetText("synthetic", "two", question=question) for question in QUESTIONS]
-        tokenizer = train_tokenizer(texts, 400)
-        decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), **sizes)
-        encoder = load_encoder(save_vit(root / "vit"))
-        if name == "prefix":
-            decoder, tokenizer = new_decoder(tokenizer, **sizes)
+def save_kind(name: str, root: Path) -> Path:
+    if name != "llama":
+        return save_captioner(root / "c", PROMPTS, decoder=name, strength=8, max_caption_tokens=12)
+    decoder, tokenizer = load_decoder(save_language_model(root / "lm", name))
+    encoder = load_encoder(save_clip(root / "clip"), states="2x2")
     options: dict[str, Any] = {"max_caption_tokens": 12, "data": {}}
     captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, **options)
     return save(captioner, tokenizer, root / "checkpoint")
@@ -157,9 +134,9 @@ def save(captioner: CaptionerModel, tokenizer: CaptionTokenizer, folder: Path) -
 
 
 def load_with_transformers(folder: Path, **options: Any) -> tuple[Any, Any]:
-    """Return the model and the processor."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options)
-    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    auto: Any = transformers.AutoModelForImageTextToText
+    model = auto.from_pretrained(folder, trust_remote_code=True, **options)
+    return model, transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
 def generate(loaded: Checkpoint, photos: list[Path], prompt: TargetText, beams: int = 1) -> list[list[int]]:
@@ -179,12 +156,8 @@ def written(
     arguments = [json.dumps(value) for value in (folders, list(map(str, photos)), QUESTIONS)]
     packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
     command = [sys.executable, "-I", "-S", "-c", SCRIPT, packages, *arguments]
-    env = {
-        "HF_HOME": str(tmp_path_factory.mktemp("home")),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": "/usr/bin:/bin",
-    }
+    home = str(tmp_path_factory.mktemp("home"))
+    env = {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     outputs: dict[str, Any] = json.loads(done.stdout)
@@ -208,24 +181,21 @@ def test_saved_captioner_without_this_package_generates_the_same_tokens(
     pairs = zip(photos, questions, strict=False)
     assert written["padded"] == [generate(loaded, [path], question)[0] for path, question in pairs]
     texts = [loaded.tokenizer.decode(ids) for ids in generate(loaded, photos[:3], brief)]
-    assert [text.strip() for text in written["pipeline"]] == written["texts"] == texts
+    for shown in (written["pipeline"], written["texts"]):
+        assert [text.strip() for text in shown] == texts
     assert written["answer"].strip() == loaded.tokenizer.decode(generate(loaded, photos[:1], questions[0])[0])
-    assert written["chat"] == [texts[0], written["answer"]]
+    assert [text.strip() for text in written["chat"]] == [texts[0], written["answer"].strip()]
     assert written["sampled"] == 2
 
 
-def test_captioner_saved_by_transformers_loads_with_the_same_tokens(
-    checkpoint: Path, photos: list[Path], tmp_path: Path
-) -> None:
+def test_copy_by_transformers_has_same_tokens(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
     for part in load_with_transformers(checkpoint):
         part.save_pretrained(tmp_path / "saved")
     tokens = [generate(load_checkpoint(path), photos[:8], BRIEF) for path in (checkpoint, tmp_path / "saved")]
     assert tokens[0] == tokens[1]
 
 
-def test_half_precision_captioner_generates_and_refuses_input_without_image(
-    checkpoints: dict[str, Path], photos: list[Path]
-) -> None:
+def test_half_precision_works_and_images_are_needed(checkpoints: dict[str, Path], photos: list[Path]) -> None:
     folder = checkpoints["scratch"]
     for dtype in (torch.bfloat16, torch.float16):
         model, processor = load_with_transformers(folder, dtype=dtype)
@@ -275,22 +245,21 @@ def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(fa
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_later_step_of_generation_has_only_the_last_token(name: str, tmp_path: Path) -> None:
     """The name is `cache` since transformers 5.24."""
-    model, _ = load_with_transformers(save_captioner("scratch", tmp_path))
-    cache, keys = DynamicCache(), torch.zeros(1, 1, 3, 4)
+    model, _ = load_with_transformers(save_kind("scratch", tmp_path))
+    cache, keys = transformers.DynamicCache(), torch.zeros(1, 1, 3, 4)
     cache.update(keys, keys, 0)
     inputs = model.prepare_inputs_for_generation(torch.tensor([[5, 6, 7, 8]]), **{name: cache})
     assert inputs["input_ids"].tolist() == [[8]] and inputs["past_key_values"] is cache
 
 
-def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
-    photos: list[Path], tmp_path: Path
-) -> None:
+def test_saved_captioner_stops_at_last_position_of_its_model(photos: list[Path], tmp_path: Path) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
     question = TargetText("synthetic", "", question=QUESTIONS[0])
     num_states, prompt_tokens = 5, len(tokenizer.prompt(question))
     sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 258}
     sizes["n_positions"] = num_states + prompt_tokens + 3
-    decoder = PretrainedDecoder({"model_type": "gpt2", **sizes}, GPT2LMHeadModel(GPT2Config(**sizes)))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    decoder = PretrainedDecoder({"model_type": "gpt2", **sizes}, model)
     encoder = load_encoder(save_vit(tmp_path / "vit"))
     captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=257, max_caption_tokens=12, data={})
     model, processor = load_with_transformers(save(captioner, tokenizer, tmp_path / "c"))
@@ -298,7 +267,7 @@ def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
     tokens = {"eos_token_id": 257, "pad_token_id": 257}
     calls: list[dict[str, Any]] = [{}, {"max_new_tokens": 12}, {"num_beams": 2}]
     limits = ({"num_beams": 2}, {"max_length": 90})
-    calls += [{"generation_config": GenerationConfig(**limit, **tokens)} for limit in limits]
+    calls += [{"generation_config": transformers.GenerationConfig(**limit, **tokens)} for limit in limits]
     for options in calls:
         assert model.generate(**inputs, **options).shape[1] <= prompt_tokens + 3
     assert model.generate(**inputs, max_new_tokens=2).shape[1] <= prompt_tokens + 2
@@ -310,10 +279,8 @@ def test_saved_captioner_stops_at_the_last_position_of_its_language_model(
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_saved_captioner_writes_the_same_tokens_with_its_decoding_settings(
-    num_beams: int, tmp_path: Path
-) -> None:
-    folder = save_captioner("scratch", tmp_path)
+def test_saved_captioner_writes_same_tokens_with_its_settings(num_beams: int, tmp_path: Path) -> None:
+    folder = save_kind("scratch", tmp_path)
     settings = {"num_beams": num_beams, "min_new_tokens": 5, "no_repeat_ngram_size": 2, "length_penalty": 0.3}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"data": {"decoding": settings}}))
@@ -360,10 +327,10 @@ def test_gradient_accumulation_changes_neither_loss_nor_gradient(tmp_path: Path)
         model = SynthCaptioner(config)
         options: dict[str, Any] = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
         options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
-        arguments = TrainingArguments(
+        arguments = transformers.TrainingArguments(
             str(tmp_path), remove_unused_columns=False, save_strategy="no", disable_tqdm=True, **options
         )
-        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows)
+        trainer = transformers.Trainer(model, arguments, data_collator=collate, train_dataset=rows)
         trainer.train()
         logged.append(trainer.state.log_history[0])
     for name in ("loss", "grad_norm"):
