@@ -19,7 +19,7 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.images.clip import ClipScorer
 from pipeline.text.vqa_answers import normalize_answer
-from trainer.config import ENCODERS
+from trainer.config import ENCODERS, default_texts
 from trainer.data import Example, Question, examples_in, most_common
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.metrics import Rarity, bootstrap, derangement, score, score_each, tokenize
@@ -163,7 +163,10 @@ def evaluate_version(
     if clip and is_own_encoder(clip, config.encoder["made_from"]):
         problem = f"{clip} is the encoder of this captioner, which would bias the CLIP score"
         raise TrainError(problem, hint="choose another CLIP: --clip-score")
-    examples = examples_in(version, split, "mixed", to_score=True)
+    try:
+        examples = examples_in(version, split, config.data.get("texts", "synthetic"), to_score=True)
+    except TrainError:  # the version has no texts of the kind that was learned
+        examples = examples_in(version, split, default_texts(version.manifest), to_score=True)
     features = OnlineFeatures(checkpoint.captioner.encoder, checkpoint.captioner.device)
     prompt, decoding = scored_prompt(config.prompts, style), config.decoding(beams)
     scores = evaluate(checkpoint, examples, features, prompt, decoding, questions=True, clip=clip)
@@ -198,7 +201,7 @@ def _generate(
 ) -> tuple[list[str], dict[tuple[int, int], list[str]]]:
     """Return the caption of each image, and the answers to the questions of the examples in `asked`.
 
-    Processes share the captions. The states of HELD_IMAGES images are in memory at the same time.
+    Processes share the images. The states of HELD_IMAGES images are in memory at the same time.
     """
     source, style = prompt
     prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))
@@ -224,7 +227,7 @@ def _generate(
         ]
         remaining = iter(answer_questions(checkpoint, held, pairs, answer_source))
         answers |= {key: list(islice(remaining, len(examples[key[1]].questions))) for key in keys}
-    return gather_slices(captions), answers
+    return gather_slices(captions), dict(gather_slices(list(answers.items())))
 
 
 def answer_questions(

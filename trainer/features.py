@@ -101,12 +101,14 @@ def hold_features(features: FeatureSource, examples: Sequence[Example]) -> Featu
     return lambda chosen: states_BNV[[rows[example.sample_id] for example in chosen]]
 
 
-def load_ahead(load: Callable[[Part], Loaded], parts: Iterable[Part]) -> Iterator[Loaded]:
-    """Yield `load(part)` for each part. A thread loads the next parts while the caller uses one."""
+def load_ahead(
+    load: Callable[[Part], Loaded], parts: Iterable[Part], count: int = BATCHES_AHEAD
+) -> Iterator[Loaded]:
+    """Yield `load(part)` for each part. A thread loads the next `count` parts while the caller uses one."""
     pool = ThreadPoolExecutor(1)
     tasks = (pool.submit(load, part) for part in parts)
     try:
-        pending = deque(islice(tasks, BATCHES_AHEAD))
+        pending = deque(islice(tasks, count))
         while pending:
             loaded = pending.popleft().result()
             pending.extend(islice(tasks, 1))
@@ -135,7 +137,8 @@ def store_features(
         pending: list[tuple[list[bytes], Tensor]] = []  # batches that are not on disk yet
         saved_at = time.monotonic()
         batches = [missing[start : start + BATCH_IMAGES] for start in range(0, len(missing), BATCH_IMAGES)]
-        loaded = load_ahead(online.load, ([example_of[key] for key in batch] for batch in batches))
+        parts = ([example_of[key] for key in batch] for batch in batches)
+        loaded = load_ahead(online.load, parts, count=1)  # pixels take much more memory than states
         for number, (batch, pixels_BCHW) in enumerate(zip(batches, loaded, strict=True), 1):
             with autocast("bf16", device):  # states are stored in bf16
                 states_BNV = online.states(pixels_BCHW, device).bfloat16()

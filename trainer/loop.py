@@ -201,20 +201,22 @@ class Trainer:
 
         The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. Once a
         micro-batch does not fit in the memory of a GPU, the blocks of a language model are recomputed in the
-        backward pass. Raises TrainError if it still does not fit.
+        backward pass, but not with `rewarded`, because models recompute only in training mode. Raises
+        TrainError if it still does not fit.
         """
         captioner, loss = self.checkpoint.captioner, None
         try:
             loss = self._add_gradients(batch, rewarded=rewarded)
         except torch.OutOfMemoryError:
             decoder = captioner.decoder
-            if not (isinstance(decoder, PretrainedDecoder) and decoder.recompute_blocks()):
+            if rewarded or not (isinstance(decoder, PretrainedDecoder) and decoder.recompute_blocks()):
                 hint = (
                     "set more gradient_accumulation_steps (with --resume in train.json) or a smaller decoder"
                 )
                 raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
         if loss is None:  # the memory of the failed step is free after the `except` block
             captioner.zero_grad()
+            torch.manual_seed(torch.initial_seed())  # for the same dropout
             return self.forward_backward(batch, rewarded=rewarded)
         return all_reduce_gradients(captioner, loss)
 

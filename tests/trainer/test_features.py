@@ -6,6 +6,7 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
 from trainer import features
 from trainer.data import Example, examples_in
-from trainer.features import OnlineFeatures, store_features
+from trainer.features import OnlineFeatures, load_ahead, store_features
 from trainer.model.encoder import Encoder, load_encoder
 
 CPU = torch.device("cpu")
@@ -68,6 +69,17 @@ def test_interrupted_build_resumes(
     stored = store_features(encoder, examples, tmp_path, CPU, left)
     assert left.done[0] == (8, len(examples) - 15)
     assert torch.equal(stored(examples), OnlineFeatures(encoder, CPU)(examples))
+
+
+def test_batches_are_loaded_ahead_of_their_use(
+    encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = iter(range(9))
+    assert next(load_ahead(str, parts, count=3)) == "0" and next(parts) == 4
+    load = Mock(wraps=load_ahead)
+    monkeypatch.setattr(features, "load_ahead", load)
+    store_features(encoder, examples, tmp_path, CPU, QUIET)
+    assert load.call_args.kwargs == {"count": 1}  # pixels take much memory
 
 
 def test_change_of_states_or_weights_gets_a_new_store(examples: list[Example], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import subprocess
 from math import inf, nan
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from trainer.training import train_captioner
 
 
 def trainer_of(version: Version, **changes: Any) -> Trainer:
-    config = replace(dropout=0.0, **changes).with_defaults(40)
+    config = replace(**{"dropout": 0.0} | changes).with_defaults(40)
     examples = examples_in(version, "train", config.text_source)
     checkpoint = build_checkpoint(version, config, examples)
     features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
@@ -124,35 +125,47 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     assert len(losses(tmp_path)) == 12
 
 
-def test_step_that_does_not_fit_in_memory_is_repeated_with_recomputed_blocks(
-    version: Version, clip: str, language_model: str, monkeypatch: pytest.MonkeyPatch
+def test_step_that_does_not_fit_in_memory_is_repeated_with_recomputed_blocks_and_equal_dropout(
+    version: Version, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_of(version, encoder=clip, decoder=language_model)
-    captioner = trainer.checkpoint.captioner.train()
-    batch, decoder = trainer.loader.load(trainer.loader.examples[:2]), captioner.decoder
-    expected, loss = trainer.forward_backward(batch), decoder.loss
+    sizes = {"decoder": "prefix", "decoder_width": 48, "dropout": 0.1, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(version, encoder=clip, **sizes)
+    captioner, calls = trainer.checkpoint.captioner, list[None]()
+    batch, decoder = trainer.loader.load(trainer.loader.examples[:4]), captioner.decoder
+    optimizer, loss = build_optimizer(captioner, trainer.config), decoder.loss
     weights = next(captioner.connector.parameters())
-    gradient = weights.grad
+    _ = decoder.probed  # draws random numbers
+    trainer.begin_step(optimizer, 0)
+    expected, gradient = trainer.forward_backward(batch), weights.grad
     captioner.zero_grad()
 
     def exceed(*arguments: Any) -> torch.Tensor:
-        if not decoder.model.is_gradient_checkpointing:  # type: ignore[union-attr]
+        calls.append(None)
+        if len(calls) == 2:
             raise torch.OutOfMemoryError
         return loss(*arguments)
 
     monkeypatch.setattr(decoder, "loss", exceed)
-    assert torch.equal(trainer.forward_backward(batch), expected)
+    trainer.begin_step(optimizer, 0)
+    assert torch.equal(trainer.forward_backward(batch), expected) and len(calls) == 4
+    assert decoder.model.is_gradient_checkpointing  # type: ignore[union-attr]
     torch.testing.assert_close(weights.grad, gradient)
 
 
-def test_step_beyond_memory_gives_a_hint(small_trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exceed(*_: Any) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(small_trainer.checkpoint.captioner.decoder, "loss", exceed)
-    batch = small_trainer.loader.load(small_trainer.loader.examples[:2])
+@pytest.mark.parametrize("decoder", ["scratch", "prefix"])
+def test_step_that_does_not_fit_in_memory_is_an_error_with_a_hint(
+    decoder: str, version: Version, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the stage `scst`, no decoder recomputes its blocks."""
+    is_rewarded = decoder == "prefix"
+    lengths = {"scst_frac": 1.0, "scst_samples": 2, "max_caption_tokens": 12} if is_rewarded else {}
+    trainer = trainer_of(version, encoder=clip, decoder=decoder, **lengths)
+    exceed = Mock(side_effect=torch.OutOfMemoryError)
+    monkeypatch.setattr(trainer.checkpoint.captioner.decoder, "loss", exceed)
+    batch = trainer.loader.load(trainer.loader.examples[:2])
     with pytest.raises(TrainError, match="does not fit in GPU memory") as raised:
-        small_trainer.forward_backward(batch)
+        trainer.forward_backward(batch, rewarded=is_rewarded)
+    exceed.assert_called_once()
     assert "gradient_accumulation_steps" in raised.value.hint
 
 

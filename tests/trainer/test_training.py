@@ -6,6 +6,7 @@ from dataclasses import replace as data_replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,11 +24,12 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace
 from tests.trainer.tiny_models import save_language_model
 from trainer.data import Example, Question, examples_in
-from trainer.evaluate import evaluate
+from trainer.evaluate import evaluate, evaluate_version
 from trainer.features import OnlineFeatures
 from trainer.metrics import derangement
-from trainer.model.checkpoint import load_checkpoint
+from trainer.model.checkpoint import build_checkpoint, load_checkpoint
 from trainer.model.language_model import PretrainedDecoder
+from trainer.runtime.devices import gather_slices
 from trainer.runtime.training_state import read_log
 from trainer.training import train_captioner
 
@@ -97,17 +99,39 @@ def test_questions_are_asked_about_matching_and_shuffled_images(
         answered.extend((example.sample_id, question) for example, question in pairs)
         return [example.sample_id for example, _ in pairs]
 
+    gather = Mock(wraps=gather_slices)
     monkeypatch.setattr(trainer.evaluate, "HELD_IMAGES", 7)
     monkeypatch.setattr(trainer.evaluate, "answer_questions", answer)
+    monkeypatch.setattr(trainer.evaluate, "gather_slices", gather)
     features = OnlineFeatures(loaded.captioner.encoder, CPU)
     scored = evaluate(loaded, examples, features, ("synthetic", "brief"), questions=True)
     order = derangement([one.sample_id for one in examples])
     images = [(examples[n], example) for k, example in enumerate(examples) for n in (k, order[k])]
     asked = {(image.sample_id, example.questions[0].question) for image, example in images}
     assert {*answered} == asked and len(answered) == len(asked)
+    # Processes share the captions and the answers.
+    assert [len(call.args[0]) for call in gather.call_args_list] == [len(examples), len(asked)]
     assert all(row["questions"][0]["said"] == row["sample_id"] for row in scored["each"])
     (scores,) = scored["questions"].values()
     assert (scores["count"], scores["accuracy"], scores["shuffled"]) == (len(examples), 1.0, 0.0)
+
+
+@pytest.mark.parametrize("is_absent", [False, True])
+def test_evaluation_reads_the_texts_of_the_training_or_else_those_of_the_version(
+    version: Version, clip: str, monkeypatch: pytest.MonkeyPatch, *, is_absent: bool
+) -> None:
+    sets, config = trainer.data.choose_examples(version, replace(encoder=clip, text_source="human"))
+    checkpoint, read = build_checkpoint(version, config, sets["train"]), list[str]()
+
+    def examples(version: Version, split: str, mixture: str, **_: Any) -> list[Example]:
+        read.append(mixture)
+        if is_absent and mixture == "human":
+            raise TrainError("no human captions to train on")
+        return sets[split]
+
+    monkeypatch.setattr(trainer.evaluate, "examples_in", examples)
+    evaluate_version(checkpoint, version, "test")
+    assert read == ["human", "synthetic"][: 1 + is_absent]
 
 
 def test_saved_adapters_are_merged(version: Version, tmp_path: Path, clip: str, language_model: str) -> None:

@@ -186,7 +186,8 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return next-token logits (B, T, vocabulary), and the mean loss for `labels` (-100 is ignored).
 
-        `transformers.Trainer` passes the number of labels in all micro-batches as `num_items_in_batch`.
+        `transformers.Trainer` passes the number of labels in all micro-batches as `num_items_in_batch`. A
+        language model returns its own cache in place of a new DynamicCache, which stays empty.
         """
         if image_states is None and pixel_values is not None:
             image_states = self.encode(pixel_values)

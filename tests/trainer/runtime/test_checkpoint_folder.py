@@ -1,0 +1,18 @@
+"""Captioners on the Hub."""
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from trainer.runtime.checkpoint_folder import CAPTIONER_FILES, find_captioner
+
+
+def test_later_call_returns_the_new_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = [tmp_path / "old", tmp_path / "new"]
+    for folder in commits:
+        folder.mkdir()
+        for name in CAPTIONER_FILES:
+            (folder / name).touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=map(str, commits)))
+    assert [find_captioner("org/captioner") for _ in commits] == commits
