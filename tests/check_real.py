@@ -13,7 +13,9 @@ from pathlib import Path
 
 from pipeline.config.files import resolve
 from pipeline.doctor import Finding, examine
+from pipeline.errors import SynthError
 from pipeline.executors.messages import describe_engine
+from pipeline.inference.vllm import has_gpu
 from pipeline.progress import show_progress
 from pipeline.run import RunResult, generate_dataset
 from pipeline.text.escape import visible
@@ -58,8 +60,13 @@ def main() -> None:
     parser.add_argument("--source", default="flickr30k")
     parser.add_argument("--out", type=Path, default=Path("check-real"))
     arguments = parser.parse_args()
-    with show_progress() as progress:
-        result = generate_dataset(resolve(source=arguments.source, limit=IMAGES), arguments.out, progress)
+    if not has_gpu():
+        sys.exit("check-real needs an NVIDIA GPU, and nvidia-smi finds none")
+    try:
+        with show_progress() as progress:
+            result = generate_dataset(resolve(source=arguments.source, limit=IMAGES), arguments.out, progress)
+    except SynthError as error:
+        sys.exit(f"{error}\n  hint: {error.hint}")
     print(describe_run(result, examine()))
     for command in further_commands(str(arguments.out), arguments.repo):
         subprocess.run([sys.executable, "-m", "pipeline", *command], check=True)

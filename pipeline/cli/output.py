@@ -191,7 +191,8 @@ def print_run_result(
 def _print_requests(stats: "RequestStats", servers: "Servers | None") -> None:
     num_answered = sum(stats.attempts.values())
     notes = [f"{stats.total - num_answered:,} reused from the journal"] if stats.total > num_answered else []
-    notes += [f"{stats.asked - num_answered:,} retries"] if stats.asked > num_answered else []
+    retries = stats.asked - num_answered
+    notes += [f"{retries:,} {'retry' if retries == 1 else 'retries'}"] if retries > 0 else []
     details = f" ({', '.join(notes)})" if notes else ""
     say(f"sent {stats.asked:,} requests for {stats.total:,} replies{details}")
     if stats.asked:

@@ -18,7 +18,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.limits import SCORED, score_curves
 from pipeline.dataset.price import price_in_words
 from pipeline.dataset.reviews import REASONS, Verdict, read_stored
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import TRIAL, Version
 from pipeline.errors import ConfigError
 from pipeline.report.html import page_script, render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
@@ -65,6 +65,7 @@ def write_report(version: Version, folder: Path) -> Path:
     text = render_page(
         "report.html.j2",
         manifest=manifest,
+        version="preview" if folder.name == TRIAL else version.name,
         images=version.num_rows,
         shown=num_shown,
         funnel=manifest.get("funnel", []),

@@ -72,6 +72,7 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     assert done.stdout.strip() == "data/folder-photos/preview.html"
     assert not (photos / "data/folder-photos/.trial").exists()
     page = (photos / "data/folder-photos/preview.html").read_text()
+    assert "<title>photos preview</title>" in page
     assert ".trial" not in page and str(photos) not in page
     done = run(photos, "generate", *source, "--json")
     assert "next: synth report data/folder-photos" in done.stderr
