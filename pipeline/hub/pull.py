@@ -18,7 +18,7 @@ from pipeline.dataset.version import (
     parse_version,
     read_version,
 )
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, did_you_mean
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from pipeline.storage.files import scratch_folder, translate_disk_errors
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
@@ -44,6 +44,7 @@ def pull_version(name: str) -> Version:
 
     repo, _, requested = name.partition("@")
     offline = "check the network, then try again; a downloaded version opens by its name, ORG/NAME@VERSION"
+    offline = did_you_mean(repo, map(str, Path(repo).parent.glob("*/")), offline)
     with translate_hub_errors(name, "dataset", StoreError, offline, or_folder=True):
         revision = requested or next(reversed(_tags(repo)), None)
         if revision is None:

@@ -96,8 +96,10 @@ def test_cached_version_needs_no_network(
     hub: RunningHub, pulled: tuple[Path, list[dict[str, Any]]], env: dict[str, str]
 ) -> None:
     num_requests = len(hub.hub.log)
+    (pulled[0].parent / "me/text").mkdir(parents=True, exist_ok=True)
     named, *unnamed = pull(hub, pulled[0], "me/scenes@v1.0.0", "me/scenes", "me/texts@v1.0.0", **env)
     assert named["rows"] == 20
+    assert unnamed[1]["hint"].startswith("did you mean me/text? ")
     for refused in unnamed:
         assert "does not answer" in refused["error"] and "ORG/NAME@VERSION" in refused["hint"]
     assert len(hub.hub.log) == num_requests
