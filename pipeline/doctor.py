@@ -24,7 +24,7 @@ LARGE_GIB = needed_gib(QWEN_3B, MAX_PIXELS)
 DISK_GIB = 20
 EXTRAS = {
     "embedded": ("torch", "transformers", "llguidance", "torchvision"),
-    "train": ("torch", "transformers", "tokenizers", "safetensors"),
+    "train": ("torch", "transformers", "tokenizers", "safetensors", "torchvision"),
 }
 _VLLM_VERSION = "import vllm, torch; print(vllm.__version__, 'on torch', torch.__version__)"
 
