@@ -135,6 +135,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["good", *DAMAGES])
-def test_hostile_checkpoint_is_refused_once_or_is_harmless(name: str, outcomes: dict[str, Any]) -> None:
+def test_hostile_checkpoint_gives_one_error_or_is_harmless(name: str, outcomes: dict[str, Any]) -> None:
     require_harmless_outcome(name, outcomes[name], max_s=30)
     assert not Path("/tmp/synth-was-here").exists()

@@ -45,7 +45,9 @@ def write(path: Path, columns: dict[str, Any]) -> Path:
     ("size_bytes", "outcome"),
     [(99_000_000, "sample"), (101_000_000, "file_too_large"), (300_000_000, "row_too_large")],
 )
-def test_image_shared_by_all_rows_is_decoded_per_row(size_bytes: int, outcome: str, tmp_path: Path) -> None:
+def test_image_shared_by_all_rows_is_read_or_rejected_in_bounded_memory(
+    size_bytes: int, outcome: str, tmp_path: Path
+) -> None:
     cells = repeated(png() + bytes(size_bytes), pa.binary(), 6)
     images = pa.StructArray.from_arrays([cells, pa.nulls(6, pa.string())], ["bytes", "path"])
     path = write(tmp_path / "bomb.parquet", {"image": images})
@@ -104,7 +106,7 @@ SCHEMAS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_odd_schema_gives_rows_or_one_error(name: str, tmp_path: Path) -> None:
+def test_unusual_schema_gives_all_rows_or_one_error(name: str, tmp_path: Path) -> None:
     table = SCHEMAS[name] if isinstance(SCHEMAS[name], pa.Table) else pa.table(SCHEMAS[name])
     pq.write_table(table, tmp_path / "odd.parquet")
     try:

@@ -62,13 +62,15 @@ def too_large(path: Path) -> None:
 @pytest.mark.parametrize(
     "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), too_large]
 )
-def test_path_without_regular_file_is_refused(make: Callable[[Path], object], tmp_path: Path) -> None:
+def test_irregular_or_too_large_review_file_is_refused(
+    make: Callable[[Path], object], tmp_path: Path
+) -> None:
     make(tmp_path / "reviews.jsonl")
     with pytest.raises(ConfigError, match="cannot read"):
         read_lines(tmp_path / "reviews.jsonl")
 
 
-def test_hostile_notes_and_edits_are_read_without_personal_data(tmp_path: Path) -> None:
+def test_hostile_notes_are_read_unchanged_and_edits_without_personal_data(tmp_path: Path) -> None:
     texts = [vector for vector in ALL if vector.isprintable()]
     reviews = [EDITED | {"text": text, "note": text} for text in texts]
     (tmp_path / "reviews.jsonl").write_bytes(lines(*reviews))

@@ -49,7 +49,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_bomb_of_captions_is_one_error_that_names_the_file(tmp_path: Path) -> None:
+def test_caption_file_bomb_gives_one_error_that_names_the_file(tmp_path: Path) -> None:
     files = bombs()
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -89,7 +89,7 @@ def captions_of(text: str, path: Path) -> Source:
 
 @pytest.mark.parametrize("levels", [300, 600, 900, 20_000])
 @pytest.mark.parametrize("source_of", [folder_of, archive_of, captions_of])
-def test_deep_value_is_no_caption_or_one_error(
+def test_deeply_nested_caption_is_read_or_ignored_or_gives_one_error(
     source_of: Callable[[str, Path], Source], levels: int, tmp_path: Path
 ) -> None:
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
@@ -105,7 +105,7 @@ def test_deep_value_is_no_caption_or_one_error(
     ["'a', ", "'a' ", "'\\", "'", "\"'", "[", " ", "{'a': '", "1, "],
     ids=lambda part: part.replace(" ", "_"),
 )
-def test_list_in_a_long_cell_takes_little_time_and_memory(part: str) -> None:
+def test_list_in_a_long_cell_is_parsed_in_bounded_time_and_memory(part: str) -> None:
     text = "['a'" + part * (2_000_000 // len(part)) + "x]"
     tracemalloc.start()
     began = time.process_time()
@@ -118,7 +118,7 @@ def test_list_in_a_long_cell_takes_little_time_and_memory(part: str) -> None:
     assert time.process_time() - began < 5
 
 
-def test_captions_in_another_encoding_are_reported_by_name_or_an_error(tmp_path: Path) -> None:
+def test_caption_file_that_is_not_utf8_is_reported_or_rejected_or_refused(tmp_path: Path) -> None:
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("Schöne Grüße".encode("latin-1"))
     source = open_folder(tmp_path)

@@ -44,7 +44,7 @@ def test_local_and_pulled_version_are_loaded_with_images(tmp_path: Path) -> None
     assert sum(pipeline.load(tmp_path / "d").num_rows.values()) == 12
 
 
-def test_pages_are_lists_of_images(tmp_path: Path) -> None:
+def test_pages_of_a_deck_are_loaded_as_a_list_of_images(tmp_path: Path) -> None:
     pages = tuple(sample.images[0] for sample in SAMPLES[:3])
     deck = replace(SAMPLES[0], id=deck_id([image_id(page) for page in pages]), images=pages)
     captions = true_captions(SAMPLES[:1])
@@ -55,7 +55,7 @@ def test_pages_are_lists_of_images(tmp_path: Path) -> None:
     assert rows.features["pages"] == List(Image()) and len(rows[0]["pages"]) == 3
 
 
-def test_missing_images_raise_with_a_hint(tmp_path: Path) -> None:
+def test_missing_images_raise_an_error_with_a_hint(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", SAMPLES)
     texts = pulled(version, tmp_path / "home" / "texts", images=False)
     assert "image" not in pipeline.load(texts.path)["train"].column_names

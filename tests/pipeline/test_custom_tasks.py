@@ -53,7 +53,7 @@ def test_task_is_asked_one_round_after_the_tasks_it_needs() -> None:
         check_requests(request_plan(config), config.verify)
 
 
-def test_tasks_with_keep_if_are_asked_first_and_conditions_before_their_tasks() -> None:
+def test_tasks_with_keep_if_are_asked_first_and_conditional_tasks_after_the_tasks_they_read() -> None:
     kind = TEXT | {"name": "kind", "keep_if": "results.kind != 'blank'"}
     late = TEXT | {"name": "late", "when": "'a' in results.brief"}
     when = {"qa": "results.detailed is not null"}
@@ -167,7 +167,7 @@ def test_prompt_contains_language_of_its_task() -> None:
         assert request.text.startswith(f"Write in [{words}].")
 
 
-def test_task_file_of_option_replaces_task_of_same_name_in_settings(tmp_path: Path) -> None:
+def test_task_file_given_as_option_replaces_task_of_same_name_in_settings(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("{name: t, kind: text, prompt: New.}")
     settings = {"source": "folder:x", "custom_tasks": [TEXT, need("u")]}
     (tmp_path / "synth.yaml").write_text(json.dumps(settings))

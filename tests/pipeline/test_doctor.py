@@ -39,7 +39,9 @@ def test_interpreter_without_vllm_fails_the_check(monkeypatch: pytest.MonkeyPatc
     assert "cannot run " in vllm.result
 
 
-def test_failures_have_hints_and_the_model_a_license(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failures_have_hints_and_the_default_model_has_a_license(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(VLLM_PYTHON, raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))

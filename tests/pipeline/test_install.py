@@ -48,7 +48,7 @@ def packages_loaded_by(modules: Sequence[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(("extras", "modules", "packages"), NEEDS, ids=lambda value: "+".join(value))
-def test_extras_of_hint_provide_packages_of_command(
+def test_extras_in_an_install_hint_provide_the_packages_of_the_command(
     extras: tuple[str, ...], modules: tuple[str, ...], packages: list[str]
 ) -> None:
     lines = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
@@ -59,7 +59,7 @@ def test_extras_of_hint_provide_packages_of_command(
         assert names & provided, f"{package} is not in {extras}"
 
 
-def test_needs_list_the_extras_of_every_install_hint() -> None:
+def test_table_of_needs_lists_the_extras_of_every_install_hint() -> None:
     hints: set[tuple[str, ...]] = {EXTRAS["serve-captioner"]}
     for path in PATHS:
         for node in ast.walk(parse(path)):
@@ -70,7 +70,7 @@ def test_needs_list_the_extras_of_every_install_hint() -> None:
     assert hints <= {extras for extras, _, _ in NEEDS}
 
 
-def test_command_names_packages_of_the_extras_and_not_this_distribution() -> None:
+def test_install_command_lists_the_packages_of_the_extras_without_this_distribution() -> None:
     extras = PROJECT["optional-dependencies"]
     command = install_command("train", "serve", package="torch")
     assert command.split()[:2] == ["pip", "install"]

@@ -7,7 +7,9 @@ import pytest
 from pipeline.progress import LiveProgress, show_progress
 
 
-def test_terminal_keeps_messages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_live_progress_prints_messages_and_warnings_and_finished_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with show_progress() as progress:
         assert isinstance(progress, LiveProgress)

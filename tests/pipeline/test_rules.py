@@ -376,7 +376,7 @@ MEANINGFUL = "no | nothing | none | 2 | no one | not a dog | cannon | clear | No
 
 
 @pytest.mark.parametrize("is_empty", [True, False])
-def test_empty_answers_say_nothing_and_short_meaningful_ones_do(*, is_empty: bool) -> None:
+def test_answers_without_content_are_detected_and_short_meaningful_answers_are_not(*, is_empty: bool) -> None:
     answers = re.split(r" \| |\n", EMPTY.strip()) if is_empty else MEANINGFUL.split(" | ")
     assert {answer: says_nothing(answer) for answer in answers} == dict.fromkeys(answers, is_empty)
 

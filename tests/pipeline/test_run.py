@@ -61,7 +61,7 @@ def test_missing_vllm_is_an_error_before_a_run_begins(
     Plan.open(config, tmp_path, NullProgress())
 
 
-def test_run_whose_images_are_all_dropped_names_the_condition(tmp_path: Path) -> None:
+def test_error_names_the_condition_that_dropped_all_images(tmp_path: Path) -> None:
     plan = Plan.resolve(resolve(source="folder:x", tasks=["caption"]), DatasetDir(tmp_path))
     with pytest.raises(NoRowsError, match=r"no version was made: dropped by kind: 80 annotations$") as raised:
         require_rows(plan, STEPS, [StepSummary("validate", "annotations", 80, 0, {"dropped_by_kind": 80})])

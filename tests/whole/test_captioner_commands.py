@@ -72,7 +72,9 @@ def test_caption_warns_of_an_unfinished_training(tmp_path: Path, capsys: pytest.
         caption(str(captioner), images, question=" ")
 
 
-def test_failed_run_keeps_captions(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_evaluation_keeps_the_existing_captions_file(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise TrainError("out of memory")
 

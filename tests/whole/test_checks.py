@@ -183,7 +183,9 @@ def test_price_counts_each_request_of_a_check_once(tmp_path: Path, model: Model,
     assert price == {"captions": limit, "": len(server.bodies) - limit}
 
 
-def test_no_known_text_is_asked_without_calibration(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_known_texts_are_not_checked_without_calibration(
+    tmp_path: Path, model: Model, server: ChatServer
+) -> None:
     (tmp_path / "synth.yaml").write_text("verify: {calibration: 0}\n")
     generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "claims")
     assert model.requests["confirm"] == 3 * 2 * COUNT + COUNT  # a false claim gets two questions more
@@ -192,7 +194,7 @@ def test_no_known_text_is_asked_without_calibration(tmp_path: Path, model: Model
     assert "kind of false text" not in read_card(tmp_path / "d")
 
 
-def test_check_that_no_text_gets_is_not_calibrated(
+def test_check_whose_condition_no_text_meets_is_not_calibrated(
     tmp_path: Path, model: Model, server: ChatServer, judge: ChatServer
 ) -> None:
     when = "{claims: row.width_px > 9999, judge: row.width_px > 9999}"

@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_documented_example_asks_only_what_its_conditions_allow(folder: Path) -> None:
+def test_documented_example_sends_only_requests_that_its_conditions_allow(folder: Path) -> None:
     files = sorted((folder / "photos").iterdir())
     model = Model({hashlib.sha256(path.read_bytes()).hexdigest(): KINDS[n] for n, path in enumerate(files)})
     with running_chat(ChatServer(model)) as chat:

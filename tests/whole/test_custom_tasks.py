@@ -184,7 +184,9 @@ def test_requests_cover_only_new_tasks_and_changed_rows(shop: Path, server: Chat
     assert {row["shout"] for row in load_rows(shop / "d", "v2.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
 
 
-def test_task_with_unusable_needed_result_is_not_asked(shop: Path, server: ChatServer, model: Model) -> None:
+def test_task_is_not_asked_if_a_result_that_it_needs_is_unusable(
+    shop: Path, server: ChatServer, model: Model
+) -> None:
     refusal = "I'm sorry, I can't help with that."
     model.replies["ocr"] = lambda prompt, image: {"text": "fine" if int(image[0], 16) % 2 else refusal}
     model.replies["more"] = {"text": "more"}

@@ -38,7 +38,9 @@ def test_unwritable_output_is_one_error(tmp_path: Path) -> None:
         ("size=1m", "mkdir disk/d && mount -o remount,ro disk", "read-only", "--out"),
     ],
 )
-def test_bad_disk_is_an_error(options: str, prepare: str, problem: str, advice: str, tmp_path: Path) -> None:
+def test_full_or_read_only_disk_is_an_error_with_hint(
+    options: str, prepare: str, problem: str, advice: str, tmp_path: Path
+) -> None:
     """Run synth in a new mount namespace, with a small file system on `disk`."""
     (tmp_path / "disk").mkdir()
     mount = f"mount -t tmpfs -o {options} tmpfs disk && {prepare}"

@@ -127,7 +127,9 @@ def test_invalid_push_is_refused_and_dry_run_sends_nothing(maker: User, hub: Run
     assert "has a captioner trained with other settings" in refused
 
 
-def test_settings_of_a_manifest_with_the_journal_reproduce_the_version(maker: User, tmp_path: Path) -> None:
+def test_version_is_reproduced_from_the_settings_in_its_manifest_and_the_journal(
+    maker: User, tmp_path: Path
+) -> None:
     data = maker.folder / "data" / "scenes"
     manifest = DatasetDir(data).version("v1.0.0").manifest
     (tmp_path / "settings.json").write_text(json.dumps(manifest["config"]))

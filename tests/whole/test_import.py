@@ -111,7 +111,9 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
     assert f"me/captioner, private: {reason}" in printed
 
 
-def test_only_images_without_captions_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
+def test_only_images_without_captions_are_sent_to_the_model(
+    photos: Path, server: ChatServer, model: Model
+) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--captions", "vqa.jsonl")
     imported = generate_json(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     result = generate_json(photos, "generate", *options, "--only-missing")
@@ -138,7 +140,9 @@ def test_only_images_without_captions_are_asked(photos: Path, server: ChatServer
     assert {*map(len, prompts)} == {1, 2}
 
 
-def test_only_missing_captions_or_questions_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
+def test_only_missing_captions_or_questions_are_requested(
+    photos: Path, server: ChatServer, model: Model
+) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
     predicted = generate_json(photos, "estimate", "--tasks", "caption", *options)
     expected = {"images": COUNT, "requests": COUNT // 2, "sampled_images": COUNT}

@@ -36,7 +36,7 @@ def test_all_extras_resolve_with_vllm_and_core_needs_no_torch() -> None:
 
 
 @pytest.mark.skipif(not LONG, reason="a new environment takes a minute: make test-long")
-def test_image_script_installs_and_runs_doctor(tmp_path: Path, source_tree: Path) -> None:
+def test_docker_image_script_installs_synth_and_runs_doctor(tmp_path: Path, source_tree: Path) -> None:
     environment = [UV, "venv", "--quiet", "--seed", "--python", sys.executable, str(tmp_path / "env")]
     subprocess.run(environment, check=True)
     python = tmp_path / "env" / "bin" / "python"
@@ -50,7 +50,7 @@ def test_image_script_installs_and_runs_doctor(tmp_path: Path, source_tree: Path
     assert "folder:PATH" in sources.stdout
 
 
-def test_image_runs_install_script() -> None:
+def test_docker_image_runs_the_install_script() -> None:
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
     command = "RUN sh /opt/synth/deploy/install.sh /opt/synth"
     assert [line for line in lines if line.startswith("RUN")] == [command]

@@ -102,7 +102,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_ladder_is_as_good_as_the_large_model_for_half_of_its_requests(servers: Servers) -> None:
+def test_ladder_keeps_as_many_texts_as_the_large_model_with_half_of_its_requests(servers: Servers) -> None:
     kept, sent, priced = {}, {}, {}
     for name, models in (("small", "small"), ("large", "large"), ("ladder", ["small", "large"])):
         servers.write({"caption": models})
@@ -148,7 +148,7 @@ def test_ladder_is_as_good_as_the_large_model_for_half_of_its_requests(servers: 
     assert not servers.generate("ladder")["is_new"] and servers.requests() == (0, 0)
 
 
-def test_model_that_repairs_is_a_writer(servers: Servers) -> None:
+def test_model_that_repairs_captions_is_treated_as_a_writer(servers: Servers) -> None:
     models, verify = {"caption": "small", "repair": "large"}, {"checks": ["claims"], "repair": True}
     servers.write(models, verify=verify | {"judge": "large"})
     done = run_synth("generate", "--config", "synth.yaml", "--out", "d", cwd=servers.folder)
@@ -180,7 +180,7 @@ def test_estimate_states_requests_and_cost_of_each_model_and_of_the_ladder(serve
     assert low < 0.5 < high
 
 
-def test_run_that_is_killed_at_the_second_model_ends_with_equal_files(servers: Servers) -> None:
+def test_run_killed_while_the_second_model_writes_resumes_to_equal_files(servers: Servers) -> None:
     servers.write({"caption": ["small", "large"]})
     servers.generate("whole")
     servers.requests()
@@ -212,7 +212,7 @@ def test_ladder_on_a_cluster_gives_the_same_requests_and_version_as_on_one_machi
     assert (one["digest"], one["ladder"], one["funnel"]) == (many["digest"], many["ladder"], many["funnel"])
 
 
-def test_uncertain_texts_are_written_by_the_next_model(servers: Servers) -> None:
+def test_uncertain_texts_are_rewritten_by_the_next_model(servers: Servers) -> None:
     uncertain = {0, 2, 4}
     servers.small.wrong = set()
     servers.small.logprobs = lambda number: [-3.0, -2.0] if number in uncertain else [-0.25, -0.5]

@@ -69,7 +69,7 @@ def read(hub: RunningHub, file: File) -> bytes:
     return hub.hub.storage.path(file.sha256).read_bytes()
 
 
-def test_model_receives_pixels_only(home: Path, server: ChatServer) -> None:
+def test_model_receives_images_without_metadata(home: Path, server: ChatServer) -> None:
     contents = [message["content"] for body in server.bodies for message in body["messages"]]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]

@@ -57,7 +57,7 @@ def train_by_trl(kind: str, *data: str, cwd: Path, env: dict[str, str]) -> None:
     assert 0 < float(loss) < 100 and moved == ["True", "True"]
 
 
-def test_pushed_version_is_read_by_config_and_trained_by_trl(photos: Path) -> None:
+def test_each_config_of_a_pushed_version_loads_and_trl_trains_on_the_version(photos: Path) -> None:
     generate_json(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     with running_hub(photos / "hub") as hub:
         env = hub.env(photos / "home")

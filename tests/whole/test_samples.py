@@ -48,7 +48,9 @@ def chosen(folder: Path) -> Chosen:
     return read_version(folder / "d/versions/v2.0.0"), result
 
 
-def test_only_additional_captions_are_requested_and_the_worst_is_a_pair(chosen: Chosen, folder: Path) -> None:
+def test_only_additional_captions_are_requested_and_the_worst_becomes_the_rejected_text(
+    chosen: Chosen, folder: Path
+) -> None:
     version, result = chosen
     assert result["requests"]["asked"] == IMAGES * 2 * (SAMPLES - 1)
     assert counts(version, "ask")["kept"] == IMAGES * (2 * SAMPLES + 1)

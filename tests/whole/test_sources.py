@@ -57,7 +57,7 @@ def test_slidevqa_deck_is_one_request_with_all_pages(hub: RunningHub, tmp_path: 
     assert [part["text"] for part in parts[:-1:2]] == [f"Page {number}:" for number in range(1, 21)]
 
 
-def test_published_files_name_no_local_path_or_server(hub: RunningHub, tmp_path: Path) -> None:
+def test_published_files_contain_no_local_path_or_server_address(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k(hub.hub.storage, 6, repo="me/copy")
     arguments = ("--source", "flickr30k:me/copy", "--out", "d", "--json")
     with running_chat(ChatServer(model="/srv/alice/qwen")) as chat:

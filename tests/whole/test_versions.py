@@ -68,7 +68,9 @@ def test_versions_are_listed_after_a_removal(synth: Run, photos: Path) -> None:
         assert refused.returncode == 2 and "name the dataset without a version" in refused.stderr
 
 
-def test_run_without_limit_that_finds_nothing_more_makes_a_complete_version(synth: Run, photos: Path) -> None:
+def test_run_without_limit_makes_a_complete_version_even_if_it_finds_no_more_images(
+    synth: Run, photos: Path
+) -> None:
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (photos / "again.jpg").write_bytes((photos / "0.jpg").read_bytes())
     source = ("generate", "--no-model", "--source", f"folder:{photos}")

@@ -182,7 +182,7 @@ def test_server_requires_key_and_reads_no_other_files(served: str) -> None:
     assert ask("file:///etc/hostname", {"Authorization": f"Bearer {KEY}"}) == 500
 
 
-def test_run_stops_its_server_and_survives_its_death(tmp_path: Path) -> None:
+def test_run_stops_its_server_and_survives_the_death_of_the_server(tmp_path: Path) -> None:
     """The long form kills the server and needs a second start."""
     folder, scenes, temporary = tmp_path / "d", 160 if LONG else 8, tmp_path / "temporary"
     temporary.mkdir()
@@ -209,7 +209,7 @@ def test_run_stops_its_server_and_survives_its_death(tmp_path: Path) -> None:
     assert not sockets.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
 
 
-def test_server_ends_with_killed_run(tmp_path: Path) -> None:
+def test_server_ends_after_its_run_is_killed(tmp_path: Path) -> None:
     command = [str(SYNTH), *generate(tmp_path / "d", "--engine", "vllm")]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     wait_until(lambda: descendants(process.pid, "vllm"), "a server process")

@@ -38,11 +38,11 @@ def test_cli_page_is_generated_from_the_commands() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_of_page_have_existing_options(page: Path) -> None:
+def test_commands_on_page_use_only_existing_options(page: Path) -> None:
     for words in examples(page):
         assert parse(words) == [], words
 
 
-def test_commands_of_real_check_have_existing_options() -> None:
+def test_commands_in_real_check_use_only_existing_options() -> None:
     for words in further_commands("data", "ORG/NAME"):
         assert parse(["synth", *words]) == [], words

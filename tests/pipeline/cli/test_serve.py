@@ -41,7 +41,9 @@ def test_serve_reads_model_and_server_from_settings(tmp_path: Path, monkeypatch:
     assert calls[-1][0] == "org/large" and calls[-1][1].flags == ("--max-num-seqs=8", "--seed", "1")
 
 
-def test_serve_ends_with_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_with_used_port_or_missing_interpreter_ends_with_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv(VLLM_PYTHON, "/nonexistent/python")
     monkeypatch.setattr("sys.argv", ["synth", "serve"])
     context: Any = SimpleNamespace(args=[])

@@ -67,7 +67,7 @@ def test_intervals_cover_the_true_error_rates_in_95_percent_of_audits() -> None:
         assert 0.93 <= covered[stratum] / (60 * 25) <= 0.97, covered
 
 
-def test_values_of_custom_tasks_are_named_like_their_texts() -> None:
+def test_custom_task_values_are_named_by_sample_and_task_and_value() -> None:
     row = {"sample_id": "a", "tags": ["x", "y"], "note": None, "kind": "z"}
     own = {"tags": {"is_list": True}, "note": {"is_list": False}, "kind": {"is_list": False}}
     expected = [(("tags", ""), "x"), (("tags", ""), "y"), (("kind", ""), "z")]
@@ -88,7 +88,7 @@ def test_sample_has_one_text_per_image_and_equal_numbers_of_each_stratum() -> No
     assert len(frame.first(10_000)) == 600
 
 
-def test_only_verdicts_before_the_first_unreviewed_text_count() -> None:
+def test_verdicts_after_the_first_unreviewed_text_are_ignored() -> None:
     frame = frame_of([texts_about(n) for n in range(90)])
     names = [text.name for text in frame.drawn[PLAIN]]
     verdicts = [judge(name, "wrong") for name in names]
@@ -101,7 +101,7 @@ def test_only_verdicts_before_the_first_unreviewed_text_count() -> None:
     assert estimate_errors(frame_of([], seed=1), verdicts)["reviewed"] == 0
 
 
-def test_interval_of_a_task_allows_for_its_styles_without_verdicts() -> None:
+def test_style_without_verdicts_raises_the_upper_bound_of_its_task() -> None:
     frame = frame_of([texts_about(n) for n in range(90)])
     frame.texts[DETAILED] = 10
     audit = estimate_errors(frame, [judge(text.name, "right") for text in frame.drawn[PLAIN]])
@@ -110,7 +110,7 @@ def test_interval_of_a_task_allows_for_its_styles_without_verdicts() -> None:
     assert total["high"] == pytest.approx(0.9 * plain["high"] + 0.1, abs=1e-4)
 
 
-def test_unclear_verdicts_are_left_out_and_reviewers_share_a_text() -> None:
+def test_unclear_verdicts_are_ignored_and_verdicts_on_one_text_are_averaged() -> None:
     frame = frame_of([texts_about(n) for n in range(60)])
     first, second, third = [text.name for text in frame.drawn[QUESTIONS]][:3]
     verdicts = [judge(first, "right"), judge(second, "cannot_tell"), judge(third, "wrong")]
@@ -136,7 +136,7 @@ def test_krippendorff_alpha_equals_published_example() -> None:
     assert krippendorff_alpha([["a", "a"], ["a"]]) is None
 
 
-def test_audit_in_words_states_rate_of_each_task_or_that_it_was_not_measured() -> None:
+def test_audit_in_words_states_measured_rates_or_that_no_rate_was_measured() -> None:
     def rate(task: str, style: str, wrong: float | None = 0.041) -> dict[str, Any]:
         return {"task": task, "style": style, "reviewed": 200, "wrong": wrong, "low": 0.021, "high": 0.072}
 

@@ -83,7 +83,7 @@ def test_claims_of_one_image_count_less_if_they_are_wrong_together() -> None:
     assert together.trials == pytest.approx(100) and apart.trials == 1000
 
 
-def test_rows_give_errors_by_kind_and_the_share_before_rejection() -> None:
+def test_findings_state_shares_of_passed_texts_and_of_false_alarms_and_of_each_kind() -> None:
     found = findings(
         row("a", -2, -2, 4, reference=-2, color=4),
         row("a", -2, human=True),  # a known truth, which does not count for the model's texts
@@ -96,7 +96,7 @@ def test_rows_give_errors_by_kind_and_the_share_before_rejection() -> None:
     assert found["claims"].describe(NEVER)["lost"] == 0
 
 
-def test_least_evidence_loses_at_most_the_given_share_of_captions() -> None:
+def test_lowest_evidence_level_that_loses_at_most_the_given_share_is_chosen() -> None:
     rows = [row(str(n), *[-2] * 8, reference=4 if n == 0 else 2 if n < 5 else -2) for n in range(100)]
     found = findings(*rows)["claims"]
     assert found.lost_share(2) == pytest.approx(1 - 0.95**8)
@@ -106,12 +106,12 @@ def test_least_evidence_loses_at_most_the_given_share_of_captions() -> None:
 
 
 @pytest.mark.parametrize(("alarms", "count", "level"), [(1, 72, 4), (40, 400, NEVER)])
-def test_no_claim_is_refuted_only_if_the_check_surely_errs_often(alarms: int, count: int, level: int) -> None:
+def test_check_that_surely_errs_too_often_refutes_no_claim(alarms: int, count: int, level: int) -> None:
     rows = [row(str(n), *[-2] * 8, reference=4 if n < alarms else -2) for n in range(count)]
     assert findings(*rows)["claims"].choose_level(0.1) == level
 
 
-def test_summary_states_share_errors_and_self_judgement() -> None:
+def test_summary_states_true_share_and_check_errors_and_self_judgement() -> None:
     check = findings(*[row(str(n), -2, reference=-2, color=4) for n in range(50)])["claims"].describe(2)
     manifest = {"model": {"name": "m"}, "checks": [{"check": "claims", "judges_itself": True, **check}]}
     (text,) = checks_in_words(manifest)

@@ -34,7 +34,7 @@ def test_turns_ask_for_each_style_and_end_with_questions() -> None:
     ]
 
 
-def test_values_are_asked_with_their_prompts_and_written_as_json() -> None:
+def test_each_custom_task_turn_has_a_prompt_and_the_value_as_json_or_text() -> None:
     texts = (" List tags. ", "It is {{ row.title }}.", "Find them.", "Write a note.")
     names = ("tags", "offer", "things", "note")
     tasks = [{"name": name, "prompt": text} for name, text in zip(names, texts, strict=True)]

@@ -10,7 +10,7 @@ from tests.pipeline.dataset.test_audit import judge
 from tests.scene_data import make_version, scene_samples, true_captions
 
 
-def test_curve_shows_kept_texts_and_wrong_ones_from_each_tenth_on() -> None:
+def test_curve_states_share_of_kept_texts_and_error_rates_in_and_above_each_tenth() -> None:
     names = dict.fromkeys(SCORED)
     rows = [names | {"sample_id": f"{n:064x}", "task": "caption", "final_text": "A cat."} for n in range(20)]
     for n, row in enumerate(rows):
@@ -28,7 +28,7 @@ def test_curve_shows_kept_texts_and_wrong_ones_from_each_tenth_on() -> None:
     assert score_curves([table], []) == {}
 
 
-def test_changes_state_wrong_share_of_reviewed_texts_that_are_kept_or_left_out(tmp_path: Path) -> None:
+def test_version_comparison_states_share_of_wrong_texts_among_kept_and_left_out_texts(tmp_path: Path) -> None:
     samples = scene_samples(6)
     captions = true_captions(samples)
     before, _ = make_version(tmp_path, samples, captions)

@@ -28,7 +28,7 @@ def spent(model: str = "default", **tokens: tuple[int, int, int]) -> dict[str, i
     }
 
 
-def test_price_counts_tokens_by_kind_of_text_and_checks_apart() -> None:
+def test_price_counts_tokens_of_each_kind_of_text_and_of_checks_separately() -> None:
     counts = spent(caption=(100, 1000, 100), kurz=(50, 500, 50), kind=(90, 900, 9), qa=(9, 9, 9))
     counts |= spent("judge", rate=(10, 100, 10))
     default = ServerConfig(price_in=1, price_out=10)
@@ -76,12 +76,14 @@ JUDGE = {"check": "judge", "true": {"share": 0.5, "low": 0.4, "high": 0.8}}
         ({"checks": [JUDGE], "measured": {"human_captions": 3}}, "not measured"),
     ],
 )
-def test_right_texts_are_estimated_by_audit_or_else_by_the_judge(more: dict[str, Any], expected: str) -> None:
+def test_number_of_right_texts_is_estimated_from_audit_or_else_from_judge(
+    more: dict[str, Any], expected: str
+) -> None:
     (line,) = price_in_words({"measured": {}, "price": [entry("captions", 100, 1000)], **more})
     assert line.startswith("captions: ") and expected in line
 
 
-def test_total_includes_checks_and_needs_the_share_of_each_kind() -> None:
+def test_total_price_includes_checks_and_is_per_right_text_only_if_each_kind_has_an_audit() -> None:
     price = [entry("questions", 50, 500), entry("captions", 100, 1000, cost=0.5), entry("", 0, 600, cost=0.1)]
     rates = [rate("captions", 0.0, 0.0, 0.1), rate("questions", 0.5, 0.4, 0.6)]
     manifest = {"measured": {}, "price": price, "audit": {"rates": rates}}

@@ -79,13 +79,15 @@ def test_invalid_review_error_shows_line_number_and_reason(tmp_path: Path, line:
         ([EDIT, review("A dog.", "edited", text="A cat.")], "edited", "A cat."),
     ],
 )
-def test_later_review_of_text_or_edit_counts(reviews: list[Review], verdict: str, text: str | None) -> None:
+def test_latest_review_of_a_text_or_of_its_edit_decides(
+    reviews: list[Review], verdict: str, text: str | None
+) -> None:
     applied = AppliedReviews.of(merge_lines(reviews), captions("A cat."))
     assert not applied.unusable and not applied.pending
     assert {name: (m.verdict, m.text) for name, m in applied.by_name.items()} == {EDIT.name: (verdict, text)}
 
 
-def test_edit_that_repeats_another_text_of_the_image_is_unusable_unless_that_was_rejected() -> None:
+def test_edit_that_repeats_another_text_of_the_image_is_unusable_unless_the_other_text_was_rejected() -> None:
     bird = [review(text, "edited", text="A bird.") for text in ("A cat.", "A dog.")]
     for edits, first in (([EDIT], EDIT), (bird, bird[1])):
         applied = AppliedReviews.of(edits, captions("A cat.", "A dog."))

@@ -26,7 +26,9 @@ from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
 
 
-def test_unanswered_requests_have_the_server_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warning_about_unanswered_requests_has_the_server_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("FIRST_BACKOFF_SECONDS", "LONGEST_BACKOFF_SECONDS"):
         monkeypatch.setattr(f"pipeline.inference.protocol.{name}", 0.01)
     answered: set[str] = set()

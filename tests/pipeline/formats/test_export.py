@@ -142,7 +142,9 @@ def test_imagefolder_loads_if_an_image_lacks_a_style_and_references(version: Ver
     assert not list((tmp_path / "out").rglob("*.jsonl"))
 
 
-def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, tmp_path: Path) -> None:
+def test_parquet_export_has_all_rows_with_images_and_is_reproducible(
+    version: Version, tmp_path: Path
+) -> None:
     done = export_version(version, "parquet", tmp_path / "out", splits=("train", "validation"))
     rows = {split: version.read(split) for split in ("train", "validation")}
     assert (done.images, done.without_text) == (sum(table.num_rows for table in rows.values()), 0)
@@ -210,7 +212,9 @@ def test_source_names_are_kept_where_they_are_safe_and_unique(kind: str, tmp_pat
 
 
 @pytest.mark.parametrize(("style", "trigger"), [("detailed", ""), ("all", "sks")])
-def test_folder_source_ignores_sidecars(style: str, trigger: str, version: Version, tmp_path: Path) -> None:
+def test_folder_source_ignores_exported_sidecars(
+    style: str, trigger: str, version: Version, tmp_path: Path
+) -> None:
     export_version(version, "sidecar", tmp_path / "out", style=style, trigger=trigger, splits=("train",))
     items = by_id(version)
     images = sorted((tmp_path / "out/train").glob("*.png"))
@@ -294,7 +298,7 @@ def test_source_reads_splits_of_an_export(kind: str, version: Version, exported:
         ({"text": "EXIT", "license": "plate"}, "model"),
     ],
 )
-def test_custom_value_named_like_a_text_column_keeps_written_by_model(
+def test_custom_value_named_like_a_text_column_sets_written_by_to_model(
     version: Version, tmp_path: Path, values: dict[str, Any], writer: str
 ) -> None:
     (item, *_) = read_items(version, ["train"])
@@ -572,7 +576,9 @@ def test_cauldron_has_the_ratings_of_a_judge(version: Version, exported: Exporte
     assert {row["relevance_min"] for row in rows_of(exported("cauldron"), "train-*")} == {None}
 
 
-def test_model_caption_that_equals_a_human_one_without_its_opening_stays_a_models(version: Version) -> None:
+def test_model_caption_whose_shortened_text_equals_a_human_caption_stays_marked_as_model(
+    version: Version,
+) -> None:
     captions = [("human", "a cat."), ("human", "A dog."), ("brief", "A photo of a cat.")]
     item = replace(next(read_items(version)), captions=captions, human_texts=frozenset(("a cat.", "A dog.")))
     chosen = choose_texts(item, style="all", trigger="sks", opening="a photo of", only_one=False)

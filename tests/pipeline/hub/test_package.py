@@ -39,7 +39,7 @@ def restricted(tmp_path_factory: pytest.TempPathFactory) -> Version:
     return make_version(folder, samples, scored, extras=Extras(SCORED))[0]
 
 
-def test_package_with_free_license_has_pixels_and_equal_bytes(free: Version, tmp_path: Path) -> None:
+def test_package_with_free_license_has_pixels_and_is_reproducible(free: Version, tmp_path: Path) -> None:
     again, _ = make_version(tmp_path / "again", scene_samples(20))
     with build_package(free, REPO) as package, build_package(again, REPO) as other:
         assert package.manifest == other.manifest and package.manifest["digest"] == free.manifest["digest"]
@@ -91,7 +91,9 @@ def test_restricted_pixels_in_a_version_are_left_out(
         assert tables[0].equals(tables[1])
 
 
-def test_restricted_pixels_need_acknowledged_license_which_is_recorded(restricted: Version) -> None:
+def test_restricted_pixels_need_an_acknowledged_license_and_the_package_records_its_name(
+    restricted: Version,
+) -> None:
     refusal = pytest.raises(PushError, match="flickr-terms may not be redistributed")
     with refusal as refused, build_package(restricted, REPO, images=True):
         pass
@@ -149,7 +151,7 @@ def test_checkpoint_file_that_links_outside_is_not_packaged(name: str, tmp_path:
         pack_checkpoint(folder, {})
 
 
-def test_interrupted_training_is_not_packaged_and_named_in_the_hint(tmp_path: Path) -> None:
+def test_interrupted_training_is_refused_with_the_resume_command_as_hint(tmp_path: Path) -> None:
     (tmp_path / "resume.pt").touch()
     with pytest.raises(PushError, match="not a finished training run") as refused:
         build_checkpoint_package(tmp_path, "me/captioner", lambda _: {}, {})

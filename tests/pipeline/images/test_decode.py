@@ -75,7 +75,9 @@ def large() -> Image.Image:
     return photo(3).resize((2880, 2160), Image.Resampling.BICUBIC)
 
 
-def test_reduced_decoding_gives_a_near_hash(large: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_from_decoding_at_reduced_size_is_near_the_hash_at_full_size(
+    large: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(decode, "prepare_image", None)  # decodes at full size
     info = check_image(encoded(large, "JPEG", quality=90))
     assert (info.width_px, info.height_px) == large.size

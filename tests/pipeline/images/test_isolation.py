@@ -104,7 +104,7 @@ def test_source_error_is_raised_after_the_images_before_it() -> None:
         (f'd = b\'{{"images": [[Infinity, 1, ""]]}}\'; {ANSWER}', "", "decoder_died"),
     ],
 )
-def test_image_that_kills_its_worker_is_rejected_alone(
+def test_only_the_image_that_kills_its_worker_is_rejected(
     attack: str, settings: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch(monkeypatch, attack, settings)

@@ -143,7 +143,7 @@ def test_decks_are_near_if_half_of_their_pages_are(photos: list[Image.Image]) ->
     assert compare_samples(samples(*rows), "graphics")["image_group"].to_pylist() == ["s0", "s0", "s2", "s3"]
 
 
-def test_flat_images_are_near_nothing(photos: list[Image.Image]) -> None:
+def test_flat_images_are_near_no_other_image(photos: list[Image.Image]) -> None:
     assert pdq_hash(Image.new("RGB", (300, 200), "white")) == b""
     hashes = [hashes_of(photos[0]), [b""], hashes_of(cropped(photos[0])), [b""], []]
     groups = compare_samples(samples(*({"pdq_hashes": of_sample} for of_sample in hashes)), "photos")
@@ -248,7 +248,9 @@ def samples_of(hashes: Any, splits: list[str | None]) -> pa.Table:
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_near_decks_of_common_pages_form_one_group(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decks_with_only_common_pages_form_one_group(
+    kind: ImageKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.MAX_NEIGHBORS", 4)
     common, own = np.split(np.random.default_rng(3).integers(0, 2**64, (93, 4), dtype=np.uint64), [3])
     decks = [[common[n % 3], *own[3 * n : 3 * n + 3]] for n in range(30)] + 2 * [[*common]]
@@ -260,7 +262,7 @@ def test_near_decks_of_common_pages_form_one_group(kind: ImageKind, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_images_near_held_out_ones_are_rejected(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_near_a_held_out_image_are_rejected(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.MAX_NEIGHBORS", 16)
     rng = np.random.default_rng(2)
     hashes = np.repeat(rng.integers(0, 2**64, (1, 4), dtype=np.uint64), 1500, axis=0)

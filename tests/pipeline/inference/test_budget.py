@@ -56,7 +56,9 @@ def test_run_sends_exactly_max_requests(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parallel", [1, 32, 500])
 @pytest.mark.parametrize("limit", [{"max_cost": 0.02}, {"max_total_tokens": 20_000}], ids=str)
-def test_longer_replies_exceed_a_limit_by_one_request_at_most(parallel: int, limit: dict[str, Any]) -> None:
+def test_unexpectedly_long_replies_exceed_a_limit_by_at_most_one_request(
+    parallel: int, limit: dict[str, Any]
+) -> None:
     server = ServerConfig(price_in=0.1, price_out=1.0, **limit)
     budget = Budget({DEFAULT_MODEL: server}, 0, 0, 0.0)
     in_flight: list[Request] = []

@@ -108,7 +108,9 @@ def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("kind", "servers"), [(VLLM, 1), (VLLM, 2), (PROXY, 1)])
-def test_other_server_gets_first_requests(kind: ServerKind, servers: int) -> None:
+def test_external_server_begins_with_the_default_limit_of_requests_in_flight(
+    kind: ServerKind, servers: int
+) -> None:
     with ExitStack() as stack:
         chats = [stack.enter_context(running_chat(ChatServer(kind=kind))) for _ in range(servers)]
         config = config_of(*(chat.url for chat in chats), server={"enforced_schema": kind is VLLM})
@@ -116,7 +118,9 @@ def test_other_server_gets_first_requests(kind: ServerKind, servers: int) -> Non
         assert asking.metrics()["in flight"] == f"0 of {client.FIRST_REQUESTS * servers}"
 
 
-def test_started_servers_get_a_quarter_more_requests_than_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_started_servers_get_a_quarter_more_requests_than_fit_in_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     launch: Any = SimpleNamespace(name="model", api_key="", max_num_seqs=20)
 
     @asynccontextmanager
@@ -226,7 +230,9 @@ def test_long_caption_of_a_large_image_fits_the_context_at_each_attempt(tmp_path
         ("x" * 8000, False, (0, 8192 - 4000)),
     ],
 )
-def test_long_prompt_leaves_less_to_images(text: str, tokens: tuple[int, int], *, has_image: bool) -> None:
+def test_long_prompt_leaves_fewer_tokens_for_images(
+    text: str, tokens: tuple[int, int], *, has_image: bool
+) -> None:
     (request, *_) = build_requests("a" * 64, request_plan(config_of()))
     request = replace(
         request, system="", text=text, images=(b"x",) if has_image else (), max_pixels=None,
@@ -240,7 +246,7 @@ def test_long_prompt_leaves_less_to_images(text: str, tokens: tuple[int, int], *
         assert client.fit_context(replace(request, max_pixels=5000), 8192, 256).max_pixels == 5000
 
 
-def test_only_request_that_crashes_its_server_is_abandoned(tmp_path: Path) -> None:
+def test_only_the_request_that_crashes_its_server_is_abandoned(tmp_path: Path) -> None:
     chat = ChatServer()
     poison = SAMPLES[3].id
 

@@ -48,7 +48,9 @@ def test_simultaneous_busy_answers_lower_the_limit_once(monkeypatch: pytest.Monk
         (1800.0, MAX_LONG_WAITS + 1),  # a wait that is longer than the patience extends it
     ],
 )
-def test_busy_request_is_abandoned(stated_s: float, waits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_is_abandoned_if_its_server_stays_busy(
+    stated_s: float, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [100.0]
     monkeypatch.setattr(protocol, "monotonic", lambda: now[0])
     state, waits_s = RetryState(patience_s=10), list[float]()

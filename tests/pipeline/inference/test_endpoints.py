@@ -15,7 +15,7 @@ from pipeline.inference.endpoints import Endpoint
         (302, 404, True),
     ],
 )  # fmt: skip
-def test_health_check_accepts_health_page_or_model_list_or_any_answer(
+def test_server_is_healthy_if_health_page_succeeds_or_in_its_absence_model_list_answers(
     health: int | None, models: int | None, is_healthy: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def status_of(url: str, *_: object, **__: object) -> int | None:

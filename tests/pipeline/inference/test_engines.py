@@ -26,7 +26,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VLLM_PYTHON, raising=False)
 
 
-def test_auto_engine_is_given_server_vllm_or_embedded(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
+def test_auto_engine_chooses_given_server_or_vllm_or_embedded(
+    monkeypatch: pytest.MonkeyPatch, no_gpu: None
+) -> None:
     choice = choose_engine(resolve(source="scenes"))
     assert choice[:3] == ("embedded", "tiny", weights_revision(TINY_WEIGHTS))
     with running_chat(ChatServer(model=f"m@{REVISION}")) as chat:

@@ -91,7 +91,9 @@ def test_failed_shared_request_is_replaced_by_reply_for_another_sample(tmp_path:
     assert check_journal(tmp_path / "j.sqlite").is_intact
 
 
-def test_import_copies_claims_replies_of_given_samples_and_all_blind_replies(tmp_path: Path) -> None:
+def test_import_copies_replies_to_claims_requests_of_given_samples_and_to_all_blind_requests(
+    tmp_path: Path,
+) -> None:
     blind = build_check(Check("blind", "Is it red?", "yes", ()), "c" * 64, request_plan(CONFIG))
     claims = build_claims("A red cube.", "c" * 64, request_plan(CONFIG))
     with Journal(tmp_path / "theirs.sqlite") as journal:

@@ -17,7 +17,7 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_shape_of_the_default_model_is_that_of_its_config() -> None:
+def test_model_shape_is_read_from_the_config_of_a_supported_model_type() -> None:
     assert ModelShape.of(CONFIG, 7_509_245_952) == QWEN_3B
     text = {name: value for name, value in CONFIG.items() if name not in ("vision_config", "model_type")}
     nested = {"model_type": "qwen3_vl", "text_config": text | {"head_dim": 128}}
@@ -38,7 +38,7 @@ def test_shape_of_the_default_model_is_that_of_its_config() -> None:
         (80, True, 16_384, 512),
     ],
 )
-def test_plan_of_the_default_model_grows_with_the_card(
+def test_memory_plan_of_the_default_model_grows_with_gpu_memory(
     card_gib: int, batched_tokens: int, num_seqs: int, *, fits: bool
 ) -> None:
     plan = plan_memory(QWEN_3B, card_gib, card_gib, MAX_PIXELS, 8192)
@@ -48,7 +48,7 @@ def test_plan_of_the_default_model_grows_with_the_card(
     assert not fits or plan.model_len == 8192
 
 
-def test_plan_leaves_memory_to_other_programs_and_shortens_the_context_to_the_cache() -> None:
+def test_memory_plan_leaves_memory_for_other_programs_and_shortens_the_context_to_the_kv_cache() -> None:
     plan = plan_memory(QWEN_3B, 24, 14, MAX_PIXELS, 8192)
     assert plan.utilization == 0.56 and plan.fits
     assert not plan_memory(QWEN_3B, 24, 8, MAX_PIXELS, 8192).fits
@@ -56,7 +56,7 @@ def test_plan_leaves_memory_to_other_programs_and_shortens_the_context_to_the_ca
     assert 4096 <= plan.model_len == plan.kv_tokens < 128_000
 
 
-def test_table_states_each_card_and_quantized_variants() -> None:
+def test_memory_table_lists_gpu_sizes_and_quantized_variants() -> None:
     title, *lines = memory_table(QWEN_3B, MAX_PIXELS, 8192)
     assert title.startswith("card  weights") and len(lines) == len(CARDS_GIB) + 2
     assert ["does not fit" in line for line in lines] == [True, *[False] * 7]

@@ -65,7 +65,9 @@ def test_requests_have_exactly_the_fields_that_the_server_supports(kind: ServerK
 
 
 @pytest.mark.parametrize("kind", [PROXY, IGNORES_SCHEMAS], ids=lambda kind: kind.name)
-def test_server_without_schemas_needs_no_enforced_schema(kind: ServerKind, tmp_path: Path) -> None:
+def test_server_without_schemas_is_refused_unless_enforced_schema_is_off(
+    kind: ServerKind, tmp_path: Path
+) -> None:
     def script(times: int, body: dict[str, Any]) -> Act | None:
         assert "follows this JSON schema" in body["messages"][1]["content"][-1]["text"]
         return None if times else Act('{"wrong": true}')
@@ -184,7 +186,9 @@ def test_refusal_field_is_stored_as_a_reply(tmp_path: Path) -> None:
         ("house-vlm", [], "hause-vlm", "does not serve hause-vlm"),
     ],
 )
-def test_full_or_short_name_is_found(served: str, others: list[str], wanted: str | None, found: str) -> None:
+def test_model_is_found_by_its_full_or_short_name(
+    served: str, others: list[str], wanted: str | None, found: str
+) -> None:
     with running_chat(ChatServer(model=served)) as chat:
         chat.other_models = others
         config = config_of(chat.url, model=wanted)
@@ -237,7 +241,7 @@ def test_key_and_headers_go_only_to_their_server(tmp_path: Path, monkeypatch: py
     assert openai.headers["Authorization"] == "Bearer of-openai" and "Authorization" not in other.headers
 
 
-def test_servers_of_another_model_get_their_own_key_and_headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_of_another_model_get_only_their_own_key_and_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
     writer, other = "http://127.0.0.1:1/w/v1", "http://127.0.0.1:1/j/v1"
 

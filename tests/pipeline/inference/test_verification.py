@@ -127,7 +127,7 @@ def test_claims_request_shows_no_image_and_is_shared_by_equal_captions(tmp_path:
     assert "about 17 statements" in build_claims(long, "a", plan).text
 
 
-def test_coverage_shows_the_caption_instead_of_the_image() -> None:
+def test_coverage_request_shows_the_caption_instead_of_the_image() -> None:
     settings, pairs = config("covers"), [("How many dogs?", "2")]
     plan = request_plan(settings)
     (check,) = coverage_checks("Two dogs.", pairs)
@@ -137,7 +137,7 @@ def test_coverage_shows_the_caption_instead_of_the_image() -> None:
     assert request.id != build_check(Check("blind", "How many dogs?", "2", (), task=BLIND), "s", plan).id
 
 
-def test_repair_shows_false_claims_and_no_image(tmp_path: Path) -> None:
+def test_repair_request_shows_false_claims_and_no_image(tmp_path: Path) -> None:
     request = build_repair("A red kite.", ["The kite is red."], "s", request_plan(config("claims")))
     assert request.images == () and "False: The kite is red.\n" in request.text
     for reply, repaired in (({"caption": "A\nkite."}, "A kite."), ({"caption": ""}, None), ("{]", None)):
@@ -145,7 +145,7 @@ def test_repair_shows_false_claims_and_no_image(tmp_path: Path) -> None:
         assert read_with_reply(tmp_path / "j", request, reply, read) == repaired
 
 
-def test_rating_shows_image_and_text_and_needs_all_scores(tmp_path: Path) -> None:
+def test_rating_request_shows_image_and_text_and_its_reply_needs_all_scores(tmp_path: Path) -> None:
     plan = request_plan(config())
     row = ROW | {"clean_text": None, "clean_question": "How many?", "clean_answer": "2"}
     pair, caption = (build_rating(row | more, plan) for more in ({}, {"clean_text": "Two dogs."}))

@@ -133,7 +133,9 @@ def test_failed_start_of_one_server_stops_the_other_servers(tmp_path: Path) -> N
         assert subprocess.run(["pgrep", "-f", str(tmp_path / "stub.py")], capture_output=True).returncode == 1
 
 
-def test_dead_server_restarts_alone_until_max_restarts_with_its_last_error(tmp_path: Path) -> None:
+def test_only_the_dead_server_restarts_and_fails_with_its_last_error_after_max_restarts(
+    tmp_path: Path,
+) -> None:
     notes = Notes()
     fails = SERVES.replace("os._exit", "print('RuntimeError: out of memory', flush=True); os._exit")
 

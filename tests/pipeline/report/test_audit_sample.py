@@ -9,7 +9,7 @@ from pipeline.report import audit_sample
 from tests.pipeline.report.test_html import noise
 
 
-def test_images_of_decks_fit_within_the_bound_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_decks_fit_within_the_byte_limit_of_an_audit_page(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"id": "a", "from": "", "images": [noise(64, 64)] * 10, "texts": [{"content": "c"}]}
     monkeypatch.setattr(audit_sample, "read_rows", lambda *_: [[row, row | {"id": "b"}]])
     monkeypatch.setattr(audit_sample, "MAX_IMAGES_BYTES", 20_000)

@@ -172,7 +172,7 @@ def test_missing_or_invalid_archive_is_an_error(tmp_path: Path) -> None:
     assert source.messages == ("zip files are not read: photos.ZIP",)
 
 
-def test_rejected_long_name_keeps_its_end(tmp_path: Path) -> None:
+def test_entry_with_too_long_name_is_rejected_and_reported_by_the_end_of_its_name(tmp_path: Path) -> None:
     (tmp_path / "p.tar").write_bytes(tar_of({f"{'x' * 2000}.jpg": photo(0), "good.jpg": photo(1)}))
     kept, rejected = sorted(reasons(tmp_path / "p.tar").items())
     assert (kept, rejected[1]) == (("p.tar/good.jpg", None), "name_too_long")
@@ -203,7 +203,9 @@ def test_tar_links_pipes_and_devices_are_rejected(tmp_path: Path, kind: bytes) -
     assert reasons(tmp_path / "p.tar") == {"p.tar/x.jpg": "not_a_file", "p.tar/x.txt": "not_a_file"}
 
 
-def test_large_archive_entry_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_archive_entry_is_rejected_without_reading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", 5000)
     monkeypatch.setattr(archive, "MAX_TEXT_BYTES", 50)
     files = {"x.jpg": bytes(6000), "y.jpg": photo(0), "y.txt": bytes(60), "z.txt": b"A bowl."}
@@ -262,7 +264,9 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
         ("p.tar", lambda: tar_of({"notes.txt": b"x"}), "no images in"),
     ],
 )
-def test_damaged_archive_is_named(tmp_path: Path, name: str, make: Callable[[], bytes], problem: str) -> None:
+def test_damaged_archive_error_names_the_file(
+    tmp_path: Path, name: str, make: Callable[[], bytes], problem: str
+) -> None:
     """Bombs take no memory, and a damaged header is not treated as the end of the file."""
     data = make()
     assert len(data) < 6_000_000
@@ -299,7 +303,9 @@ def test_json_split_is_stored_and_unknown_split_is_rejected(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
-def test_joined_streams_are_read_but_archives_fail(tmp_path: Path, packed: Callable[[bytes], bytes]) -> None:
+def test_concatenated_streams_are_read_but_concatenated_archives_are_refused(
+    tmp_path: Path, packed: Callable[[bytes], bytes]
+) -> None:
     """Parallel compressors write several streams; tarfile stops at the end of the first archive."""
     first, second = (tar_of({f"{n}.jpg": photo(n)}) for n in range(2))
     (tmp_path / "p.tar").write_bytes(packed(first[:1000]) + packed(first[1000:]))

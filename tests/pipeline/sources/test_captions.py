@@ -152,7 +152,9 @@ def test_unreadable_caption_file_is_an_error(tmp_path: Path, data: bytes, proble
         (["a.png"], ["a.jpg"], {}), (["gone.jpg", "a.jpg"], ["a.jpg"], {"a.jpg": "a.jpg"}),
     ],
 )  # fmt: skip
-def test_path_or_unique_name_matches(names: list[str], images: list[str], matches: dict[str, str]) -> None:
+def test_image_is_matched_by_path_or_unique_name(
+    names: list[str], images: list[str], matches: dict[str, str]
+) -> None:
     matched, unknown = match_images({name: ImageTexts([name]) for name in names}, images)
     captions = {image: texts.captions for image, texts in matched.items()}
     assert captions == {image: [name] for image, name in matches.items()}
@@ -225,7 +227,9 @@ def test_unclosed_csv_quote_is_refused(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("row", ["a\n", "a\r", "a\r\n", '"a\nb\nc"\n', "a\r\n\r\n"])
 @pytest.mark.parametrize("end", ["\n", "\r"])
-def test_rows_that_lack_many_values_are_limited(monkeypatch: pytest.MonkeyPatch, row: str, end: str) -> None:
+def test_missing_values_of_short_rows_count_toward_the_value_limit(
+    monkeypatch: pytest.MonkeyPatch, row: str, end: str
+) -> None:
     monkeypatch.setattr(text_files, "MAX_VALUES", 1000)
     text = ",".join(f"c{n}" for n in range(100)) + end + row * 5 + f"a{end}" * 5
     assert len([*text_files.parse_rows(text, "CSV")]) == 10
@@ -246,7 +250,7 @@ def test_model_written_texts_are_skipped(tmp_path: Path) -> None:
     assert captions == {"a": ["human one"], "b": ["by hand"], "c": ["mine"], "d": []}
 
 
-def test_export_question_keeps_all_answers() -> None:
+def test_question_in_an_export_keeps_all_answers() -> None:
     asked = {"question": "What runs?", "answers": ["dog", "dog", "a dog"], "answer_type": "other"}
     own = {"question": "What runs?", "answer": "dog", "written_by": "people"}
     row = {"written_by": "people", "qa": [own, {**own, "question": "Where?"}], "reference_qa": [asked]}

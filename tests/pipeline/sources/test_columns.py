@@ -57,7 +57,7 @@ def test_captions_in_objects_are_read(columns: dict[str, str], tmp_path: Path) -
     assert (row.references, row.split) == (("A dog runs.", "A brown dog."), "test")
 
 
-def test_star_pairs_question_and_answer_columns(tmp_path: Path) -> None:
+def test_star_in_a_mapping_pairs_question_and_answer_columns(tmp_path: Path) -> None:
     table = {"q1": ["What runs?"], "q2": ["Is it brown?"], "a1": ["a dog"], "a2": [None]}
     asked = first_row(tmp_path, table, question="q*", answer="a*").reference_qa
     assert [(one.question, one.answers) for one in asked or ()] == [("What runs?", ("a dog",))]

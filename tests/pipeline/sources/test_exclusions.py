@@ -69,5 +69,7 @@ def test_one_excluded_page_excludes_a_deck() -> None:
         ("hub:me/x@abc#test", ("hub:me/x@abc", "test")),
     ],
 )
-def test_exclusion_names_source_and_split(name: str, source_and_split: tuple[str, str | None]) -> None:
+def test_exclusion_is_parsed_into_source_and_split(
+    name: str, source_and_split: tuple[str, str | None]
+) -> None:
     assert parse_exclusion(name) == source_and_split

@@ -277,7 +277,7 @@ def test_revision_is_a_pinned_commit(hub: RunningHub) -> None:
     assert opened(f"hub:me/plain@{first}", columns=columns).revision == first
 
 
-def test_limit_downloads_few_bytes(hub: RunningHub) -> None:
+def test_reading_few_rows_downloads_only_a_part_of_the_files(hub: RunningHub) -> None:
     schema = pa.schema([("image", datasets.IMAGE)])
     cells = [{"bytes": datasets.photo(n, (600, 450)) + bytes(60_000), "path": None} for n in range(300)]
     table = datasets.parquet([{"image": cell} for cell in cells], schema, rows_a_group=30)
@@ -333,7 +333,7 @@ def test_unsupported_options_are_refused() -> None:
     assert "--tasks deck_qa" in caught.value.hint
 
 
-def test_rows_with_paths_or_urls_open_nothing(hub: RunningHub, tmp_path: Path) -> None:
+def test_paths_and_urls_in_rows_are_never_opened(hub: RunningHub, tmp_path: Path) -> None:
     canary = tmp_path / "canary.png"
     canary.write_bytes(datasets.photo(7))
     connections: list[object] = []

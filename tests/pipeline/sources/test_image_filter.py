@@ -58,5 +58,5 @@ def test_bounds_are_settings_and_can_be_turned_off(folder: Path) -> None:
     assert set(reasons(folder, min_side_px=3000).values()) == {"image_too_small"}
 
 
-def test_images_of_a_version_are_found_whatever_they_show(folder: Path) -> None:
+def test_image_filter_does_not_apply_to_images_read_for_a_version(folder: Path) -> None:
     assert len(list(read_images(f"folder:{folder}"))) == len(IMAGES)

@@ -147,7 +147,7 @@ class Interrupted(Reading):
             yield row
 
 
-def test_interrupt_while_a_row_is_added_records_it_once(photos: Path, tmp_path: Path) -> None:
+def test_row_being_added_during_an_interrupt_is_recorded_once(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Interrupted(tmp_path / "d", settings(photos))
     assert Reading(tmp_path / "d", settings(photos)).starts == [8]

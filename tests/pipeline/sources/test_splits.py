@@ -5,7 +5,7 @@ import pytest
 from pipeline.sources.splits import group_by_split, split_of_path
 
 
-def test_rejections_of_a_version_are_not_read() -> None:
+def test_rejections_file_of_a_version_is_not_read_as_rows() -> None:
     paths = ["about/rejections.parquet", "test-00000.parquet", "train-00000.parquet"]
     assert group_by_split(paths) == {"train": ["train-00000.parquet"], "test": ["test-00000.parquet"]}
 

@@ -86,7 +86,7 @@ def test_best_duplicate_is_kept_in_any_order(better: dict[str, Any], worse: dict
     assert list(reasons(table(row | better, row | worse)).values()) == [None, "duplicate"]
 
 
-def test_cluster_has_the_name_of_its_first_id_in_any_row_order() -> None:
+def test_duplicate_cluster_is_named_after_its_lowest_id_in_any_row_order() -> None:
     rows = captions("A yellow ring.", "A blue ring.", "the yellow ring", "Yellow ring")
     expected = {"000000": "000000", "000001": "000001", "000002": "000000", "000003": "000000"}
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):

@@ -323,7 +323,9 @@ def test_key_of_verify_step_changes_with_clip_weights_and_judge(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("step", ["read", "ask", "split"])
-def test_only_finished_runs_take_reviews(step: str, copied: Finished, tmp_path: Path, ran: list[str]) -> None:
+def test_only_finished_runs_accept_reviews(
+    step: str, copied: Finished, tmp_path: Path, ran: list[str]
+) -> None:
     photos, _ = copied
     dataset = DatasetDir(tmp_path / "d")
     reviews = tmp_path / "reviews.jsonl"

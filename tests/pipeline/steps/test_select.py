@@ -65,7 +65,7 @@ def test_repeat_of_the_best_caption_is_rejected_with_a_separate_reason() -> None
     assert text.startswith("3 of 4 captions that were not selected equal the selected one: ")
 
 
-def test_tied_captions_keep_the_first_and_have_no_rejected_text() -> None:
+def test_first_of_tied_captions_is_kept_without_a_rejected_text() -> None:
     marked = selected(captions("A dog.", "The dog.", "A dog!"))
     assert marked["reason"].to_pylist() == [None, "not_the_best", "not_the_best"]
     assert marked["rejected_text"].null_count == 3

@@ -82,7 +82,7 @@ TRUE_CLAIM, FALSE_CLAIM = ("yes", "no"), ("no", "yes", "no", "yes")
         ([(None, None)], None, None), ([(None, "yes", None, "yes"), TRUE_CLAIM], 2, 0.5),
     ],
 )  # fmt: skip
-def test_evidence_is_refuting_answers_less_confirming_ones(
+def test_evidence_is_refuting_minus_confirming_answers(
     claims: list[tuple[str | None, ...]], evidence: int | None, confirmed: float | None
 ) -> None:
     checks = [one for number, answers in enumerate(claims) for one in claim_checks(number, *answers)]
@@ -133,7 +133,7 @@ def known(*evidence: int, kind: str = "reference") -> list[dict[str, Any]]:
         ([-2] * 6 + [4] * 4, 0.05, 4, True),  # the model errs too often at any evidence
     ],
 )
-def test_least_evidence_follows_from_false_alarms_about_known_truths(
+def test_min_evidence_follows_from_false_alarms_about_known_truths(
     alarms: list[int], max_lost: float, evidence: int, *, is_kept: bool
 ) -> None:
     row = CAPTION | {
@@ -225,7 +225,7 @@ def test_caption_of_another_image_is_not_used_if_it_may_be_true(foreign: str, *,
     assert kinds.get("other_image") == (foreign if is_used else None)
 
 
-def test_warning_counts_captions_of_rows_without_known_texts() -> None:
+def test_warning_about_unusable_replies_does_not_count_known_texts() -> None:
     warnings: list[str] = []
     progress = SimpleNamespace(warn=warnings.append)
     stub: Any = SimpleNamespace(splits_claims=True, requests=None, progress=progress)

@@ -48,7 +48,9 @@ def test_error_while_making_rows_is_raised_unchanged_and_removes_the_database(tm
 
 
 @pytest.mark.parametrize("name", ["what?", "run:1", "12:30", "file:x"])
-def test_odd_folder_name_works_in_duckdb(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_opens_in_a_folder_with_question_mark_or_colon_in_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     with open_database(Path(name)) as db:

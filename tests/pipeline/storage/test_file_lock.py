@@ -29,7 +29,7 @@ def test_lock_file_removed_by_its_holder_is_created_again(tmp_path: Path) -> Non
             fcntl.flock(current, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_held_lock_refuses_others_and_is_removed_at_the_end(tmp_path: Path) -> None:
+def test_held_lock_refuses_a_second_holder_and_is_removed_on_exit(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with pytest.raises(KeyError), hold_lock(path, StoreError("busy")):
         with pytest.raises(StoreError, match="busy"), hold_lock(path, StoreError("busy")):

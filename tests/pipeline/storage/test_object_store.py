@@ -52,7 +52,9 @@ def test_unsupported_dataset_url_is_an_error_with_hint(name: str, what: str) -> 
 
 
 @pytest.mark.parametrize("is_local", [False, True])
-def test_writes_are_atomic_and_columns_are_read_alone(home: Path, tmp_path: Path, *, is_local: bool) -> None:
+def test_writes_are_atomic_and_single_columns_can_be_read(
+    home: Path, tmp_path: Path, *, is_local: bool
+) -> None:
     home = tmp_path if is_local else home
     files.write_table(home / "t.parquet", [TABLE], TABLE.schema)
     assert files.read_table(home / "t.parquet").equals(TABLE)

@@ -29,7 +29,7 @@ def test_incomplete_note_does_not_damage_later_notes(tmp_path: Path) -> None:
     assert is_own_line(tmp_path / "a.txt", "A star.", read_own_lines(tmp_path, None))
 
 
-def test_linked_own_lines_file_is_refused(tmp_path: Path) -> None:
+def test_own_lines_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (tmp_path / "notes").write_text("private")
@@ -42,7 +42,7 @@ def test_linked_own_lines_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "pipe with a reader", "folder"])
-def test_own_lines_that_are_no_regular_file_are_an_error(kind: str, tmp_path: Path) -> None:
+def test_own_lines_path_that_is_not_a_regular_file_is_an_error(kind: str, tmp_path: Path) -> None:
     path = tmp_path / OWN_LINES
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if kind == "pipe with a reader" else -1

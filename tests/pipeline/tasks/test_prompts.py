@@ -138,7 +138,7 @@ def test_untrusted_template_runs_no_code(template: str, tmp_path: Path) -> None:
         ("3 < 4, 5 > 2, [a], [1, 2] <3", "3 < 4, 5 > 2, [a], [1, 2] <3"),
     ],
 )
-def test_special_tokens_and_directions_do_not_reach_a_prompt(value: str, shown: str) -> None:
+def test_special_tokens_and_text_direction_marks_do_not_reach_a_prompt(value: str, shown: str) -> None:
     notes = render(TASKS["caption"], row=(("title", value),), style="plain").text
     assert f"title: {json.dumps(shown, ensure_ascii=False)}" in notes
     assert shown in render(TASKS["answer"], question=value).text

@@ -46,7 +46,7 @@ def test_plain_reply_is_the_caption(style: str, text: str, caption: str) -> None
 
 
 @pytest.mark.parametrize("text", ["def f(): return {}", '{"a": 1}'])
-def test_custom_text_may_be_code(text: str) -> None:
+def test_code_is_a_valid_reply_to_a_custom_text_task(text: str) -> None:
     task = build_task(TaskConfig(name="code", kind="text", prompt="Copy the code."))
     ((fields, error),) = read_fields(task, BRIEF.reply(text, "stop"))
     assert (json.loads(fields["record"]), error) == (text, None)
@@ -59,7 +59,7 @@ def test_custom_text_may_be_code(text: str) -> None:
         ("what", "false", "no"), ("what", "3", "3"), ("what", "2.5", "2.5"),
     ],
 )  # fmt: skip
-def test_answer_is_normalized_text(kind: str, value: str, answer: str) -> None:
+def test_answer_of_any_json_type_becomes_normalized_text(kind: str, value: str, answer: str) -> None:
     pair = f'{{"answer_type":"{kind}","question":"Is it? ","answer":{value}}}'
     (row,) = parse_reply(QA, reply(f'{{"qa":[{pair}]}}'))
     assert (row["question"], row["answer"], row["reply_error"]) == ("Is it?", answer, None)

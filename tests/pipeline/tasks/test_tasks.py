@@ -31,7 +31,7 @@ def keywords(node: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_guidance_supports_the_whole_wire_schema(task: str) -> None:
+def test_llguidance_supports_the_whole_wire_schema(task: str) -> None:
     schema = wire_schema(TASKS[task])
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema))) == ""
     assert keywords(schema) <= ENFORCED

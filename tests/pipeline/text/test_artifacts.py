@@ -185,7 +185,7 @@ def _draw_match(tree: Any, draw: random.Random) -> str:
         (expression("refusal").replace("|plain|", "|"), "refusing"),
     ],
 )  # fmt: skip
-def test_match_has_one_of_the_words_that_are_looked_up_first(pattern: str, words: str) -> None:
+def test_each_pattern_match_has_a_word_that_is_looked_up_before_the_pattern(pattern: str, words: str) -> None:
     tree, draw = re._parser.parse(pattern), random.Random(0)  # type: ignore[attr-defined]
     matches, hints = [_draw_match(tree, draw) for _ in range(3000)], {*WORDS[words].split()}
     assert [text for text in matches if hints.isdisjoint(words_of(text))] == []
@@ -198,7 +198,7 @@ def test_match_has_one_of_the_words_that_are_looked_up_first(pattern: str, words
         ("markup", lambda text: has_markup(text) or not re.search(expression("markup"), text)),
     ],
 )
-def test_match_has_one_of_the_characters_that_are_looked_up_first(
+def test_each_pattern_match_has_a_character_that_is_looked_up_before_the_pattern(
     name: str, detects: Callable[[str], bool]
 ) -> None:
     tree, draw = re._parser.parse(expression(name)), random.Random(0)  # type: ignore[attr-defined]

@@ -47,7 +47,7 @@ def test_long_text_is_cut_and_shows_its_length() -> None:
         ("http://host:8000/a@b and http://bob@host", "http://host:8000/a@b and http://***@host"),
     ],
 )  # fmt: skip
-def test_terminal_controls_are_escaped_and_passwords_in_urls_masked(text: str, shown: str) -> None:
+def test_terminal_controls_are_escaped_and_passwords_in_urls_are_masked(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 

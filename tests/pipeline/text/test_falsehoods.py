@@ -19,7 +19,7 @@ def rank(word: str) -> float:
         ("3", {"number"}),
     ],
 )  # fmt: skip
-def test_each_kind_changes_one_word(statement: str, kinds: set[str]) -> None:
+def test_each_kind_of_falsehood_changes_one_word(statement: str, kinds: set[str]) -> None:
     planted = dict(plant_falsehoods(statement, (), rank))
     assert planted.keys() == kinds
     for text in planted.values():

@@ -24,7 +24,7 @@ def test_english_is_found_by_words_and_other_languages_by_a_detector(text: str, 
     assert detect_language(text, words_of(text))[0] == expected
 
 
-def test_non_latin_letters_count_outside_of_quotes() -> None:
+def test_non_latin_letters_are_counted_only_outside_of_quotes() -> None:
     assert non_latin_frac("A dog holds a 伞") == pytest.approx(1 / 11)
     assert non_latin_frac('A sign that says "出口" or \u201c出口\u201d or \u300c出口\u300d') == 0
     assert non_latin_frac("A café, a Škoda, an Ålesund house") == 0

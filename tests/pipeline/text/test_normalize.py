@@ -92,7 +92,7 @@ def test_vowel_signs_and_tones_are_parts_of_words(one: str, other: str) -> None:
     assert text_key(f"  {one}, {one}! ") == f"{one} {one}".casefold()
 
 
-def test_mark_made_by_case_folding_is_part_of_a_word_and_variation_selector_is_not() -> None:
+def test_combining_mark_made_by_case_folding_is_part_of_a_word_but_variation_selector_is_not() -> None:
     assert len(words_of("\u0130stanbul'da")) == 1 and len(words_of("Μαΐου")) == 1
     assert len(words_of("हिन्दी में \u2764\ufe0f दिल")) == 3
 

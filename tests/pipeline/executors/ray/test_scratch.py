@@ -110,7 +110,9 @@ def test_failed_upload_does_not_hide_first_error(run: ShardedRun, monkeypatch: p
     assert folder.journal.exists()
 
 
-def test_local_run_replies_are_used(run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_of_a_local_run_are_used_by_workers(
+    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers, "take_samples", lambda *_: None)
     keep(DatasetDir(tmp_path / "local"), 0)
     save_journal(DatasetDir(tmp_path / "local"), run.plan.dataset.journal)
