@@ -324,7 +324,7 @@ def read_annotations(
         rows = []
         for info in chunk:
             annotations = [*info.human]
-            # All models of a ladder have the same results, since a task whose result is needed has one model.
+            # All models of a ladder use the same results, since a task whose result is needed has one model.
             inputs = texts(info.sample_id)
             results = read_results(info.sample_id, plan, journal, inputs)
             for rung, (of_model, texts_of) in enumerate(rungs):

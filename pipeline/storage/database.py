@@ -101,7 +101,7 @@ def load(
 ) -> None:
     """Create the table `name` from a query over Arrow tables (`incoming`), with one in memory at a time.
 
-    `batches` may query the database only through another cursor. Exceptions in it are raised unchanged.
+    `batches` may query the database only through another cursor. Exceptions from `batches` are raised unchanged.
     """
     raised: list[BaseException] = []
 
