@@ -395,7 +395,7 @@ class SourceParts:
         self._written_at = time.monotonic()
 
     def tables(self, columns: Sequence[str] = READ_SAMPLE.names) -> Iterator[pa.Table]:
-        """Yield the samples (READ_SAMPLE) in source order, in tables whose sizes do not depend on the parts."""
+        """Yield the samples (READ_SAMPLE) in source order. The table sizes do not depend on the parts."""
         table = READ_SAMPLE.empty_table().select(columns)
         for number in range(self._count):
             part = open_parquet(self._path(number, ".parquet")).read(list(columns))
