@@ -1,6 +1,6 @@
 """Budgets, and the circuit breaker that stops a run with too many unusable replies.
 
-A budget covers all runs in a dataset folder, because the journal records what earlier runs spent. Repeating a
+A budget covers all runs in a dataset folder, because the journal records the use by earlier runs. Repeating a
 command does not start a new budget.
 """
 

@@ -1,6 +1,6 @@
 """Estimate the GPU memory that vLLM needs for a model, and choose limits that fit a card.
 
-vLLM uses a share of the card (`--gpu-memory-utilization`). The KV cache gets what remains after the weights,
+vLLM uses a share of the card (`--gpu-memory-utilization`). The KV cache gets the rest after the weights,
 CUDA graphs, and the larger peak of two profiling steps: one of the vision tower, one of the text model. All
 figures are estimates from shapes.
 """

@@ -39,7 +39,7 @@ MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_LOGPROB_BYTES = 2048  # for a token with its bytes and log-probability
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
-MAX_SHOWN_CHARACTERS = 200  # of a message, address or model name from a server
+MAX_SHOWN_CHARACTERS = 200  # limit for a message, address or model name from a server
 MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the server decodes on one thread
 JPEG_QUALITY = 92
 OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # left out for servers that refuse them
@@ -55,7 +55,7 @@ FINISH_REASONS = {  # maps other servers' finish reasons to OpenAI's
     **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "STOP"), "stop"),
 }
 REFUSED = "content_filter"  # finish reason for a message with a `refusal`
-REFUSED_STATUSES = (400, 422)  # the server may not support a request field
+REFUSED_STATUSES = (400, 422)  # a request field may be unsupported
 BUSY_STATUSES = (408, 409, 425, 429, 503)
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)

@@ -383,7 +383,7 @@ def read_results(
         for request in build_requests(sample_id, plan, inputs, results, needed):
             last = journal.last(request.id)
             value = last and read_result(request, last[0], plan.tasks)
-            if value is not None:  # of several captions, the first usable one is the result
+            if value is not None:  # the first usable caption is the result
                 name = result_name(request.task, request.style)
                 results.setdefault(name, json.dumps(value, ensure_ascii=False))
     return results

@@ -455,7 +455,7 @@ class AnnotationChecker:
             for ready in ask_all(requests, self.plan, self.settings.servers, start, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:
-                # Lines are printed at intervals, so the last update may not have been shown.
+                # Lines are printed at intervals, so the last update may be missing.
                 progress(name, done, done)
             result = read(journal)
             stats.spent += journal.spent

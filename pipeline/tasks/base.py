@@ -47,7 +47,7 @@ def tidy_texts(fields: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """Defines what a model is asked about a sample, and how its reply is converted to rows."""
+    """Defines the request to a model about a sample, and the conversion of a reply to rows."""
 
     name: str
     output: type[Output]  # model of a whole reply

@@ -77,7 +77,7 @@ def tidy_verdict(fields: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(answer, str):
         return fields
     first = next(iter(words_of(answer)), answer.rstrip(SENTENCE_ENDS))
-    # "No, it is not visible." refutes a claim, and "No idea." says nothing.
+    # "No, it is not visible." refutes a claim, and "No idea." gives no answer.
     begins_verdict = first in YES_OR_NO and _FIRST_WORD_ALONE.match(answer)
     is_unknown = says_nothing(answer) and not begins_verdict
     return fields | {"answer": CANNOT_TELL if is_unknown else YES_OR_NO.get(first, answer)}

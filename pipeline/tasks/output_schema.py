@@ -279,7 +279,7 @@ def arrow_type(schema: Schema) -> pa.DataType:
 def shape_of(schema: Schema) -> str:
     """Return an example of a value for a prompt, such as `{"tags":["cat" or "dog",...]}`.
 
-    It has no white space between tokens, because the grammar of replies allows none.
+    It has no white space between tokens, because the grammar of replies forbids it.
     """
     inner = without_null(schema)
     if "enum" in inner:
