@@ -1,6 +1,6 @@
 """Budgets, and the circuit breaker that stops a run with too many unusable replies.
 
-A budget covers all runs in a dataset folder, because the journal records what earlier runs spent. Repeating a
+A budget covers all runs in a dataset folder, because the journal records the use by earlier runs. Repeating a
 command does not start a new budget.
 """
 
@@ -40,8 +40,8 @@ class Budget:
     """Counts the requests, estimated tokens and cost of a dataset over all runs.
 
     A request in flight reserves the longest prompt so far and `max_tokens`. If no request is in flight, one
-    may be sent if its mean cost fits. A limit is exceeded by at most one request, plus the additional tokens
-    of prompts in flight that are longer than all earlier prompts.
+    is sent if the mean cost of a request fits. A limit is exceeded by at most one request, plus the
+    additional tokens of prompts in flight that are longer than all earlier prompts.
     """
 
     servers: Servers
@@ -70,7 +70,7 @@ class Budget:
         return taken
 
     def add(self, request: Request, reply: Reply) -> None:
-        """Add the tokens and cost of a reply, and release what its request has reserved."""
+        """Add the tokens and cost of a reply, and release the reservation of its request."""
         tokens, cost = self._reserved.pop(request.id, (0, 0.0))
         self._reserved_tokens -= tokens
         self._reserved_cost -= cost
@@ -100,7 +100,7 @@ class Budget:
         return cost_of({request.model: (read, written)}, self.servers) or 0.0
 
     def require_room(self) -> None:
-        """Raise BudgetError if no further request may be sent."""
+        """Raise BudgetError if the budget does not allow a further request."""
         if self._reserved or self._fits(0, 0.0):
             return
         digits = 2 if (self.server.max_cost or 1) >= 1 else 6

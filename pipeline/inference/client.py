@@ -36,8 +36,8 @@ RESERVED_FILES = 128  # file descriptors that are not used for connections
 GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
 SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
 FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
-MIN_PROMPT_TOKENS = 640  # more than built-in prompts need, so that all tasks send the same image
-BYTES_PER_TOKEN = 2  # words have more in any script; numbers may have 1
+MIN_PROMPT_TOKENS = 640  # counted for any shorter prompt, so that all built-in tasks send the same image
+BYTES_PER_TOKEN = 2  # words have more in any script, but numbers may have 1
 FINISH_SECONDS = 60.0  # after a fatal error, wait this long for replies in flight, which are already paid for
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Concurrency:
 def fit_context(request: Request, context_tokens: int, reply_tokens: int) -> Request:
     """Return the request with fewer pixels and reply tokens if it would not fit the context of the server.
 
-    The prompt is counted by its bytes. A retry may double `reply_tokens` if they fit.
+    Estimates prompt tokens from bytes. If possible, leaves room for a retry with twice `reply_tokens`.
     """
     prompt = "".join((request.system, request.text, *(request.failed or ())))
     left = context_tokens - max(MIN_PROMPT_TOKENS, len(prompt.encode()) // BYTES_PER_TOKEN)
@@ -141,9 +141,9 @@ class InFlight:
 class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
-    `max_tokens` is the largest token limit of first replies. Images are scaled down further if those of a
-    request would not fit the model's context. Raises EngineError if a server does not answer, serves another
-    model or must enforce schemas and does not.
+    `max_tokens` is the largest token limit of first replies. Images are scaled below `max_pixels` if those of
+    a request would not fit the model's context. Raises EngineError if a server does not answer, serves
+    another model or must enforce schemas and does not.
     """
 
     model: str
@@ -225,7 +225,7 @@ class Client:
         self._started = time.monotonic()
         self._connections = max(1, raise_file_limit() - RESERVED_FILES)
         first, most = FIRST_REQUESTS * len(endpoints), MAX_REQUESTS * len(endpoints)
-        if launches:  # all requests in flight are repeated after a crash, so few wait for a place in a batch
+        if launches:  # the limit is little above the batch size, since a crash repeats all requests in flight
             batch_size = sum(launch.max_num_seqs for launch in launches)
             first = most = batch_size + max(4, batch_size // 4)
         self._concurrency = Concurrency(settings.concurrency or first, settings.concurrency or most)
@@ -315,7 +315,7 @@ class Client:
         return 0.0 if pause_s and self._endpoints.has_free else pause_s
 
     def _after_busy(self, endpoint: Endpoint, stated_s: float | None, failures: RetryState) -> float | None:
-        """Return the seconds to wait after a busy answer, which may state a wait, or None to give up."""
+        """Return the seconds to wait after a busy answer (`stated_s`: Retry-After), or None to give up."""
         has_other = any(one is not endpoint and one.is_up.is_set() for one in self._endpoints)
         if stated_s and stated_s > protocol.MAX_RETRY_AFTER_S and not has_other:
             problem = f"{endpoint.url} asks clients to wait for {duration(stated_s)}"

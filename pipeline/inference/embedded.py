@@ -26,7 +26,7 @@ from pipeline.types import Reply, Request, RequestSource
 
 PLAIN_TEXT = r"[\s\S]+"  # a grammar never allows special tokens, such as those that begin an image
 BATCH_IMAGES = 64
-BATCH_PIXELS = 8_000_000  # of all images in a batch, which bounds the memory of activations
+BATCH_PIXELS = 8_000_000  # sum over the images in a batch, which bounds the memory of activations
 
 
 class EmbeddedEngine:
@@ -101,7 +101,7 @@ class EmbeddedEngine:
         return replies
 
     def _matcher(self, schema: str) -> LLMatcher:
-        """Return a new matcher for a JSON schema without white space, or for plain text if it is empty."""
+        """Return a matcher of JSON without white space for a schema, or of any text for an empty schema."""
         if schema not in self._prototypes:
             if schema:
                 grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})

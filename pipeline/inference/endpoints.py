@@ -84,7 +84,7 @@ class Endpoint:
         self.rests_until = max(self.rests_until, time.monotonic() + pause_s)
 
     def delay_s(self) -> float:
-        """Return the seconds until the next request, or infinity while one tests whether the server works."""
+        """Return the seconds until the next request, or infinity while a request tests the server."""
         is_tested = self.failures and self.outstanding
         return math.inf if is_tested else max(0.0, self.rests_until - time.monotonic())
 
@@ -160,7 +160,7 @@ class Endpoints(list[Endpoint]):
     async def pick(self, sample_id: str, max_remembered: int) -> Endpoint:
         """Return the server that last got a request about this sample, or else the least loaded one.
 
-        If that server is down or must wait, another takes over. Remembers the last `max_remembered` samples.
+        Replaces a server that is down or must wait. Remembers the last `max_remembered` samples.
         If all servers are down, waits up to `startup_timeout_s`, and raises EngineError if they stay down.
         """
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):

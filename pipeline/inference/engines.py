@@ -28,7 +28,7 @@ HOW_TO_CHOOSE = (
     "pass --base-url with a running server (vLLM, Ollama, llama.cpp), or --engine vllm if vLLM is installed "
     "here; to try the pipeline itself on any image: --engine embedded --model tiny"
 )
-# Other formats than safetensors, which most often are copies of the same weights.
+# Formats other than safetensors. Such files are most often copies of the same weights.
 IGNORED_FILES = ["*.gguf", "*.bin", "*.pt*", "*.h5", "*.msgpack", "*.onnx*", "original/*", "consolidated*"]
 OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but not their content
     f"--{name}"
@@ -128,7 +128,7 @@ def _no_engine() -> Engine:
 
 
 def _require_drawn_images(config: Config) -> None:
-    """Raise ConfigError if the tiny model cannot do what the settings ask for."""
+    """Raise ConfigError if the tiny model does not support the source or a setting."""
     if find_source(config.source).model != TINY and config.engine != "embedded":
         problem = f"the tiny teacher can only describe --source scenes, not {config.source}"
         raise ConfigError(problem, hint=HOW_TO_CHOOSE)
@@ -162,8 +162,8 @@ def _find_weights(model: str, progress: Progress, *, decks: bool = False) -> tup
 def download_model(model: str, commit: str, progress: Progress) -> Path:
     """Return the folder of a Hub model in the local cache. An interrupted download resumes.
 
-    A server loads the model after that, because its start has a time limit. Raises EngineError if the Hub
-    does not answer, the model has no safetensors, or the disk is too small.
+    The download precedes the start of a server, because that start has a time limit. Raises EngineError if
+    the Hub does not answer, the model has no safetensors, or the disk is too small.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -234,7 +234,7 @@ def plan_server(model: str, server: ServerConfig, progress: Progress) -> VllmCom
 def open_engines(choose: Callable[[str], EngineChoice]) -> Iterator[Callable[[str], Engine]]:
     """Yield a function that returns the engine of a model by name. The engine is created at its first call.
 
-    Only one model runs on this machine at a time: another one is closed first, to free its memory.
+    Only one model runs on this machine at a time: the previous one is closed first, to free its memory.
     """
     with ExitStack() as remote, ExitStack() as local:
         opened: dict[str, Engine] = {}

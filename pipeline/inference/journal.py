@@ -144,7 +144,7 @@ class Journal:
     def remove_damaged(self) -> int:
         """Delete replies that do not match their checksums. Return the number of replies that are left."""
         damaged = [row[:2] for row in _read_replies(self._db) if not _is_intact(row)]
-        # A damaged id may not be valid UTF-8.
+        # The bytes of a damaged id may be invalid UTF-8.
         keys = [(str(name).encode("utf-8", "surrogateescape"), attempt) for name, attempt in damaged]
         delete = "DELETE FROM replies WHERE CAST(request_id AS BLOB) = ? AND attempt = ?"
         with self._db:

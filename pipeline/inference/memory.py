@@ -1,6 +1,6 @@
 """Estimate the GPU memory that vLLM needs for a model, and choose limits that fit a card.
 
-vLLM uses a share of the card (`--gpu-memory-utilization`). The KV cache gets what remains after the weights,
+vLLM uses a share of the card (`--gpu-memory-utilization`). The KV cache gets the rest after the weights,
 CUDA graphs, and the larger peak of two profiling steps: one of the vision tower, one of the text model. All
 figures are estimates from shapes.
 """
@@ -15,7 +15,7 @@ CARDS_GIB = (8, 12, 16, 24, 40, 80)
 MAX_UTILIZATION = 0.92
 FREE_GIB = 0.5  # left to other programs
 GRAPHS_GIB = 1.0  # CUDA graphs, CUDA's context, and buffers of libraries
-MIN_KV_FRAC = 0.75  # of the memory that weights and graphs leave
+MIN_KV_FRAC = 0.75  # least share of the memory that weights and graphs leave free
 BATCHED_TOKENS = (16_384, 8192, 4096, 2048)  # more tokens per step are faster, and need more memory
 MIN_SEQS, MAX_SEQS = 16, 512
 PROMPT_TOKENS = 512  # assumed for the text of a prompt and its reply
@@ -37,7 +37,7 @@ class ModelShape(NamedTuple):
     vocab: int
     vision_hidden: int
     vision_intermediate: int
-    token_px: int  # side of the area of one image token
+    token_px: int  # side of the square that one image token covers
 
     @classmethod
     def of(cls, config: Mapping[str, Any], weights_bytes: int) -> "ModelShape | None":
@@ -98,7 +98,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose the limits of a server on a card. Images have at most `max_pixels`.
 
-    The largest step is chosen that leaves MIN_KV_FRAC of the remaining memory to the KV cache.
+    Chooses the most tokens per step that leave MIN_KV_FRAC of the remaining memory to the KV cache.
     """
     utilization = choose_utilization(total_gib, free_gib)
     weights_gib = shape.weights_bytes / GIB
@@ -110,7 +110,7 @@ def plan_memory(
         num_seqs *= 2
     for batched_tokens in BATCHED_TOKENS:
         patches = 4 * max(batched_tokens, image_tokens)
-        # The largest layer is an MLP: its two halves and their product, next to attention and residuals.
+        # The largest layer is an MLP: its two halves and their product, besides attention and residuals.
         vision_gib = 2 * patches * (3 * shape.vision_intermediate + 6 * shape.vision_hidden) / GIB
         text_gib = 2 * batched_tokens * (3 * shape.intermediate + 6 * shape.hidden) / GIB
         text_gib += 3 * 4 * num_seqs * shape.vocab / GIB  # scores in float32, their sorted copy and softmax
@@ -125,7 +125,7 @@ def plan_memory(
 
 
 def needed_gib(shape: ModelShape, max_pixels: int) -> float:
-    """Return the free GPU memory that a model needs at least, in steps of a quarter GiB."""
+    """Return the least free GPU memory, in steps of a quarter GiB, with which a model runs."""
     sizes = (number / 4 for number in count(1))
     return next(gib for gib in sizes if plan_memory(shape, gib, gib, max_pixels, MIN_CONTEXT).fits)
 

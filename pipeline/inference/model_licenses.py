@@ -7,7 +7,7 @@ UNKNOWN_LICENSE = "license unknown: read its model card"
 # Parts of a name that change neither the origin nor the license of the weights, such as -8B-Instruct-FP8.
 _VARIANT = r"([-_:.](\d+b|a\d+b|instruct|thinking|latest|awq|gptq|fp8|bf16|int[48]|[48]bit|q\d\w*|gguf))*"
 # Licenses by pattern, for lower-case model names without the organization. A license that forbids a use also
-# binds fine-tuned copies, so its pattern matches them too. Other licenses may not apply to copies.
+# binds fine-tuned copies, so its pattern matches them too. Other licenses are not assumed for copies.
 LICENSES = {
     r".*qwen2[._]?5[-_]?vl[-_:]?3b.*": f"Qwen Research License: {NO_COMMERCIAL_USE}",
     rf"qwen2[._]?5[-_]?vl[-_:]?7b{_VARIANT}": "Apache-2.0",

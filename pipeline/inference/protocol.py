@@ -34,12 +34,12 @@ MAX_BODY_BYTES = 8_000_000  # for lists of models and replies to the probe
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
 MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
-# A token has about 4 characters. A reply with over 64 per token exceeds its limit. A JSON escape has 6 bytes.
+# A token has about 4 characters. A reply with more than 64 per token is cut. A JSON escape has 6 bytes.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_LOGPROB_BYTES = 2048  # for a token with its bytes and log-probability
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
-MAX_SHOWN_CHARACTERS = 200  # of a message, address or model name from a server
+MAX_SHOWN_CHARACTERS = 200  # limit for a message, address or model name from a server
 MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the server decodes on one thread
 JPEG_QUALITY = 92
 OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # left out for servers that refuse them
@@ -55,12 +55,12 @@ FINISH_REASONS = {  # maps other servers' finish reasons to OpenAI's
     **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "STOP"), "stop"),
 }
 REFUSED = "content_filter"  # finish reason for a message with a `refusal`
-REFUSED_STATUSES = (400, 422)  # the server may not support a request field
+REFUSED_STATUSES = (400, 422)  # a request field may be unsupported
 BUSY_STATUSES = (408, 409, 425, 429, 503)
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
-MAX_LONG_WAITS = 3  # a request is abandoned after more waits than this that are longer than its patience
+MAX_LONG_WAITS = 3  # a request is abandoned after more than this number of waits beyond its patience
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
 MAX_CRASHES = 2  # a request is abandoned if more servers crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5
@@ -127,7 +127,7 @@ class Dialect:
     states_schema: bool = False  # state the schema in the prompt, since the server does not enforce it
 
     def after_refusal(self, message: str) -> "Dialect | None":
-        """Return the dialect without the fields that a refusal message names, or None if it names none."""
+        """Return the dialect without the fields that `message` names, or None if it names no field."""
         named = {name for name in OPTIONAL_FIELDS if re.search(rf"\b{name}\b", message)}
         if named - self.left_out:
             return replace(self, left_out=self.left_out | named)
@@ -151,7 +151,7 @@ def request_headers(key: str) -> dict[str, str]:
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
     """Return the body of a chat request. `images` is the JSON of the image parts.
 
-    If the server enforces no schemas, the prompt states the schema. A seed would crash vLLM on CPUs.
+    Without enforced schemas, the prompt states the schema. No seed is sent, since vLLM on CPUs would crash.
     """
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
@@ -216,7 +216,7 @@ class Answer(NamedTuple):
     finish_reason: str
     prompt_tokens: int
     reply_tokens: int
-    logprobs: tuple[float, ...] = ()  # of the tokens
+    logprobs: tuple[float, ...] = ()  # one per token
 
 
 def parse_answer(body: bytes) -> Answer | None:
@@ -314,7 +314,7 @@ class RequestImages:
     async def parts(self, request: Request) -> bytes:
         """Return the images of a request as JSON message parts.
 
-        Each part has a uuid, by which vLLM caches processed images: the SHA-256 of the bytes that are sent.
+        Each part has the SHA-256 of the sent bytes as its uuid, the key of vLLM's cache of processed images.
         """
         key = request.shown, request.max_pixels
         future = self._encoded.pop(key, None)  # stored again below, so that unused images are dropped first

@@ -324,7 +324,7 @@ def read_annotations(
         rows = []
         for info in chunk:
             annotations = [*info.human]
-            # All models of a ladder have the same results, since a task whose result is needed has one model.
+            # All models of a ladder use the same results, since a task whose result is needed has one model.
             inputs = texts(info.sample_id)
             results = read_results(info.sample_id, plan, journal, inputs)
             for rung, (of_model, texts_of) in enumerate(rungs):
@@ -383,7 +383,7 @@ def read_results(
         for request in build_requests(sample_id, plan, inputs, results, needed):
             last = journal.last(request.id)
             value = last and read_result(request, last[0], plan.tasks)
-            if value is not None:  # of several captions, the first usable one is the result
+            if value is not None:  # the first usable caption is the result
                 name = result_name(request.task, request.style)
                 results.setdefault(name, json.dumps(value, ensure_ascii=False))
     return results

@@ -25,7 +25,7 @@ def check_requests(plan: RequestPlan, verify: VerifyConfig) -> None:
 
 
 def check_needs(plan: RequestPlan) -> None:
-    """Raise ConfigError if a custom task has a taken name, no input, or needs an unknown result."""
+    """Raise ConfigError if the name, the input, the needs or `keep_if` of a custom task cannot be used."""
     available = {result_name(*pair) for pair in plan.pairs}
     for task in plan.tasks.custom:
         if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*plan.generate.caption_styles}:
@@ -94,7 +94,7 @@ def check_condition(where: str, text: str, names: Names) -> None:
 
 
 def render_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
-    """Render every prompt once (also for checks if `has_checks`). Raises ConfigError if one fails."""
+    """Render every prompt, and those of checks if `has_checks`. Raises ConfigError if a prompt fails."""
     folders = plan.prompt_dirs
     if plan.generate.prompt_dir:
         check_prompt_dir(plan.generate.prompt_dir, [*plan.tasks.asked, *(CHECKING if has_checks else ())])

@@ -28,7 +28,7 @@ NO_INPUTS = SourceTexts()
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
-# Settings of a custom task that do not change its requests. The revision of the model is part of them.
+# Settings of a custom task that do not change its requests. These depend on the revision of the model.
 FILTER_KEYS = ("min_words", "max_words", "model")
 RESULT_MISSING = "result_missing"  # reply_error of a task that was not asked, since it needs a missing result
 IMAGE_SIZE = ("width_px", "height_px")  # names in `row` of conditions, besides the columns of the source
@@ -52,7 +52,7 @@ class RequestPlan:
     default_model: str = DEFAULT_MODEL
     ladders: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names of the models of tasks, in order, by task
     revisions: tuple[tuple[str, str], ...] = ()  # revisions of models by name
-    rung: int = 0  # the position of the models to ask in their ladders
+    rung: int = 0  # position of the model to ask in each ladder
 
     @classmethod
     def of(cls, config: Config, tasks: Tasks, revision: str) -> "RequestPlan":
@@ -63,11 +63,11 @@ class RequestPlan:
         return cls(tasks, config.generate, config.prompt_dirs, context, language, seed, fill, revision, pages)
 
     def models_of(self, task: str) -> tuple[str, ...]:
-        """Return the names of the models of a task. The next one is asked about what the last one failed."""
+        """Return the names of the models of a task. Each model is asked where the previous one failed."""
         return dict(self.ladders).get(task, (self.default_model,))
 
     def model_of(self, task: str) -> str:
-        """Return the name of the model to ask. A task with fewer models keeps its last one."""
+        """Return the name of the model to ask: the one at `rung`, or the last one of a shorter ladder."""
         models = self.models_of(task)
         return models[min(self.rung, len(models) - 1)]
 
@@ -77,7 +77,7 @@ class RequestPlan:
 
     @cached_property
     def num_rungs(self) -> int:
-        """The largest number of models of any task that is asked about each sample."""
+        """The number of models in the longest ladder of an asked task."""
         return max((len(self.models_of(task.name)) for task in self.tasks.asked), default=1)
 
     @cached_property

@@ -3,8 +3,8 @@
 Each check asks the model that wrote the annotation a question, with greedy decoding and without showing the
 earlier answer. Blind checks show no image, evidence checks show only some pages of a deck, and `covers` shows
 a caption instead of the image. To check a caption, the model first splits it into claims without seeing the
-image. A rule turns each claim into pairs of questions, of which a true claim answers one with yes and one
-with no. The second pair is asked only if the first does not confirm the claim.
+image. A rule turns each claim into pairs of questions. For a true claim, one answer of a pair is yes and the
+other is no. The second pair is asked only if the first does not confirm the claim.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -87,7 +87,7 @@ def claim_checks(claim: str) -> list[Check]:
 
 
 def rule_checks(caption: str) -> list[list[Check]]:
-    """Return the one question that decides each claim, for claims that rules find in a caption of a scene."""
+    """Return one deciding question for each claim that rules find in a caption of a scene."""
     from pipeline.scenes.claims import extract_claims  # compiles large patterns
 
     pairs = [(one.question, one.expected) for one in extract_claims(caption)]
@@ -208,5 +208,5 @@ def evidence_against(checks: Iterable[Mapping[str, Any]]) -> int:
 
 
 def share_of_confirmed_claims(evidence: Sequence[int]) -> float | None:
-    """Return the share of claims with at least REFUTED more confirming than refuting answers, or None."""
+    """Return the share of claims with evidence of at least REFUTED for them, or None without claims."""
     return sum(against <= -REFUTED for against in evidence) / len(evidence) if evidence else None

@@ -36,11 +36,11 @@ STRUCTURED_OUTPUTS = {
     "disable_additional_properties": True,
 }
 MIN_TOKENS = 1024
-GPU_SEQS, CPU_SEQS = 256, 32  # sequences in a step, if the memory of the GPU is unknown, and on CPUs
+GPU_SEQS, CPU_SEQS = 256, 32  # sequences in a step: on a GPU of unknown memory, and on a CPU
 MAX_TOKENS = 8192  # prompt and reply
 MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages are scaled down)
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
-# Patterns in vLLM's log, and what to do.
+# Advice by pattern in vLLM's log.
 ADVICE = {
     "out of memory|no available memory for the cache|kv cache is needed|less than desired gpu memory": (
         "end other programs on the GPU, or use a smaller or quantized model (`synth doctor`); "
@@ -134,7 +134,7 @@ def plan_vllm_command(
 
     Images have at most `max_pixels`. With `decks`, a request may show up to MAX_PAGES images instead of one.
     `gpus` are entries of CUDA_VISIBLE_DEVICES, or () for a CPU server. `cores` and `memory_gib` are the
-    server's share.
+    server's share of this machine.
     """
     limits = _plan_limits(name, folder, server.flags, gpu_memory_gib(gpus), max_pixels, decks=decks)
     is_qwen, utilization, batched_tokens, max_num_seqs, max_model_len = limits
@@ -197,9 +197,9 @@ def _plan_limits(
     *,
     decks: bool,
 ) -> tuple[bool, float, int, int, int]:
-    """Return whether the model's shape is known, and its share of the GPU, step, sequences and context.
+    """Return whether the model's shape is known, and the first four limits of a memory.MemoryPlan.
 
-    Raises EngineError if the model does not fit the GPU, unless the user's flags change its memory.
+    Raises EngineError if the model does not fit the GPU, unless the user's flags change the memory it needs.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

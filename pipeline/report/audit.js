@@ -63,7 +63,7 @@ function wordButton(word) {
 
 function wordButtons() { return [...document.querySelectorAll(".word")]; }
 
-/** Store a verdict on the text that is shown; null removes it. */
+/** Store a verdict on the text that is shown. Null removes the verdict. */
 function judge(made, at = state.at, keepsUndo = true) {
   const item = audit.items[at], name = nameOf(item);
   if (keepsUndo) state.undo.push([at, state.verdicts.get(name) ?? null]);

@@ -17,7 +17,7 @@ from pipeline.report.rows import read_rows
 from pipeline.storage.files import write_text
 from pipeline.tables import SPLITS
 
-# With base64, a page has at most 60 MB, and so have the tasks that a tool exports again.
+# With base64, a page, or a file of tasks for another tool, has at most 60 MB.
 MAX_IMAGE_BYTES, MAX_IMAGES_BYTES = 80_000, 45_000_000
 IMAGE_PIXELS = 900 * 900
 BATCH_ROWS = 64

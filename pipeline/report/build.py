@@ -108,7 +108,7 @@ def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:
 
 
 def _pictured_ids(rejected: Iterable[dict[str, str]]) -> set[str]:
-    """Return the ids of the first MAX_REJECTED_PICTURES samples per reason, and of those they repeat."""
+    """Return the ids of the first MAX_REJECTED_PICTURES samples per reason, and the ids that they repeat."""
     counts: Counter[tuple[str, str]] = Counter()
     ids = set[str]()
     for row in rejected:

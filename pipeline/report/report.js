@@ -42,7 +42,7 @@ class List {
       const select = this.select(name), known = new Set([...select.options].map(option => option.value));
       const found = name === "review" ? [] : new Set(items.flatMap(values));
       for (const value of [...found].filter(value => !known.has(value)).sort()) select.add(new Option(value, value));
-      select.parentElement.hidden = name === "folder" && select.options.length < 3; // all, and one folder
+      select.parentElement.hidden = name === "folder" && select.options.length < 3; // hidden if the only options are "all" and one folder
     }
     this.filter(false);
   }
@@ -97,7 +97,7 @@ function drawImage(row) {
   return element("article", {className: `box card${row.small ? " small" : ""}`}, ...pictures, about, texts, context, references);
 }
 
-/** Return a section of texts that a click opens; null for no texts. */
+/** Return a section of texts that a click opens, or null without texts. */
 function folded(title, texts) {
   return texts.length
     ? element("details", {}, element("summary", {textContent: title}), ...texts.map(text => element("p", {textContent: text})))
@@ -175,7 +175,7 @@ function scoresOf(text) {
   return Object.entries(text.scores).map(([name, score]) => `${name.replace("_", " ")} ${score}`).join("; ");
 }
 
-/** Return the lowest score of the shown texts of a row; rows without a score sort last. */
+/** Return the lowest score of the shown texts of a row. Rows without a score sort last. */
 function lowest(row, name) {
   const kind = lists.images.select("kind").value;
   return Math.min(...row.texts.filter(text => !kind || text.kind === kind).map(text => text.scores?.[name] ?? 1e9), 1e9);
@@ -194,7 +194,7 @@ function why(name) {
   return [select, note];
 }
 
-/** Review a text; the same review again removes it. */
+/** Review a text. Repeating the same review removes it. */
 function review(row, text, kind, item) {
   const name = nameOf(row, text), about = {sample_id: row.id, content: text.content, verdict: kind};
   if (kind === "edited") return isFixed(text) ? undefined : edit(row, text, item, about);
@@ -206,7 +206,7 @@ function review(row, text, kind, item) {
   return undefined;
 }
 
-/** Replace a text by fields to edit it; saving the original words removes the edit. */
+/** Replace a text by fields to edit it. Saving the original words removes the edit. */
 function edit(row, text, item, about) {
   const name = nameOf(row, text), words = {...text, ...text.raw}, now = {...words, ...reviews.get(name)};
   const names = FIELDS.filter(name => words[name] !== undefined);
@@ -262,7 +262,7 @@ function keysOfReviews() {
   return Array.from({length: localStorage.length}, (_, at) => localStorage.key(at)).filter(key => key.startsWith(KEY_PREFIX));
 }
 
-/** Replace a review by `become(review)`; null removes it. */
+/** Replace a review by `become(review)`. Null removes the review. */
 function change(name, become) {
   readReviews();
   const made = become(reviews.get(name));
@@ -343,7 +343,7 @@ document.getElementById("forget").addEventListener("click", () => {
   lists.images.show();
 });
 document.getElementById("large").addEventListener("click", event => event.currentTarget.close());
-if (innerWidth < 600) document.querySelector(".filters").open = false; // the first photo is on the first screen
+if (innerWidth < 600) document.querySelector(".filters").open = false; // so that the first photo is visible
 document.getElementById("help").addEventListener("click", () => KEYS["?"]());
 /** Show the reviews of other tabs. */
 function refresh() {
@@ -354,7 +354,7 @@ function refresh() {
 window.addEventListener("focus", () => { // a new tab may miss a storage event
   const before = JSON.stringify([...reviews]);
   readReviews();
-  if (JSON.stringify([...reviews]) !== before) refresh(); // only on a change: it would replace a button that is being clicked
+  if (JSON.stringify([...reviews]) !== before) refresh(); // only on a change, since a refresh would replace a button that is being clicked
 });
 window.addEventListener("storage", event => {
   if (event.key !== null && !event.key.startsWith(KEY_PREFIX)) return;

@@ -77,7 +77,7 @@ class Entry:
     name: str
     data: bytes | None
     reason: str = ""
-    text: str | None = None  # of a text file
+    text: str | None = None  # content of a text file
 
 
 def _key(name: str) -> str:

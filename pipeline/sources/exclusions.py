@@ -72,7 +72,7 @@ class ExclusionIndex:
         self.hashes = as_hashes(hashes)
 
     def find(self, sample: Sample) -> str | None:
-        """Return the dataset that has an image in this sample or a near-duplicate of one, or None."""
+        """Return a dataset that has an image of this sample or a near-duplicate of such an image, or None."""
         for image in sample.images if self.dataset_of_id else ():  # hashing takes time
             if name := self.dataset_of_id.get(image_id(image)):
                 return name

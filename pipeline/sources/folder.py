@@ -70,7 +70,7 @@ class FolderTexts:
     ) -> None:
         self._root, self._images, self._bound, self._columns = root, images, bound, columns
         self._texts: defaultdict[str, ImageTexts] = defaultdict(ImageTexts)
-        self._values: defaultdict[str, dict[str, str]] = defaultdict(dict)  # of the context columns
+        self._values: defaultdict[str, dict[str, str]] = defaultdict(dict)  # context values by image
         self._known_columns = {*PATH_COLUMNS}
         self._num_by_model = 0
         self._messages: list[str] = []

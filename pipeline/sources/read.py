@@ -82,7 +82,7 @@ READ_SETTINGS = (
     "image_filter",
 )
 _TEMPORARY = ("too_slow", "too_much_memory", "decoder_died")
-ADVICE = {  # rejection reason -> what the user can change
+ADVICE = {  # rejection reason -> change that the user can make
     "image_not_embedded": f"if the table names its images: {NAMED_IMAGES_HINT}",
     "unsupported_format": "convert the files to JPEG; HEIC needs the package pillow-heif (extra `heic`)",
     "several_images": "to read them as a deck: --columns pages=COLUMN",
@@ -102,7 +102,7 @@ ADVICE = {  # rejection reason -> what the user can change
     ),
     "unreadable_folder": "change the permissions of the folders",
 }
-# In these rejections, the detail is the id or name of another image.
+# In these rejections, the detail is the id of another sample or the name of an excluded dataset.
 _REJECTED_FOR_ANOTHER_IMAGE = ("near_duplicate_image", "near_held_out_image", "banned_image")
 # Slides of one design look similar, and few users would find the setting dedupe.images.
 _ALWAYS_ADVISED = ("near_duplicate_image", *_TEMPORARY)
@@ -172,7 +172,7 @@ class SourceReader:
     def _find_result(self, limit: int | None) -> dict[str, Any] | None:
         """Return the result of an earlier run if its files are unchanged and fit `limit`, else None.
 
-        None is also returned if that run missed excluded images.
+        None is also returned if that run could not read all excluded images.
         """
         record = read_record(self.dataset, "read")
         try:
@@ -236,8 +236,8 @@ class SourceReader:
     def _open_source(self) -> tuple["SourceParts", Generator[Sample | Rejected]]:
         """Open the source. Return the parts, and the rows that are not in the parts.
 
-        If the last row of the parts is not in the same place, remove the parts (but not their images), and
-        read all rows again.
+        If the source no longer has the last row of the parts in the same place, remove the parts (but not
+        their images), and read all rows again.
         """
         kind = choose_image_kind(self.config)
         exclusions = self.dataset.step_file("read", "exclusions")
@@ -258,7 +258,7 @@ class SourceReader:
         return parts, rows
 
     def _rows_from(self, start: int) -> Generator[Sample | Rejected]:
-        """Yield the rows of the source. Closing it ends the processes that decode or render files."""
+        """Yield the rows of the source. Closing the generator ends the processes that decode or render."""
         yield from self.source.read(start)
 
     def _write_step(self, parts: "SourceParts") -> None:
@@ -333,7 +333,7 @@ class SourceParts:
     """
 
     folder: Path
-    key: str  # digest of what determines the samples
+    key: str  # digest of everything that determines the samples
     store: ImageStore
     num_rows: int = 0  # source rows so far
     last_row: str = ""
@@ -395,7 +395,7 @@ class SourceParts:
         self._written_at = time.monotonic()
 
     def tables(self, columns: Sequence[str] = READ_SAMPLE.names) -> Iterator[pa.Table]:
-        """Yield the samples (READ_SAMPLE) in source order, in tables of the same size for any parts."""
+        """Yield the samples (READ_SAMPLE) in source order. The table sizes do not depend on the parts."""
         table = READ_SAMPLE.empty_table().select(columns)
         for number in range(self._count):
             part = open_parquet(self._path(number, ".parquet")).read(list(columns))

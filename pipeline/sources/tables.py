@@ -208,7 +208,7 @@ def _guess_questions(schema: pa.Schema) -> Columns:
 def _guess_images(schema: pa.Schema) -> Columns:
     """Return the column of images, or the columns of pages.
 
-    Raises SourceError if no column holds images, or if several could be meant.
+    Raises SourceError if no column holds images, or if the choice is ambiguous.
     """
     images = [field.name for field in schema if _is_image(field.type)]
     lists = [field.name for field in schema if is_list(field.type) and _is_image(field.type.value_type)]
@@ -420,9 +420,9 @@ def _compile_glob(pattern: str) -> re.Pattern[str]:
 def _choose_files(
     repo: str, config: str, declared: dict[str, FilesBySplit], paths: list[str]
 ) -> FilesBySplit:
-    """Return the files of a config, which the card declares or which is a folder.
+    """Return the files of a config. The card declares the configs, or else each folder is a config.
 
-    Without a name, return those of the default or only config. Raises SourceError if there is none.
+    Without a name, return the files of the default or only config. Raises SourceError if there is none.
     """
     folders: dict[str, list[str]] = {}
     for path in paths:

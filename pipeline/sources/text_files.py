@@ -103,7 +103,7 @@ def _parse_lines(text: str) -> Iterator[Any]:
 
 
 def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a CSV that is separated by commas, semicolons, tabs or bars, by column name.
+    """Yield the rows of a CSV as dictionaries. Commas, semicolons, tabs or bars separate the values.
 
     Raises ValueError if a column name is repeated, a row has too many values, or a quote is not closed.
     """

@@ -48,7 +48,7 @@ TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object m
 MAX_LITERAL_CHARACTERS = 100_000  # parsing a Python literal takes up to 345 times its size in memory
 # A Python string without a prefix. An unclosed string extends to the end, so that the search is linear.
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'?|"(?:[^"\\]|\\.)*+"?""", re.DOTALL)
-_ADJACENT = re.compile(r"''\s*+\w*+''")  # two strings without a comma; their contents are removed
+_ADJACENT = re.compile(r"''\s*+\w*+''")  # two emptied strings without a comma between them
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
@@ -56,7 +56,7 @@ FORMATS_HINT = "use COCO or Karpathy JSON, or CSV or JSON lines with file_name a
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PATH_COLUMNS = ("folder", "file_name")  # context columns that every image has
 MAX_DEPTH = 8  # lists and objects around a text
-MAX_TEXT_CHARACTERS = 20_000  # of longer texts, the filter sees the beginning, and rejects them
+MAX_TEXT_CHARACTERS = 20_000  # longer texts are cut to this length, and the filter rejects them
 
 
 # --- rows

@@ -128,7 +128,7 @@ def write_annotations(shard: DatasetDir, settings: AskSettings, texts: Sequence[
 
 
 def _texts_by_rung(shard: DatasetDir, settings: AskSettings, escalated: Sequence[Escalated]) -> list[TextsOf]:
-    """Return the texts of samples for each model of a ladder, with the pairs that it is asked for."""
+    """Return the texts of samples for each model of a ladder, with the pairs for that model."""
     first = NO_TEXTS
     if settings.requests.context or settings.requests.has_conditions:
         batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa", *IMAGE_SIZE])

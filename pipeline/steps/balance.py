@@ -150,9 +150,9 @@ def _questions(rows: AllRows) -> Iterator[pa.Table]:
 
 
 def max_answer_count(kind: str, answers: dict[str, int], config: BalanceConfig) -> int:
-    """Return how many questions of one type may have the same answer, so that no answer exceeds the limit.
+    """Return how many questions of one type may have the same answer, so that no share exceeds the maximum.
 
-    If a type has so few distinct answers that some answer must exceed the limit, all questions are kept. If
+    If a type has so few distinct answers that some share must exceed the maximum, all questions are kept. If
     there are too few questions of rare types to balance, all of these questions are kept too.
     """
     max_share, counts = config.max_share(answers.keys()), answers.values()

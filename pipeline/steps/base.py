@@ -96,7 +96,7 @@ class Executor(Protocol):
         """Read the source, up to the limit of images in the settings."""
 
     def begin_pass(self, escalations: str) -> None:
-        """Prepare to repeat the steps. `escalations` is a digest of what further models are asked."""
+        """Prepare to repeat the steps. `escalations` is a digest of the requests to further models."""
 
     def each(self, work: Callable[[DatasetDir, Services], None]) -> None:
         """Schedule a function for every shard. `wait` returns when all have finished."""
@@ -130,8 +130,8 @@ class Work:
 class Step:
     """A step of a run.
 
-    `advice` maps a reason to what the user can change if it rejects too many rows. Rows that a step with
-    `is_choice` rejects are not reported as lost, because the step chooses among good rows.
+    `advice` maps a reason to a change that a user can make if it applies to too many rows. Rows that a step
+    with `is_choice` rejects are not reported as lost, because the step chooses among good rows.
     """
 
     name: str
@@ -216,7 +216,7 @@ class Comparison:
 
     @cached_property
     def db(self) -> duckdb.DuckDBPyConnection:
-        """An empty database. It is opened at the first use, since most steps of most runs need none."""
+        """An empty database. It is opened at the first use, since most steps do not use it."""
         return self.stack.enter_context(open_database(self.dataset.path))
 
 
@@ -271,7 +271,7 @@ def ask_once(
     ask: Callable[[], dict[str, Any]],
     record: str = DONE,
 ) -> None:
-    """Call a function that sends requests, unless its record already has this key. Record what it returns.
+    """Call a function that sends requests, unless its record already has this key. Record its result.
 
     If a request stays unanswered, the key of the record is left empty, so that the next run asks again.
     """
@@ -412,7 +412,7 @@ class _InOrder:
 
 
 def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
-    """Append the columns of `findings`, with null in other rows. `first` is the number of the first row."""
+    """Append the columns of `findings`. Rows without any get null. `first` is the number of the first row."""
     index = np.full(table.num_rows, -1)
     index[findings["row"].to_numpy() - first] = np.arange(findings.num_rows)
     if np.count_nonzero(index >= 0) != findings.num_rows:

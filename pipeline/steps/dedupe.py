@@ -1,7 +1,7 @@
 """Step: dedupe. Remove repeated annotations of an image, and captions that occur with too many images.
 
-Two annotations are equal if they have the same content words in the same order (text/content_keys.py). A
-similarity score would not do, since captions that differ in one decisive word are nearly the same string.
+Two annotations are equal if they have the same content words in the same order (text/content_keys.py).
+Similarity scores are not used, since captions that differ in one decisive word are nearly the same string.
 Equal questions about different images are kept, because their answers differ. The choice between equal
 annotations depends on scores and ids, but not on the row order.
 """

@@ -2,7 +2,7 @@
 
 `climb` repeats the steps from ask to verify for each model of a ladder. After each repetition, `escalate`
 lists the pairs of task and style of each sample for which no text is left. The ask step then also asks the
-next model for these, and rejects the texts that it replaces. Replies come from the journal, so no request is
+next model for these, and rejects the replaced texts. Replies come from the journal, so no request is
 sent twice.
 """
 
@@ -124,8 +124,8 @@ def read_escalated(plan: Plan, shard: DatasetDir) -> list[Escalated]:
 def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, Any]]:
     """Return the requests, tokens, cost and texts of each model of a ladder, by task, for the manifest.
 
-    A request about several samples counts for each of them (Journal.spent). `texts` has all texts of a
-    model, and `kept` those that passed all steps until verify.
+    A request about several samples counts for each of them (Journal.spent). `texts` counts all texts of
+    a model, and `kept` those that passed all steps up to verify.
     """
     tasks = {task.name for task in plan.tasks.asked if len(plan.requests.models_of(task.name)) > 1}
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)

@@ -30,7 +30,7 @@ NAMED_GROUPS = pa.schema(fields(STRING, "image_group", "split_group"))
 NAMES = pa.schema(fields(STRING, "sample_id", "key"))
 MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 ADDS = pa.schema([*fields(STRING, "stated_split", "split_group"), *fields(pa.list_(STRING), "held_out")])
-# The last number in a name. The group is the rest of the name, if it has a word.
+# The last number in a name. Group 1 is the text after the number, if it has a letter or underscore.
 _LAST_NUMBER = re.compile(r"(?<!\d)\d++(?:\W*+$|(\D*+)$)")
 _SEPARATORS_AT_END = re.compile(r"(?<![\W_])[\W_]++$")
 QUERY = f"""
@@ -98,7 +98,7 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
 
     By folder, it is the folder of the file. By prefix, it is the name without its last number, as in
     `clip1_0042.jpg`. A number inside a name, as in `clip1_0042_left.jpg`, must have a letter before it. If
-    the name is only a number, the part is the folder too.
+    the name is only a number, the folder is returned instead.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)

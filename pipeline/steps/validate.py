@@ -11,7 +11,7 @@ FIELDS = ("task", *TEXTS, "pages", "reply_error")
 
 
 def validate_annotations(table: pa.Table, tasks: Tasks = BUILT_IN) -> pa.Table:
-    """Append `reason`: why the reply could not be parsed, or the first rule of the task that it breaks."""
+    """Append `reason`: why the reply could not be parsed, or the first rule that the row breaks."""
     require_columns(table, *FIELDS)
     rows = table.select(FIELDS).to_pylist()
     broken = (row["reply_error"] or find_broken_rule(tasks[row["task"]], row, row["pages"]) for row in rows)

@@ -5,7 +5,7 @@ Then captions are compared with the questions about the image, and with the imag
 rates all texts. A check that is off or has no readable reply rejects nothing.
 
 The claims check and the judge are also asked about known truths and falsehoods (dataset/calibration.py).
-Some limits depend on all rows, such as the evidence from which a claim counts as false. They are applied in
+Some limits depend on all rows, such as the minimum evidence against a false claim. They are applied in
 DuckDB.
 """
 
@@ -117,7 +117,7 @@ class VerifySettings:
 
     `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
     `clip_model` is None if captions are not compared with images. `seed` and `samples`, a digest of the list
-    of all samples, decide about which images known truths are asked.
+    of all samples, determine which images have known texts.
     """
 
     verify: VerifyConfig
@@ -234,7 +234,7 @@ class AnnotationChecker:
         return annotations
 
     def _is_asked(self, check: str, subject: CheckedAnnotation) -> bool:
-        """Return whether the condition of a check is true, or note in the annotation why it is not."""
+        """Return whether the condition of a check is true. If not, note the reason in the annotation."""
         unmet = self._conditions.find_unmet(check, subject)
         subject.skipped += [f"{check}.{unmet}"] if unmet else []
         return unmet is None
@@ -455,7 +455,7 @@ class AnnotationChecker:
             for ready in ask_all(requests, self.plan, self.settings.servers, start, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:
-                # Lines are printed at intervals, so the last update may not have been shown.
+                # Lines are printed at intervals, so the last update may be missing.
                 progress(name, done, done)
             result = read(journal)
             stats.spent += journal.spent
@@ -470,7 +470,7 @@ def _by_sample(subjects: Subjects) -> dict[str, list[CheckedAnnotation]]:
 
 
 def _keeps_other_claims(subject: CheckedAnnotation, clean: Row) -> bool:
-    """Return whether a repair only leaves out words, but none of the claims that are true.
+    """Return whether a repair only removes words, and keeps all claims that were not refuted.
 
     The articles a and an may change.
     """

@@ -1,7 +1,7 @@
 """Annotations with the results of their checks, the conditions of checks, and texts of known truth.
 
 Known texts measure how often a check errs. Human captions of an image are true. A caption of another image is
-false, and so is a text about the image in which one word was replaced.
+false, and so is a text about the same image after one word was replaced.
 """
 
 import json
@@ -187,7 +187,7 @@ class KnownSample:
     """A sample with known texts.
 
     Falsehoods are made from the text `base`. `said` has the words of all texts about the sample: a statement
-    with these words alone may be true. `rank` orders the candidates.
+    that has no other word may be true. `rank` orders the candidates.
     """
 
     known: KnownTexts

@@ -199,7 +199,7 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
 def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest field with the price of the texts, or {} if no model was asked.
 
-    The price of a ladder does not include checks, because the records lack those of the replaced texts.
+    The price of a ladder does not include checks, because the records lack the checks of replaced texts.
     """
     has_checks = plan.config.verify.is_asked and plan.requests.num_rungs == 1
     records = [("ask", DONE), *[("verify", PREPARED)] * has_checks]
@@ -221,7 +221,7 @@ def read_models(plan: Plan, shard: DatasetDir) -> dict[str, dict[str, str]]:
 
 
 def describe_checks(plan: Plan, shards: Sequence[DatasetDir]) -> dict[str, Any]:
-    """Return the manifest fields with the errors of the checks, and the texts that each check skipped."""
+    """Return the manifest fields with the errors of the checks, and the numbers of skipped texts."""
     verify = plan.config.verify
     if not verify.is_asked:
         return {}

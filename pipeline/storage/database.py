@@ -101,7 +101,7 @@ def load(
 ) -> None:
     """Create the table `name` from a query over Arrow tables (`incoming`), with one in memory at a time.
 
-    `batches` may query the database only through another cursor. Exceptions in it are raised unchanged.
+    Exceptions in `batches` are raised unchanged. It may query the database only through another cursor.
     """
     raised: list[BaseException] = []
 

@@ -77,7 +77,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    # It may have been left by a killed run, or be a link to another file.
+    # The temporary file may be left from a killed run, or be a link to another file.
     temporary.unlink(missing_ok=True)
     try:
         yield temporary

@@ -76,9 +76,9 @@ def lease(
     """Hold an exclusive lease: an object in a store that the holder keeps rewriting as a heartbeat.
 
     A lease without a heartbeat for `timeout_s` by the local clock is taken over. `say` announces the wait.
-    The yielded function raises StoreError if this lease was taken over. Without conditional writes in the
-    store, two processes that start together may both get it. Raises StoreError if a live process holds the
-    lease.
+    The yielded function raises StoreError if another process took over this lease. In a store without
+    conditional writes, two processes that start together may both get the lease. Raises StoreError if a
+    live process holds the lease.
     """
     holder_id = uuid4().hex
     _acquire(path, holder_id, timeout_s, say)

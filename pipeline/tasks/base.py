@@ -20,13 +20,13 @@ from pipeline.text.normalize import tidy
 
 # One line of text without control characters that has at least one non-space character.
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
-MAX_LINE_CHARACTERS = 100_000  # protects later steps; a token limit ends replies far earlier
+MAX_LINE_CHARACTERS = 100_000  # protects later steps, although a token limit ends replies far earlier
 Line = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LINE_CHARACTERS, pattern=_LINE)]
 MAX_QA_PAIRS = 8
 QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # ASCII, Chinese or Japanese, and Arabic
 MAX_PAGES = 20  # per deck, as in SlideVQA
 # Default bounds on the pixels of an image: 1,280 tokens of 28 x 28 px, as Qwen's model card recommends, and
-# 2,560 where small print or exact positions count.
+# 2,560 where small print or exact positions matter.
 MAX_PIXELS, MAX_DETAIL_PIXELS = 1_003_520, 2_007_040
 _SURROGATE = re.compile("[\ud800-\udfff]")  # allowed in JSON but not in a table
 MAX_REPEATS = 4  # as in "a cat and a cat and a cat and a cat and"
@@ -47,7 +47,7 @@ def tidy_texts(fields: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """Defines what a model is asked about a sample, and how its reply is converted to rows."""
+    """Defines the request to a model about a sample, and the conversion of a reply to rows."""
 
     name: str
     output: type[Output]  # model of a whole reply
@@ -60,7 +60,7 @@ class Task:
     has_styles: bool = False  # whether there is one request for each of `generate.caption_styles`
     temperature_key: str = "qa_temperature"  # name of a setting in `generate`
     card_category: str | None = None  # task category on the Hub
-    keep_if: str | None = None  # condition of the images to which other tasks are applied
+    keep_if: str | None = None  # condition that an image must meet for all other tasks
     needs: tuple[str, ...] = ()  # names of tasks or caption styles whose results the prompt uses
     shows_image: bool = True
     max_tokens: int | None = None  # None: use generate.max_tokens

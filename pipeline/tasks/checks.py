@@ -19,17 +19,17 @@ MAX_CLAIMS = 24  # per caption
 WORDS_PER_CLAIM = 3.6
 CANNOT_TELL = "cannot tell"
 _FIRST_WORD_ALONE = re.compile(r"\W*\w+\s*(?:[^\w\s]|$)")
-# Questions about a claim, with the answers of a true one. Each pair has one question for either answer, so
-# that a model that always gives the same answer neither confirms nor refutes a claim.
+# Questions about a claim, with the answers that confirm it. The answers of a pair are yes and no, so that a
+# model that always gives the same answer neither confirms nor refutes a claim.
 PHRASINGS = (
     ("Is it true that {}?", "yes"),
     ("Is it false that {}?", "no"),
     ("Does the image show that {}?", "yes"),
     ("Is it wrong to say that {}?", "no"),
 )
-# The evidence of a claim is the number of answers that refute it, less the number of those that confirm it.
+# The evidence against a claim is the number of answers that refute it, less the number that confirm it.
 MAX_EVIDENCE = len(PHRASINGS)
-# Least evidence that may refute a claim: both orders of a question, or three of four answers.
+# Least evidence that may refute a claim: both answers of a pair, or three of four answers.
 REFUTED = 2
 Score = Literal["1", "2", "3", "4", "5"]
 
@@ -70,14 +70,14 @@ class Rating(Output):
 
 
 def tidy_verdict(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a verdict with `yes`, `no` or `cannot tell` for answers that begin so."""
+    """Return the fields of a verdict, with the answer reduced to `yes`, `no` or `cannot tell` if possible."""
     from pipeline.rules import says_nothing  # compiles large patterns
 
     answer = fields.get("answer")
     if not isinstance(answer, str):
         return fields
     first = next(iter(words_of(answer)), answer.rstrip(SENTENCE_ENDS))
-    # "No, it is not visible." refutes a claim, and "No idea." says nothing.
+    # "No, it is not visible." refutes a claim, and "No idea." gives no answer.
     begins_verdict = first in YES_OR_NO and _FIRST_WORD_ALONE.match(answer)
     is_unknown = says_nothing(answer) and not begins_verdict
     return fields | {"answer": CANNOT_TELL if is_unknown else YES_OR_NO.get(first, answer)}

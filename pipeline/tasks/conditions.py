@@ -27,7 +27,7 @@ COLUMN, TEXT, INTEGER, NUMBER = ({"type": kind} for kind in ("column", "string",
 # Reasons why a task or check was not asked.
 CONDITION_FALSE, CONDITION_WITHOUT_VALUE = "condition_false", "condition_without_value"
 HAS_HUMAN_TEXT = "has_human_text"
-# Reason of a text that the next model of a ladder was asked to replace.
+# Rejection reason of a text that the next model of a ladder was asked to replace.
 REPLACED = "replaced_by_next_model"
 # Prefixes of the rejection reasons of dropped images. The name of the task follows.
 _DROPPED = {CONDITION_FALSE: "dropped_by_", CONDITION_WITHOUT_VALUE: "dropped_without_"}
@@ -40,7 +40,7 @@ _HINT = "compare row, results and scores with constants, and combine comparisons
 
 
 def drop_reason(task: str, unmet: str) -> str:
-    """Return the reason of an image that a task drops, for the reason why its `keep_if` is not true."""
+    """Return the rejection reason of an image that a task drops, from the result of `find_unmet`."""
     return _DROPPED[unmet] + task
 
 

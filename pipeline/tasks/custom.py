@@ -1,7 +1,7 @@
 """Custom tasks, built from their settings (config.TaskConfig).
 
 Tasks of the kinds `caption` and `question` add to the texts of built-in tasks. Other tasks fill a column that
-has the task's name. Until a version is written, its values are JSON in `record` (tables.ANNOTATION).
+has the task's name. Until a version is written, the values are JSON in `record` (tables.ANNOTATION).
 """
 
 import json

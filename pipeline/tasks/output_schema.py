@@ -1,4 +1,4 @@
-"""JSON schemas for the outputs of custom tasks, restricted to what decoders enforce and a table can hold.
+"""JSON schemas for the outputs of custom tasks, restricted to forms that decoders enforce and tables hold.
 
 A schema may have objects with named fields, lists, strings, numbers, booleans, enums and null. `close_schema`
 converts a schema to a normal form, called closed: references are resolved, objects allow no other fields, and
@@ -78,7 +78,7 @@ def close_schema(schema: Any) -> Schema:
 
 
 def _count_required(schema: Schema) -> int:
-    """Return the minimum number of values in a reply. Lists within lists multiply."""
+    """Return the minimum number of values in a reply. The lengths of nested lists are multiplied."""
     schema = without_null(schema)
     if schema["type"] == "array":
         return int(schema.get("minItems", 0)) * _count_required(schema["items"])
@@ -241,7 +241,7 @@ def _annotation(schema: Schema, name: str) -> Any:
     bounds = {_BOUNDS[key]: value for key, value in schema.items() if key in _BOUNDS}
     if kind == "object":
         fields = {}
-        # Fields have numbers, because a key may not be a valid Python name.
+        # Fields have numbers, because some keys are not valid Python names.
         for number, (key, inner) in enumerate(schema["properties"].items()):
             default = Field(None, alias=key) if "anyOf" in inner else Field(alias=key)
             fields[f"f{number}"] = (_annotation(inner, f"{name}_{number}"), default)
@@ -279,7 +279,7 @@ def arrow_type(schema: Schema) -> pa.DataType:
 def shape_of(schema: Schema) -> str:
     """Return an example of a value for a prompt, such as `{"tags":["cat" or "dog",...]}`.
 
-    It has no white space between tokens, because the grammar of replies allows none.
+    It has no white space between tokens, because the grammar of replies forbids it.
     """
     inner = without_null(schema)
     if "enum" in inner:

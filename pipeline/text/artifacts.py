@@ -13,8 +13,8 @@ from pipeline.text import WORDS, pattern
 from pipeline.text.language import FUNCTION_WORDS, begins_longer_word, unquoted
 from pipeline.text.normalize import sentences_with, text_key, words_of
 
-# Every match of _MARKUP has another character than these, a colon after a role or a coordinate, or one of the
-# parts. They are rare in captions, so testing for them first makes the search 10 times faster.
+# Every match of _MARKUP matches one of these patterns, or has one of the parts. Both are rare in captions, so
+# testing for them first makes the search 10 times faster.
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 ,.\"'\-?!;:()/&%$]")
 _SPECIAL_COLON = re.compile(r"[A-Zxywh]\d?\s*:")
 _SPECIAL_PARTS = (
@@ -55,7 +55,7 @@ _QUESTION_AT_END = re.compile(
 _PLACEHOLDER = pattern("placeholder")
 _RUN = re.compile(r"(\S)\1{7}|(\S{2,8}?)\2{3}|\d{20}")
 MIN_RUN_CHARACTERS = 16
-# Lists of more numbers, most of which continue the count, are loops.
+# A list of more numbers is a loop if most numbers continue the count.
 MAX_COUNTED = 15
 MAX_DIGITS = 18  # longer numbers are not counted
 _CUT_OFF = pattern("cut_off", after="$")
@@ -70,7 +70,7 @@ _QUOTE_MARK = re.compile(r'(?<!\d)"')
 _LAST_WORD = re.compile(r"\s([a-z]{3,4})$")
 _GENERAL = frozenset(WORDS["general"].split())
 _ANYTHING = frozenset(WORDS["anything"].split())
-# A text echoes the prompt if it repeats this many consecutive words, one of which belongs to an instruction.
+# A text echoes the prompt if it repeats this many consecutive words, including a word of an instruction.
 ECHO_WORDS = 5
 _EXAMPLE = re.compile(r'Example: "([^"]+)"')
 _INSTRUCTION_WORDS = frozenset(WORDS["instructing"].split())
@@ -93,7 +93,7 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
 
 
 def has_token(text: str) -> bool:
-    """Return whether a text has template tokens, boxes, tables or LaTeX, which no text on a sign has."""
+    """Return whether a text has template tokens, boxes, tables or LaTeX, which do not occur on signs."""
     return bool(_TOKEN.search(text) or ("(" in text and _POINTS.search(text)))
 
 
@@ -116,7 +116,7 @@ def has_caption_label(text: str) -> bool:
 
 
 def is_no_description(text: str, words: list[str]) -> bool:
-    """Return whether a caption is an order, an advertisement, an error message, a story or the like."""
+    """Return whether a caption is another kind of text, such as an order, an advertisement or a story."""
     if words[0] not in _USUAL_STARTS and _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
         return True
     if _OTHER_WORDS.isdisjoint(words):
@@ -179,7 +179,7 @@ def counts_on(words: list[str]) -> bool:
 
 
 def is_cut_off(text: str, words: list[str]) -> bool:
-    """Return whether a caption ends in the middle of a sentence: with "a", "and", three dots or the like."""
+    """Return whether a caption ends in the middle of a sentence, for example with "a" or three dots."""
     text = text.rstrip().removesuffix(":(").rstrip()
     may_match = not _UNFINISHED_WORDS.isdisjoint(words[-1:]) or text.endswith(_UNFINISHED_MARKS)
     if may_match and _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)):

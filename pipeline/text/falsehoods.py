@@ -24,8 +24,8 @@ def plant_falsehoods(
 ) -> Iterator[tuple[str, str]]:
     """Yield (kind, false statement) for each kind of falsehood that fits.
 
-    `said` has the words of all texts about the image: none of them replaces a word, since it may be true
-    too. `rank` orders the candidates.
+    `said` has the words of all texts about the image. These words never replace another, since the result
+    could be true. `rank` orders the candidates.
     """
     words = statement.split(" ")
     keys = ["".join(words_of(word)) for word in words]
@@ -46,7 +46,7 @@ def plant_falsehoods(
 def _swap(
     word: str, groups: list[list[str]], said: Collection[str], rank: Callable[[str], float]
 ) -> str | None:
-    """Return another word of the group of a word, also in the plural, or None."""
+    """Return another word of the same group, in the plural if `word` is a plural, or None."""
     is_plural = not any(word in group for group in groups) and word.endswith("s")
     singular = word[:-1] if is_plural else word
     group = next((group for group in groups if singular in group), [])

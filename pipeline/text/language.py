@@ -180,7 +180,7 @@ def unquoted(text: str) -> str:
 
 
 def non_latin_frac(text: str) -> float:
-    """Return the share of non-Latin letters and full-width marks outside quotes, which may show a sign."""
+    """Return the share of non-Latin letters and full-width marks outside quotes. Quotes may be from signs."""
     if text.isascii():
         return 0.0
     rest = _GREEK_SYMBOL.sub("", _QUOTED.sub("", text))

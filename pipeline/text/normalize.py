@@ -35,7 +35,7 @@ _SHOWS = (
     r"|appears to (?:show|depict|be of))"
 )
 _SEEN = r"(?:there (?:is|are)|(?:we|you) (?:can )?see)\s+"
-# Matches "The image shows", "In this photo, we can see", "This is a picture of" and the like.
+# Matches "The image shows", "In this photo, we can see", "This is a picture of" and similar openings.
 OPENINGS = re.compile(
     rf"\s*(?:(?:the|this) {_VIEW}(?: (?:you(?: have|'ve)? )?(?:provided|given|shared|uploaded))?"
     rf"(?: clearly)? {_SHOWS}\s+"
@@ -45,7 +45,7 @@ OPENINGS = re.compile(
     r"|(?:we|you|one) can see\s+)+",
     re.IGNORECASE,
 )
-# Matches the beginning of an alternative text, which a screen reader announces as an image.
+# Matches openings that alternative texts do not need, since a screen reader announces images.
 _ALT_OPENING = re.compile(rf"\s*(?:an? |the )?{_VIEW} (?:of|showing)\s+", re.IGNORECASE)
 
 

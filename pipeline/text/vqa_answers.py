@@ -22,7 +22,7 @@ _PERIOD = re.compile(r"\.(?!\d)")
 # The value of re.UNICODE, which the official code passes as the argument `count` by mistake.
 _MAX_REMOVED_PERIODS = 32
 
-# From spellings that lack one apostrophe to contractions.
+# Maps spellings that lack one apostrophe to contractions.
 _CONTRACTION_OF = {
     word[: mark.start()] + word[mark.end() :]: word
     for word in WORDS["contractions"].split()
