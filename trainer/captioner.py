@@ -64,7 +64,7 @@ class Captioner:
         return self.checkpoint.captioner.config.decoding().num_beams
 
     def decoding(self, num_beams: int, question: str = "") -> DecodingConfig:
-        """Return the decoding options for captions or, with a `question`, for answers, which may be short."""
+        """Return the decoding options. For answers, only `num_beams` is set, because they may be short."""
         config = self.checkpoint.captioner.config
         return DecodingConfig(num_beams=num_beams) if question else config.decoding(num_beams)
 

@@ -107,7 +107,7 @@ class PrefixDecoder(nn.Module):
         is_default = states_BPD is not None and type(cache) is DynamicCache
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
-        # Move padding before the image. After it, recurrent layers and narrow windows would see padding.
+        # Move padding before the image. Recurrent layers and narrow windows see padding after the image.
         place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         pads_B1 = (mask_BS.cumsum(-1) == 0).sum(-1, keepdim=True)
         from_BL = torch.where(place_L < pads_B1, place_L + prefix, place_L - pads_B1)
@@ -256,7 +256,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
 
 
 class SynthCaptionerProcessor(ProcessorMixin):
-    """Prepares images and prompts. A text is what a user asks: see `choose_prompt`."""
+    """Prepares images and prompts. `choose_prompt` describes the supported texts."""
 
     def __init__(
         self,
