@@ -127,7 +127,7 @@ def test_words_for_captions_select_a_learned_style(text: str, style: str) -> Non
         assert choose_prompt(without, text) == ("human", "brief", "")
 
 
-def test_captioner_without_answers_captions_and_one_without_captions_answers() -> None:
+def test_captioner_that_learned_only_captions_or_only_answers_writes_only_those() -> None:
     assert choose_prompt([("human", "plain")], "What color is it?") == ("human", "plain", "")
     assert choose_prompt([("human", "")], "Describe this image.") == ("human", "", "Describe this image.")
     with pytest.raises(ValueError, match="only on questions"):
