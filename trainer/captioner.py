@@ -125,7 +125,7 @@ class Captioner:
                     yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
     def prompt(self, style: str | None = None, question: str = "") -> list[int]:
-        """Return the tokens of a prompt. Raises TrainError if the style, or answering, was not learned."""
+        """Return a prompt's tokens. Raises TrainError if the captioner did not learn the style or answers."""
         prompts = self.checkpoint.captioner.config.prompts
         require_learned(prompts, style, question)
         if question:

@@ -72,7 +72,7 @@ class BatchLoader:
 
     def load(self, examples: list[Example]) -> Batch:
         """Load this process's part of the batch for a step. `examples` holds the whole batch."""
-        # The mean loss needs the tokens of the whole batch.
+        # The mean loss depends on the number of tokens in the whole batch.
         texts = self.collate(examples)
         own, count = examples[self.rank :: self.processes], self.config.gradient_accumulation_steps
         parts = [part for first in range(count) if (part := own[first::count])]

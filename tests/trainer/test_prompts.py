@@ -71,7 +71,7 @@ def as_prompts(lines: list[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("prompt", "question"), as_prompts(CAPTIONS + ANSWERS))
-def test_question_is_found_in_a_prompt_that_asks_one(prompt: str, question: str) -> None:
+def test_question_is_found_and_is_empty_for_a_caption_request(prompt: str, question: str) -> None:
     assert find_question(prompt) == question
 
 

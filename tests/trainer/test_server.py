@@ -198,7 +198,7 @@ def test_request_over_the_limit_gets_status_503_and_retry_after(captioner: Capti
         assert request(url, "/v1/models")[0] == 200
 
 
-def test_answer_counts_tokens_and_states_whether_it_was_cut(url: str, captioner: Captioner) -> None:
+def test_answer_has_token_counts_and_finish_reason(url: str, captioner: Captioner) -> None:
     _, whole, headers = request(url, CHAT, chat(png(1), "detailed"))
     usage = whole["usage"]
     assert content_of(whole) == captioner.caption(png(1), style="detailed", num_beams=3)[0]

@@ -284,7 +284,7 @@ class SynthCaptionerProcessor(ProcessorMixin):
         if images is None:
             raise ValueError('a captioner needs an image: pass images=..., and in a pipeline also text=""')
         images = list(images) if isinstance(images, list | tuple) else [images]
-        # A chat template passes the images of each conversation as a list. The last one is described.
+        # A chat template passes the images of each conversation as a list. The last image is described.
         images = [image[-1] if isinstance(image, list | tuple) else image for image in images]
         texts = [text or ""] * len(images) if text is None or isinstance(text, str) else list(text)
         if len(texts) != len(images):

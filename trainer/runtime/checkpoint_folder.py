@@ -99,7 +99,7 @@ def _config_of(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_data_digests(folder: Path) -> list[str]:
-    """Return the digests of the data of all trainings, the last one first, or [] if they cannot be read."""
+    """Return the digests of the data of all trainings, newest first, or [] if they cannot be read."""
     try:
         data = read_json(folder / "config.json")["data"]
         return [str(part["digest"]) for part in list_training_data(data)]
