@@ -2,17 +2,17 @@
 
     python benchmarks/claim_errors.py [--rounds 300] [--texts 200] [--claims 8] [--seed 0] [--log-odds]
 
-In a share of the captions, one claim is false. The model gives a wrong answer with one probability, and says
-"yes" to any question with another. Errors are independent. 200 images have three known truths and three known
-falsehoods. A line states how often the 95 % interval of the corrected share of true claims contains the true
-share, its width, the width of an interval without correction, and the shares of true captions kept and of
-false captions found: by this check, and by a limit (1 or .8) on the share of claims that the first two
-questions confirm.
+In a share of the captions, one claim is false. The model gives a wrong answer with one probability, and
+answers "yes" to any question with another probability. Errors are independent. Each of 200 images has three
+known truths and three known falsehoods. A line states how often the 95 % interval of the corrected share of
+true claims contains the true share, the width of this interval, and the width of an interval without
+correction. It also states the shares of true captions kept and of false captions found, by this check and by
+a limit (1 or .8) on the share of claims that the first two questions confirm.
 
-With --log-odds, this check is compared with two that use the probability of each answer: a limit on the sum
-of the log-odds, which loses at most 10 % of the true captions, and this check without the least sure quarter
-of the answers. The log-odds are a signal with normal noise, multiplied by log-normal noise. AUROC is the
-probability that a right answer is surer than a wrong one.
+With --log-odds, this check is compared with two checks that use the probability of each answer: a limit on
+the sum of the log-odds, which loses at most 10 % of the true captions, and this check without the least sure
+quarter of the answers. The log-odds are a signal with normal noise, multiplied by log-normal noise. AUROC is
+the probability that a right answer is surer than a wrong one.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--image-kilobytes 90]
         [--shard-megabytes 2]
 
-Both push the same rows to the same local server with the Hub protocol, one after the other in separate
-processes. Random bytes replace JPEGs, because both are incompressible. Peak memory is VmHWM of the process
-minus its memory after the imports. Then 1 % of the rows change, spread over the dataset, and both push again.
-Small values of --shard-megabytes show the cost of very many shards.
+Both commands push the same rows to the same local server with the Hub protocol, one after the other in
+separate processes. Random bytes replace JPEGs, because both are incompressible. Peak memory is VmHWM of the
+process minus its memory after the imports. Then 1 % of the rows change, spread over the dataset, and both
+push again. Small values of --shard-megabytes show the cost of very many shards.
 """
 
 import argparse

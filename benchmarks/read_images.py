@@ -6,7 +6,7 @@ JPEGs of 500 x 375 px, or your own photos, are read, decoded, checked and hashed
 baselines are a Pillow loop that only reads and decodes (`bare`), and one that also converts to RGB
 (`convert`). Two more steps measure the work of a client: the check whether bytes can be sent unchanged,
 and re-encoding. Rounds are interleaved, and the first one is a warm-up. Each step has its own process,
-because reused memory can make images up to twice as fast. CPU seconds include that process and its decoding
+because reused memory can halve the time of a step. CPU seconds include that process and its decoding
 workers.
 """
 

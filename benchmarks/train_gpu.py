@@ -1,4 +1,4 @@
-"""Measure training steps, captioning and the feature store on a GPU (with `--cpu`, two small cells).
+"""Measure training steps, captioning and the feature store on a GPU (with `--cpu`, of two small decoders).
 
     python benchmarks/train_gpu.py [--cpu] [--states 50] [--rounds 20] [--json FILE]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 LISTS = Path(__file__).parents[1] / "pipeline/text/wordnet"
 PARTS = ("noun", "verb", "adj", "adv")
-# Lexicographer files of what an image may show: acts, animals, artifacts, attributes, bodies, food, places,
+# Lexicographer files of words for visible things: acts, animals, artifacts, attributes, bodies, food, places,
 # objects, persons, phenomena, plants, shapes, substances and times, and all adjectives.
 VISIBLE = {"noun": {4, 5, 6, 7, 8, 13, 15, 17, 18, 19, 20, 25, 27, 28}, "adj": {0, 1, 44}}
 
 TYPES = {"noun": "1", "adj": "35"}  # the types of meanings in cntlist.rev
-MAX_MEANINGS, MIN_FRAC = 3, 0.1  # of a word
+MAX_MEANINGS, MIN_FRAC = 3, 0.1  # limits on the frequent meanings of a word
 
 
 def build(folder: Path, out: Path = LISTS) -> dict[str, int]:

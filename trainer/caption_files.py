@@ -58,7 +58,7 @@ def find_images(names: Iterable[str]) -> list[Path]:
 
 
 def require_caption_file(path: Path) -> None:
-    """Raise ConfigError if captions cannot be written to a path."""
+    """Raise ConfigError if a path does not end in .jsonl, or is a folder."""
     if path.suffix != ".jsonl" or path.is_dir():
         raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
 
@@ -67,10 +67,10 @@ def require_caption_file(path: Path) -> None:
 def open_captions(
     path: Path, settings: dict[str, Any]
 ) -> Iterator[tuple[set[str], Callable[[list[Row]], None]]]:
-    """Yield the images of an interrupted run, and a function that adds the rows of an image.
+    """Yield the images that an interrupted run captioned, and a function that adds the rows of an image.
 
-    The file `path` is written at the end. Raises ConfigError if it exists, or if the interrupted run had
-    other settings.
+    The file `path` is written at the end. Raises ConfigError if the file exists, or if the interrupted run
+    had other settings.
     """
     require_caption_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ class CaptionTask:
     def run(
         self, images: list[Path], write: Callable[[Path, list[str]], int], progress: Progress
     ) -> CaptionedImages:
-        """Call `write` with each image and its texts, one per style. It returns how many texts it added."""
+        """Call `write` with each image and its texts, one per style. `write` returns how many it added."""
         result, pairs = CaptionedImages(), ((path, path) for path in images)
         styles = [style or None for style in self.styles]
         progress("caption", 0, len(images))

@@ -64,7 +64,7 @@ class Captioner:
         return self.checkpoint.captioner.config.decoding().num_beams
 
     def decoding(self, num_beams: int, question: str = "") -> DecodingConfig:
-        """Return the decoding options for captions or, with a `question`, for answers, which may be short."""
+        """Return the decoding options. For answers, only `num_beams` is set, because they may be short."""
         config = self.checkpoint.captioner.config
         return DecodingConfig(num_beams=num_beams) if question else config.decoding(num_beams)
 
@@ -125,7 +125,7 @@ class Captioner:
                     yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
     def prompt(self, style: str | None = None, question: str = "") -> list[int]:
-        """Return the tokens of a prompt. Raises TrainError if the style, or answering, was not learned."""
+        """Return a prompt's tokens. Raises TrainError if the captioner did not learn the style or answers."""
         prompts = self.checkpoint.captioner.config.prompts
         require_learned(prompts, style, question)
         if question:

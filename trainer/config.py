@@ -38,7 +38,7 @@ FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
 MAX_CAPTION_TOKENS = 8192  # also limits generation with untrusted checkpoints
 MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0  # with larger values, generation could take forever or overflow
 MAX_EPOCHS, MAX_STAGE_FRAC = 1_000_000, 10.0
-MIN_EVALUATIONS = 4  # that a short run may have, although it has fewer epochs
+MIN_EVALUATIONS = 4  # a run with fewer epochs may have this many evaluations
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {},
@@ -74,21 +74,21 @@ def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
 class TrainConfig(Section):
     """Settings of a training run. Widths are in features and lengths in tokens.
 
-    A learning rate of 0 freezes a part of the model. None means a default for the encoder and decoder.
+    A learning rate of 0 freezes its part of the model. None means a default that depends on model and data.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     preset: Preset | None = None
-    """Settings for a kind of data, below. The command chooses one (`auto`), a settings file none."""
+    """Settings for a kind of data (see below). Without a settings file, the command chooses one (`auto`)."""
     init: str | None = None
     """Captioner whose training continues: a folder or a Hub id. Null starts from an encoder and a decoder."""
     encoder: str = TINY_VIT
     """`vit`, `clip`, `clip-large`, `siglip2`, `dinov2`, `metaclip`, `tiny-clip`, `tiny-vit`, a folder or a
-    Hub id. The command uses `clip`, and `tiny-clip` for drawn scenes.
+    Hub id. The command uses `clip`, or `tiny-clip` for drawn scenes if `clip` cannot be downloaded.
     """
     encoder_states: EncoderStates = "all"
-    """`all` states of the last layer, or patches averaged `2x2`."""
+    """States of the last layer: `all`, or `2x2` for averages of 2 x 2 patches."""
     feature_storage: FeatureStorage = "bf16"
     """Storage of the hidden states of a frozen encoder: `bf16`, or `none` to compute them in each step."""
     decoder: str = "scratch"
@@ -104,35 +104,35 @@ class TrainConfig(Section):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout of a decoder trained from scratch."""
     text_source: Mixture = "synthetic"
-    """Captions to learn: `synthetic`, `human` or `mixed`. The command uses those of the version."""
+    """Captions to learn: `synthetic`, `human` or `mixed`. The command uses all captions of the version."""
     text_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of tokens in the loss by style, by source (`human` or `synthetic`), or for answers (`answer`).
     The weights of a text's style and source are multiplied. Names that are not set keep the weight of the
     preset, or 1. Texts of weight 0 are not learned, for example answers with `{answer: 0}`.
     """
     max_caption_tokens: int | None = Field(default=None, ge=4, le=MAX_CAPTION_TOKENS)
-    """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses a limit that 99 % of the
-    texts of each style fit: a multiple of 16, at most 256.
+    """Maximum tokens of a text. Longer texts are cut after a sentence. Null uses the smallest multiple
+    of 16 that is enough for 99 % of the texts of each style, at most 256.
     """
     align_frac: float = Field(default=0.0, ge=0, le=MAX_STAGE_FRAC)
-    """Additional steps before `steps` that train the connector only, as a multiple of `steps`, at most 10."""
+    """Additional first steps that train only the connector, as a multiple of `steps` (at most 10)."""
     align_lr: float = Field(default=1e-3, gt=0)
     """Learning rate while only the connector is trained."""
     connector_lr: float | None = Field(default=None, ge=0)
-    """Learning rate of the connector. 0 freezes it. Null uses 0.001, with a pretrained decoder 0.0002."""
+    """Learning rate of the connector. 0 freezes it. Null uses 0.001, or 0.0002 with a pretrained decoder."""
     decoder_lr: float | None = Field(default=None, ge=0)
-    """Learning rate of the decoder. 0 freezes it. Null uses 0.001, with a pretrained decoder 0.00002, for
-    adapters 0.0002.
+    """Learning rate of the decoder. 0 freezes it. Null uses 0.001, or with a pretrained decoder 0.00002
+    (0.0002 for adapters).
     """
     encoder_lr: float | None = Field(default=None, ge=0)
-    """Learning rate of the encoder. 0 freezes it. Null uses 0, for `tiny-vit` 0.001."""
+    """Learning rate of the encoder. 0 freezes it. Null uses 0, or 0.001 for `tiny-vit`."""
     epochs: int = Field(default=16, ge=1, le=MAX_EPOCHS)
     """Epochs. Not used if `steps` is set."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps, without those of `align_frac` and `scst_frac`. 0 uses `epochs`."""
     scst_frac: float = Field(default=0.0, ge=0, le=MAX_STAGE_FRAC)
-    """Additional steps of self-critical training after `steps`, which maximizes the CIDEr-D of sampled
-    captions, as a multiple of `steps`, at most 10.
+    """Additional last steps, as a multiple of `steps` (at most 10). They maximize the CIDEr-D of sampled
+    captions (self-critical training).
     """
     scst_lr: float = Field(default=5e-5, gt=0)
     """Learning rate of self-critical training."""
@@ -141,11 +141,11 @@ class TrainConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     """Images per step."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches per step and process. More of them need less memory. May change with `--resume`."""
+    """Micro-batches per step and process. More micro-batches need less memory. Can change with `--resume`."""
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     lr_floor_frac: float = Field(default=0.1, ge=0, le=1)
-    """Final share of the learning rate."""
+    """Final learning rate, as a share of the highest one."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -161,12 +161,12 @@ class TrainConfig(Section):
     `tf32` for scenes or without support of bfloat16.
     """
     evaluations: int = Field(default=4, ge=1)
-    """Maximum evaluations on the validation split, at equal intervals: also at most one per epoch, or four.
-    Each stage also ends with one.
+    """Maximum evaluations on the validation split, at equal intervals. The number of epochs is another limit,
+    if it is more than four. Each stage also ends with an evaluation.
     """
     patience: int = Field(default=0, ge=0)
-    """Evaluations without a better score after which the learning rate falls to its floor and training ends.
-    0 never ends it.
+    """Evaluations without a better score after which the learning rate falls to its floor and the stage ends.
+    0 never ends a stage early.
     """
     evaluate_images: int = Field(default=128, ge=1)
     """Images per evaluation on the validation split."""

@@ -72,7 +72,7 @@ def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainC
 
 
 def _weighted_examples(examples: list[Example], config: TrainConfig) -> list[Example]:
-    """Return examples without texts of weight 0. Raises TrainError for unknown names or if none is left."""
+    """Remove texts of weight 0 from examples. Raises TrainError for unknown names, or if no text is left."""
     known = {*STYLES, *(text.style for text in texts_of(examples)), "human", "synthetic", "answer"} - {""}
     if unknown := sorted({*config.text_weights} - known):
         hint = did_you_mean(unknown[0], sorted(known), f"set some of {', '.join(sorted(known))}")

@@ -74,10 +74,10 @@ def evaluate(
     """Score captions against the source's references or, if there are none, the teacher's captions.
 
     `prompt` is source and style. `questions` adds scores of answers and intervals, and `clip` adds CLIPScore.
-    `shuffled_scores` compares each image's references with another image's caption. `intervals` holds 95 %
-    bootstrap intervals. `gain` is the interval of the difference in CIDEr-D between `scores` and
-    `shuffled_scores`. If it includes 0, the captioner may ignore its images. `questions` holds the scores of
-    answers. `each` holds the caption and scores of every image.
+    In the result, `shuffled_scores` compares each image's references with another image's caption.
+    `intervals` holds 95 % bootstrap intervals. `gain` is the interval of the difference in CIDEr-D between
+    `scores` and `shuffled_scores`. If it includes 0, the captioner may ignore its images. `questions` holds
+    the scores of answers. `each` holds the caption and scores of every image.
     """
     checkpoint.captioner.eval()
     source, style = prompt
@@ -157,7 +157,7 @@ def evaluate_version(
     """Score a captioner on a split of a version (see `evaluate`). `clip` names the model for CLIPScore.
 
     `beams` defaults to the beam width of the final evaluation in training. Raises TrainError if `clip` is the
-    captioner's own encoder, and EngineError if it cannot be loaded.
+    captioner's own encoder, and EngineError if `clip` cannot be loaded.
     """
     config = checkpoint.captioner.config
     if clip and is_own_encoder(clip, config.encoder["made_from"]):

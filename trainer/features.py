@@ -1,7 +1,7 @@
 """Hidden states of images, either computed in every step or computed once and stored.
 
 The states of a frozen encoder are stored in DATASET/features, in one folder per encoder. All training runs on
-the dataset share them. `synth versions gc` deletes the folder.
+the dataset share them. `synth versions gc` deletes the stored states.
 
 Shapes: B images, N hidden states per image, V encoder width.
 """
@@ -33,7 +33,7 @@ from trainer.runtime.devices import autocast
 
 BATCH_IMAGES, BATCHES_AHEAD = 64, 4
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
-MIN_FREE_BYTES = 10**9  # that stored states leave on the disk
+MIN_FREE_BYTES = 10**9  # stored states leave this much of the disk free
 SAVE_EVERY_S = 1.0  # each save of states waits for the disk twice
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
@@ -150,7 +150,7 @@ def store_features(
                 row_of |= {key: row for row, key in enumerate(keys, len(row_of))}
                 pending, saved_at = [], time.monotonic()
             progress("features", min(number * BATCH_IMAGES, len(missing)), len(missing))
-        # Open the file before the lock is released, because another process may then delete it.
+        # Open the file while the lock is held. Afterwards, another process may delete it.
         shape = (len(row_of), store.record_bytes)
         stored = np.memmap(store.path / STATES, dtype=np.uint8, mode="r", shape=shape)
     rows = {example.sample_id: row_of[key] for key, example in example_of.items()}

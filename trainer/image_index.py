@@ -1,6 +1,6 @@
 """Index the images of a split in memory-mapped files, so that a version may be larger than main memory.
 
-The files belong to the image store. For a pulled version, they are its shards. Only sample ids are read at
+The files are those of the image store or, for a pulled version, its shards. Only sample ids are read at
 first. The images of a row group are located when the first of them is needed. They are stored consecutively
 and uncompressed, so each image is a slice of the mapped file, which the system can evict from memory.
 """

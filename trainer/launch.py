@@ -104,7 +104,8 @@ def train(
 def open_version(data: str | Path | Version | None, images: str | None = None) -> Version:
     """Open a version from disk, an object store or the Hub. Missing pixels are added from `images`.
 
-    Raises StoreError if the version does not exist or is damaged, and ConfigError if pixels are missing.
+    Raises StoreError if the version does not exist or is damaged, and ConfigError if pixels are missing and
+    `images` is None.
     """
     if isinstance(data, str) and is_hub_name(data):
         data = pull_version(data)

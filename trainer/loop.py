@@ -35,7 +35,7 @@ from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate,
 
 READ_EVERY = 10  # steps between reads of loss and norm, which wait for the device
 SAVE_EVERY_S = 300.0  # the state to resume from is also saved after each evaluation
-MAX_SKIPPED_STEPS = 10  # training fails after more consecutive skipped steps
+MAX_SKIPPED_STEPS = 10  # training fails after this many consecutive skipped steps
 VALIDATION_STATE = ("best_score", "best_cider_d", "best_loss", "evaluations_without_gain")
 SCORE_DIGITS = 3  # validation scores are rounded before they are compared
 
@@ -72,7 +72,7 @@ class BatchLoader:
 
     def load(self, examples: list[Example]) -> Batch:
         """Load this process's part of the batch for a step. `examples` holds the whole batch."""
-        # The mean loss needs the tokens of the whole batch.
+        # The mean loss depends on the number of tokens in the whole batch.
         texts = self.collate(examples)
         own, count = examples[self.rank :: self.processes], self.config.gradient_accumulation_steps
         parts = [part for first in range(count) if (part := own[first::count])]
@@ -103,13 +103,13 @@ class Validation:
     best_cider_d: float | None = None  # None with a single validation image
     best_loss: float = math.inf
     evaluations_without_gain: int = 0  # consecutive
-    # for the progress display: the latest scores, or a note that the remaining time has no evaluations
+    # for the progress display: the latest scores, or a note that the remaining time excludes evaluations
     shown: dict[str, str] = field(default_factory=lambda: {"evaluations": "not timed yet"})
 
     def score(self, out: Path, log: Log | None, done: int) -> None:
         """Score the captioner after `done` steps. Only the process with a log writes files.
 
-        Raises TrainError if the loss is not a number.
+        Raises TrainError if the loss is NaN or infinite.
         """
         config = self.checkpoint.captioner.config
         prompt, decoding = scored_prompt(config.prompts), config.decoding(num_beams=1)
@@ -125,8 +125,8 @@ class Validation:
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
         if log:
             log.write(step=done, **losses, **scores)
-        # Early captions all score about 0, and a single image always does, because none of its words is rarer
-        # than others. Then the lower loss wins or, without validation texts, the later step.
+        # Early in training, scores are about 0. With a single image, they always are: no word is rarer than
+        # others. If scores are equal, the lower loss wins or, without validation texts, the later step.
         score, tie_breaker = round(cider_d, SCORE_DIGITS), float(done) if loss is None else -loss
         if (score, tie_breaker) > (self.best_score, -self.best_loss):
             if log:
@@ -175,7 +175,7 @@ class Trainer:
         return self.config.total_steps * min(self.config.batch_size, num_images) / num_images
 
     def batches(self, first: int) -> Iterator[tuple[int, Batch]]:
-        """Yield (step, batch) pairs from step `first` to the end of the schedule, which may come earlier."""
+        """Yield (step, batch) pairs from step `first` on, up to the end or an early end of the schedule."""
         if first >= self.schedule.total_steps:
             return
         examples = self.loader.examples
@@ -199,10 +199,10 @@ class Trainer:
     def forward_backward(self, batch: Batch, *, rewarded: bool = False) -> Tensor:
         """Compute the gradients of a step, summed over all processes. Returns the loss.
 
-        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. Once a
-        micro-batch does not fit in the memory of a GPU, the blocks of a language model are recomputed in the
-        backward pass, but not with `rewarded`, because models recompute only in training mode. Raises
-        TrainError if it still does not fit.
+        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. If a
+        micro-batch does not fit in GPU memory, the blocks of a language model are recomputed in the backward
+        pass from then on. With `rewarded`, they are not, because models recompute only in training mode.
+        Raises TrainError if the micro-batch still does not fit.
         """
         captioner, loss = self.checkpoint.captioner, None
         try:
@@ -242,7 +242,7 @@ class Trainer:
     def clip_and_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         """Clip the gradients and update the weights. Returns the gradient norm.
 
-        If the loss or the norm is not finite, the update is skipped. Nothing waits for the device.
+        If the loss or the norm is not finite, the update is skipped. Does not wait for the device.
         """
         captioner = self.checkpoint.captioner
         norm = nn.utils.clip_grad_norm_(captioner.parameters(), self.config.max_grad_norm)
@@ -314,7 +314,7 @@ def build_trainer(
     trainer = Trainer(checkpoint, config, loader, validation, device, Schedule(config), skipped_steps)
     decoder = checkpoint.captioner.decoder
     if config.lora_rank and device.type == "cpu" and isinstance(decoder, PretrainedDecoder):
-        decoder.recompute_blocks()  # a lack of main memory is not reported, but ends the process
+        decoder.recompute_blocks()  # a lack of main memory ends the process without an exception
     if config.stage_steps["scst"]:
         trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
     weights = checkpoint.captioner.state_dict()

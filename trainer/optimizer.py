@@ -11,7 +11,7 @@ import torch
 from trainer.config import TrainConfig
 from trainer.model.caption_model import CaptionerModel
 
-ANNEAL_FRAC = 0.15  # share of a stage that ended early
+ANNEAL_FRAC = 0.15  # share of a shortened stage in which the learning rate falls to its floor
 
 
 def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ class Schedule:
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
 
     def end_early(self, done: int) -> int:
-        """End the stage of the last of `done` steps early. Its last 15 % anneal the rate. Returns its end."""
+        """End the current stage early, with annealing in its last 15 %. Returns the step after the stage."""
         name, first = self.stage(done - 1)
         steps = math.ceil((done - first) / (1 - ANNEAL_FRAC))
         if first >= self.anneal_from and steps < self.lengths[name]:

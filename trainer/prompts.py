@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 ANSWER = "<answer>"  # last token of a question prompt
 STYLES = ("plain", "detailed", "dense", "brief", "alt", "tags", "ocr", "human")
-MAX_CHARACTERS = 2_000  # of a longer text, only the end is read
+MAX_CHARACTERS = 2_000  # only the end of a longer text is read
 STYLE_LINE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
 QUESTION_LINE = re.compile(r"^\s*(?:question|q): *([^\n]+)", re.MULTILINE | re.IGNORECASE)
 # Words that request a style, in order of precedence. Other styles are requested by their names.
@@ -68,7 +68,7 @@ def _normalized(text: str) -> str:
 
 
 def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
-    """Return "brief" or "plain" if learned, otherwise the first learned style, or None if there is none."""
+    """Return "brief" or "plain" if learned, otherwise the first learned style, or None without styles."""
     styles = [style for _, style in prompts if style]
     return next((style for style in ("brief", "plain") if style in styles), next(iter(styles), None))
 
@@ -80,10 +80,10 @@ def preferred_source(prompts: list[tuple[str, str]], style: str) -> str | None:
 
 
 def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, str, str]:
-    """Return source, style and question for the text of a user: "" or a style, a question or a request.
+    """Return source, style and question for the text of a user: "", a style, a question or a request.
 
     A captioner that has not learned answers writes a caption for a question. Raises ValueError if `text` is
-    the name of a style that was not learned, or "" and no style was learned.
+    the name of a style that was not learned, or if `text` is "" and no style was learned.
     """
     styles = list(dict.fromkeys(style for _, style in prompts if style))
     text, answers = text.strip(), preferred_source(prompts, "")

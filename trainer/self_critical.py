@@ -36,7 +36,7 @@ class SelfCritic:
         self.rarity = Rarity([texts for texts in self.references.values() if texts])
 
     def sample(self, states_BNV: Tensor, examples: Sequence[Example]) -> tuple[TextBatch, list[float]]:
-        """Sample captions in evaluation mode. Returns them weighted by their advantages, and their rewards.
+        """Sample captions in evaluation mode. Returns texts, weighted by their advantages, and the rewards.
 
         The reward is 0 if an image has no references.
         """

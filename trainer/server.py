@@ -36,7 +36,7 @@ from trainer.prompts import choose_prompt
 if TYPE_CHECKING:
     from trainer.captioner import Captioner
 
-# A body of this size holds a photo of 18 MB in base64. All waiting requests have at most 960 MB.
+# A body of this size holds a photo of 18 MB in base64. All waiting requests together have at most 960 MB.
 MAX_BODY_BYTES, MAX_WAITING = 24_000_000, 40
 # A header and a body must arrive in these times. Linux allows 1,024 open files by default.
 HEADER_TIMEOUT_S, BODY_TIMEOUT_S, MAX_CONNECTIONS = 20.0, 30.0, 500
@@ -197,7 +197,7 @@ def chunks(body: dict[str, Any]) -> bytes:
 class CaptionServer:
     """HTTP handlers for one captioner, with its model `name` and an optional API `key`.
 
-    `thread` runs the captioner. If it also loaded the captioner, OpenMP is 1.5 times faster.
+    `thread` runs the captioner. OpenMP is 1.5 times faster if the same thread loaded the captioner.
     """
 
     captioner: "Captioner"
@@ -324,7 +324,7 @@ async def _error_response(_: Request, error: Exception) -> Response:
 
 
 class LimitedProtocol(H11Protocol):
-    """Closes connections without a complete header in time, and connections above the limit."""
+    """Closes connections that send no complete header in time, and those above MAX_CONNECTIONS."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""

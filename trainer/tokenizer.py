@@ -22,7 +22,7 @@ from trainer.runtime.checkpoint_folder import require_learned
 PAD, EOS = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1  # in every tokenizer trained by `train_tokenizer`
 ENCODED_TEXTS = 10_000  # per batch in `count_tokens`
-MAX_DEFAULT_TOKENS, TOKEN_STEP = 256, 16  # of `choose_max_tokens`
+MAX_DEFAULT_TOKENS, TOKEN_STEP = 256, 16  # limits in `choose_max_tokens`
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[\u3002\uff01\uff1f]")
 
 
@@ -42,7 +42,7 @@ class EncodedText:
 
     prompt: "array[int]"
     target: "array[int]"  # ends with EOS, unless it was truncated
-    weight: float = 1.0  # of its tokens in the loss
+    weight: float = 1.0  # weight of the target tokens in the loss
 
     @classmethod
     def of(cls, prompt: Sequence[int], target: Sequence[int], weight: float = 1.0) -> "EncodedText":
@@ -58,7 +58,7 @@ class TextBatch:
     ids_CT: Tensor  # prompt, target, EOS
     prompt_C: Tensor  # number of prompt tokens
     length_C: Tensor  # number of tokens without padding
-    weight_C: Tensor  # weight of its tokens in the loss
+    weight_C: Tensor  # weight of target tokens in the loss
 
     @property
     def learned_CT(self) -> Tensor:
@@ -99,7 +99,7 @@ class CaptionTokenizer:
         encoding = self.backend.encode(whole, add_special_tokens=False)
         target = [*encoding.ids, self.eos_id]
         if max_tokens is not None and len(target) > max_tokens:
-            first_cut = encoding.offsets[max_tokens - 1][0]  # of the first token without room
+            first_cut = encoding.offsets[max_tokens - 1][0]  # start of the first token that does not fit
             ends = [match.end() for match in SENTENCE_END.finditer(whole) if match.end() <= first_cut]
             shorter = ([*self._ids(whole[:end]), self.eos_id] for end in reversed(ends))
             target = next((ids for ids in shorter if len(ids) <= max_tokens), target[:max_tokens])

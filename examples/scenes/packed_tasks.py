@@ -87,7 +87,7 @@ class Packer:
         answer_weight: float,
         system: str | None = None,
     ) -> Packed:
-        """Return the sequence for a document with `images` images. If `system` is None, it is random."""
+        """Return the sequence for a document with `images` images. Without `system`, its text is random."""
         packed = Packed()
         random_system, _ = sample_wording(rng)
         system = random_system if system is None else system

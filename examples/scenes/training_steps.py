@@ -19,7 +19,7 @@ SAVE_EVERY = 100  # steps
 
 
 def facts_at_places(scene: Scene) -> dict[str, list[int]]:
-    """Return the class of each attribute at each place. Empty places have size, color and shape class 0."""
+    """Return the class of each attribute by place. Empty places have class 0 for size, color and shape."""
     thing_at = {thing.place: thing for thing in scene.objects}
     things = [thing_at.get(place) for place in PLACES]
     facts = {

@@ -75,7 +75,7 @@ def test_answers_follow_from_the_facts(question: str, truth: str | None) -> None
         ("Why?", None),
     ],
 )
-def test_deck_question_gets_the_true_answer_or_none(question: str, truth: Truth | None) -> None:
+def test_deck_question_gets_the_true_answer_or_no_answer(question: str, truth: Truth | None) -> None:
     assert answer_deck(DECK, question) == truth
 
 

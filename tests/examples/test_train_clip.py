@@ -25,7 +25,7 @@ def clip() -> tuple[CLIPModel, CLIPProcessor]:
     return model, CLIPProcessor.from_pretrained(FOLDER)
 
 
-def test_model_files_are_small() -> None:
+def test_clip_files_have_less_than_10_mb() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 10_000_000
 
 
@@ -51,7 +51,7 @@ def test_true_caption_scores_higher_than_one_with_a_wrong_word(clip: tuple[CLIPM
     assert sum(shares.values()) / len(shares) >= 0.95, shares
 
 
-def test_each_training_phase_has_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_phases_give_gradients_to_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_clip, "BATCH", 4)
     scenes, pixels, captions = train_clip.step_data(0)
     assert len(captions) == 4 * (1 + train_clip.HARD_NEGATIVES)

@@ -9,7 +9,7 @@ from examples.scenes import train_teacher, training_steps
 from examples.scenes.train_teacher import DECKS, TEXT, VISION, train
 
 
-def test_interrupted_run_ends_with_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vision = replace(VISION, steps=2, scenes=2)
     phases = (vision, replace(TEXT, steps=1, scenes=1), replace(DECKS, steps=1, scenes=1, decks=1))
     monkeypatch.setattr(train_teacher, "VISION", vision)

@@ -65,7 +65,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("cut_bytes", [0, 9])  # the last row may be incomplete
-def test_interrupted_run_makes_same_file(model: Path, photos: Path, tmp_path: Path, cut_bytes: int) -> None:
+def test_resumed_run_writes_the_same_file(model: Path, photos: Path, tmp_path: Path, cut_bytes: int) -> None:
     name = "c.jsonl"
     _, shown, _ = run(model, [str(photos)], None)
     run(model, [str(photos)], tmp_path / "whole" / name)
@@ -135,7 +135,7 @@ def test_damaged_draft_is_reported(lines: list[str], problem: str | None, tmp_pa
         assert done == set()
 
 
-def test_text_file_has_a_line_per_style_and_is_kept(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_text_file_has_line_per_style_and_is_not_replaced(model: Path, photos: Path, tmp_path: Path) -> None:
     _, shown, _ = run(model, [str(photos)], None, styles=("brief", "detailed"))
     by_image: dict[str, list[str]] = {}
     for row in shown:

@@ -83,7 +83,7 @@ def test_file_and_flags_override_preset(tmp_path: Path) -> None:
     assert resolve(tmp_path / "c.yaml", preset="photos").batch_size == 7
 
 
-def test_text_weights_of_the_preset_are_kept(tmp_path: Path) -> None:
+def test_text_weights_are_merged_with_those_of_the_preset(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("text_weights: {answer: 0}\n")
     assert resolve(tmp_path / "c.yaml", preset="photos").text_weights == {"detailed": 0.3, "answer": 0}
     weights = {"detailed": 1, "human": 2}

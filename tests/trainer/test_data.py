@@ -74,7 +74,7 @@ def test_default_mixture_depends_on_the_version(measured: dict[str, int], model:
     assert default_texts({"measured": measured, "model": {"name": model}}) == expected
 
 
-def test_synthetic_questions_are_scored_without_human_ones() -> None:
+def test_synthetic_questions_are_scored_if_there_are_no_human_questions() -> None:
     (example,) = read_examples(table({"reference_qa": None}), IMAGES)
     assert example.questions == (Question("How many?", ("1",), "number"),)
 

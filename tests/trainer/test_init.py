@@ -84,7 +84,7 @@ def test_continued_tokenizer_keeps_ids_and_adds_sources(version: Version, starte
     assert continued.get_vocab() == first.get_vocab() | {"<human>": first.get_vocab_size()}
 
 
-def test_continued_training_may_add_adapters_or_encoder(version: Version, started: dict[str, Path]) -> None:
+def test_continued_run_may_add_adapters_or_train_encoder(version: Version, started: dict[str, Path]) -> None:
     adapted = build(version, init=str(started["language_model"]), decoder="a model", lora_rank=2)
     assert any("lora" in name for name in adapted.captioner.decoder.state_dict())
     trainable = build(version, init=str(started["scratch"]), encoder_lr=1e-5).captioner.encoder
@@ -108,7 +108,7 @@ def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_
         train(version, init=str(own), out=tmp_path / "next", **NEXT)
 
 
-def test_data_of_other_source_is_reported(version: Version, started: dict[str, Path], tmp_path: Path) -> None:
+def test_change_of_source_is_reported(version: Version, started: dict[str, Path], tmp_path: Path) -> None:
     """It may include the test images."""
     config = TrainConfig.model_validate(NEXT | {"init": str(started["scratch"])})
     notes = Notes()

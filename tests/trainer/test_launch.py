@@ -52,7 +52,7 @@ def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path:
     assert plan(version, tmp_path / "empty")[1] == tmp_path / "empty"
 
 
-def test_interrupted_training_resumes_as_it_was_only_on_request(version: Version, tmp_path: Path) -> None:
+def test_interrupted_training_resumes_unchanged_only_on_request(version: Version, tmp_path: Path) -> None:
     interrupt(tmp_path, resolve(None, **OPTIONS, seed=9, steps=3))
     with pytest.raises(ConfigError, match="has an interrupted training run") as refused:
         plan(version, tmp_path)

@@ -71,7 +71,7 @@ def as_prompts(lines: list[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("prompt", "question"), as_prompts(CAPTIONS + ANSWERS))
-def test_question_is_found_in_a_prompt_that_asks_one(prompt: str, question: str) -> None:
+def test_question_is_found_and_is_empty_for_a_caption_request(prompt: str, question: str) -> None:
     assert find_question(prompt) == question
 
 
@@ -127,7 +127,7 @@ def test_words_for_captions_select_a_learned_style(text: str, style: str) -> Non
         assert choose_prompt(without, text) == ("human", "brief", "")
 
 
-def test_captioner_without_answers_captions_and_one_without_captions_answers() -> None:
+def test_captioner_that_learned_only_captions_or_only_answers_writes_only_those() -> None:
     assert choose_prompt([("human", "plain")], "What color is it?") == ("human", "plain", "")
     assert choose_prompt([("human", "")], "Describe this image.") == ("human", "", "Describe this image.")
     with pytest.raises(ValueError, match="only on questions"):

@@ -190,7 +190,7 @@ def test_concurrent_requests_get_the_captions_of_their_images(url: str, captione
     assert captions == captioner.caption(images, num_beams=3)
 
 
-def test_request_over_the_limit_is_told_to_retry_later(captioner: Captioner) -> None:
+def test_request_over_the_limit_gets_status_503_and_retry_after(captioner: Captioner) -> None:
     assert server.MAX_WAITING < server.MAX_CONNECTIONS
     with running(CaptionServer(captioner, NAME, unanswered=asyncio.Semaphore(0))) as url:
         status, _, headers = request(url, CHAT, chat(png(1)))
@@ -198,7 +198,7 @@ def test_request_over_the_limit_is_told_to_retry_later(captioner: Captioner) -> 
         assert request(url, "/v1/models")[0] == 200
 
 
-def test_answer_counts_tokens_and_states_whether_it_was_cut(url: str, captioner: Captioner) -> None:
+def test_answer_has_token_counts_and_finish_reason(url: str, captioner: Captioner) -> None:
     _, whole, headers = request(url, CHAT, chat(png(1), "detailed"))
     usage = whole["usage"]
     assert content_of(whole) == captioner.caption(png(1), style="detailed", num_beams=3)[0]
@@ -230,7 +230,7 @@ def test_model_is_listed_and_unknown_model_is_refused(url: str) -> None:
     assert status == 404 and f"this server has {NAME}" in answer["error"]["message"]
 
 
-def test_key_is_required(captioner: Captioner) -> None:
+def test_request_without_the_api_key_is_refused(captioner: Captioner) -> None:
     with running(CaptionServer(captioner, NAME, key="s3cret")) as url:
         assert request(url, CHAT, chat(png(1)))[0] == 401
         *wrong, right = ({"Authorization": f"Bearer {key}"} for key in ("s3cre", "\u00fc", "s3cret"))
@@ -270,7 +270,7 @@ def test_request_of_lost_client_is_dropped(captioner: Captioner, monkeypatch: py
     assert len(written) == 2
 
 
-def test_last_position_ends_a_text(url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_position_cuts_the_text(url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
     model = captioner.checkpoint.captioner
     num_tokens = model.encoder.count_states() + len(captioner.prompt("detailed"))
     monkeypatch.setattr(model.decoder, "max_positions", num_tokens + 2)
@@ -307,7 +307,7 @@ def test_request_with_temperature_is_sampled_without_beams(url: str, monkeypatch
     assert used == [DecodingConfig(temperature=0.7)]
 
 
-def test_captioner_server_works_as_the_model_of_synth_generate(
+def test_synth_generate_gets_captions_from_the_captioner_server(
     captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Random weights write no sentences.

@@ -61,7 +61,7 @@ def test_batch_learns_targets_only_and_maps_texts_to_images(tokenizer: CaptionTo
     assert all(batch.ids_CT[c, end:].eq(PAD_ID).all() for c, end in enumerate(ends))
 
 
-def test_long_text_is_cut_after_the_last_sentence_that_fits_and_ends(tokenizer: CaptionTokenizer) -> None:
+def test_long_text_is_cut_after_the_last_fitting_sentence_and_has_eos(tokenizer: CaptionTokenizer) -> None:
     texts = ["A red circle.", "A red circle. A blue ring!", "A red circle. A blue ring! Mr. X?"]
     sizes = tokenizer.count_tokens([TargetText("human", text, style="brief") for text in texts])
     long = TargetText("human", f"{texts[2]} 3.5 rings", style="brief")

@@ -92,13 +92,13 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
     def max_new_tokens(self, num_states: int, prompt_tokens: int) -> int:
-        """Return the maximum length of a text: that of the config, or the positions that are left."""
+        """Return the maximum tokens of a text: the limit of the config, or fewer if positions are lacking."""
         num_positions_left = self.decoder.max_positions - num_states - prompt_tokens
         return int(min(self.config.max_caption_tokens, num_positions_left))
 
     @cached_property
     def _writer(self) -> SynthCaptioner:
-        # Keeps the weights of the decoder, but changes torch.nn.init in all threads.
+        # no_init_weights changes torch.nn.init in all threads, so it runs once. The decoder's weights stay.
         with no_init_weights():
             return SynthCaptioner(SynthCaptionerConfig(decoder=self.config.decoder), self.decoder)
 

@@ -233,7 +233,7 @@ def _new_parts(config: TrainConfig, texts: list[TargetText]) -> tuple[Encoder, A
 def _continued_parts(
     start: Checkpoint, config: TrainConfig, texts: list[TargetText]
 ) -> tuple[Encoder, Any, CaptionTokenizer]:
-    """Return the parts of a captioner like `_new_parts`, with tokens for the prompts of `texts`."""
+    """Return the same parts as `_new_parts` from `start`, with tokens for the prompts of `texts`."""
     captioner, tokenizer = start.captioner, start.tokenizer.with_prompts(texts)
     encoder = Encoder(replace(captioner.encoder.config, frozen=config.encoder_lr == 0))
     encoder.load_state_dict(captioner.encoder.state_dict())

@@ -1,8 +1,8 @@
 """Text decoder trained from scratch: a pre-norm transformer that attends to the hidden states of an image.
 
 Each block has self-attention with rotary embeddings, cross-attention to the image, and an MLP. In training,
-all texts about an image are packed into one row (text_loss.py), so its keys and values are computed once. In
-generation, they are cached.
+all texts about an image are packed into one row (text_loss.py), so the keys and values of the image are
+computed once. In generation, they are cached.
 
 Shapes: B images, C rows of tokens, T new tokens, S tokens including cached ones, N hidden states per image,
 D width, H heads, K = D / H, V vocabulary.

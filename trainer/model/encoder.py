@@ -155,7 +155,7 @@ def load_encoder(name: str, *, states: str = "all", frozen: bool | None = None) 
     """Load an encoder by a name in ENCODERS, a folder or a Hub id, or build tiny-vit with random weights.
 
     By default, all encoders except tiny-vit are frozen. Raises TrainError if the model cannot be loaded,
-    needs other inputs besides pixels, or does not have the states.
+    needs other inputs besides pixels, or does not support `states`.
     """
     if name == TINY_VIT:
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}

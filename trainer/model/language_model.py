@@ -82,7 +82,7 @@ class PretrainedDecoder(PrefixDecoder):
             raise TrainError(f"this model does not support LoRA adapters: {error}", hint=hint) from None
 
     def recompute_blocks(self) -> bool:
-        """Recompute blocks in the backward pass from now on. Returns False if this saves no memory."""
+        """Recompute blocks in the backward pass from now on. Returns False if nothing changes."""
         if self.model.is_gradient_checkpointing or not self.model.supports_gradient_checkpointing:
             return False
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -107,7 +107,7 @@ class PrefixDecoder(nn.Module):
         is_default = states_BPD is not None and type(cache) is DynamicCache
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
-        # Move padding before the image. After it, recurrent layers and narrow windows would see padding.
+        # Move padding before the image. Recurrent layers and narrow windows see padding after the image.
         place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         pads_B1 = (mask_BS.cumsum(-1) == 0).sum(-1, keepdim=True)
         from_BL = torch.where(place_L < pads_B1, place_L + prefix, place_L - pads_B1)
@@ -256,7 +256,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
 
 
 class SynthCaptionerProcessor(ProcessorMixin):
-    """Prepares images and prompts. A text is what a user asks: see `choose_prompt`."""
+    """Prepares images and prompts. `choose_prompt` describes the supported texts."""
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class SynthCaptionerProcessor(ProcessorMixin):
         if images is None:
             raise ValueError('a captioner needs an image: pass images=..., and in a pipeline also text=""')
         images = list(images) if isinstance(images, list | tuple) else [images]
-        # A chat template passes the images of each conversation as a list. The last one is described.
+        # A chat template passes the images of each conversation as a list. The last image is described.
         images = [image[-1] if isinstance(image, list | tuple) else image for image in images]
         texts = [text or ""] * len(images) if text is None or isinstance(text, str) else list(text)
         if len(texts) != len(images):

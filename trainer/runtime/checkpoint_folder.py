@@ -22,8 +22,8 @@ READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RecursionError, Unsa
 def find_captioner(name: str | Path) -> Path:
     """Return a captioner's folder. Downloads its files (but no code) if `name` is a Hub repository.
 
-    Raises TrainError if there is no captioner, or if the Hub does not answer and the captioner is not in its
-    cache.
+    Raises TrainError if there is no captioner, or if the Hub does not answer and the captioner is not in the
+    local cache.
     """
     match = HUB_NAME.fullmatch(str(name))
     if not match or Path(name).exists():
@@ -78,7 +78,7 @@ def require_prompt(folder: Path, style: str | None, question: str = "") -> None:
 
 
 def read_models(folder: Path) -> dict[str, Any]:
-    """Return the settings of a new run that the captioner in a folder determines, without its weights."""
+    """Return the settings that the captioner in a folder determines for a new run. Loads no weights."""
     with _config_of(folder) as config:
         encoder = config["encoder"]
         return {
@@ -99,7 +99,7 @@ def _config_of(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_data_digests(folder: Path) -> list[str]:
-    """Return the digests of the data of all trainings, the last one first, or [] if they cannot be read."""
+    """Return the digests of the data of all trainings, newest first, or [] if they cannot be read."""
     try:
         data = read_json(folder / "config.json")["data"]
         return [str(part["digest"]) for part in list_training_data(data)]

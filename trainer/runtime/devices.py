@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trainer.config import Precision, Preset
 
-# The others wait while a process saves a captioner or stores hidden states. NCCL's default is ten minutes.
+# Processes wait while one of them saves a captioner or stores states. NCCL's default is ten minutes.
 MAX_WAIT = timedelta(hours=6)
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def own_slice() -> slice:
 
 
 def gather_slices(own: list[T]) -> list[T]:
-    """Return the list of which each process passes its `own_slice`."""
+    """Return the whole list. Each process passes the part in its `own_slice`."""
     if not torch.distributed.is_initialized():
         return own
     slices: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]

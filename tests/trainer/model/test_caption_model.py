@@ -101,7 +101,7 @@ def test_greedy_tokens_have_the_lowest_loss_without_a_cache(build: Build, kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_beyond_memory_give_a_hint(build: Build, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_gpu_memory_gives_a_hint(build: Build, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def exceed(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
@@ -131,7 +131,7 @@ def test_sampling_may_draw_every_token(build: Build, kind: str) -> None:
     assert len({text[0] for text in texts if text}) > 0.6 * vocabulary
 
 
-def test_decoding_options_have_their_meanings(build: Build, recwarn: pytest.WarningsRecorder) -> None:
+def test_decoding_options_change_score_and_length(build: Build, recwarn: pytest.WarningsRecorder) -> None:
     captioner, states, prompt = build("scratch"), torch.randn(40, N, V), torch.tensor([[2, 3]] * 40)
     for layer in captioner.decoder.modules():
         if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
@@ -156,7 +156,7 @@ def test_decoding_options_have_their_meanings(build: Build, recwarn: pytest.Warn
     assert not recwarn.list
 
 
-def test_later_generation_does_not_change_torch(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_generation_changes_torch_init(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner, states, prompt = build("scratch"), torch.randn(2, N, V), torch.tensor([[2, 3]] * 2)
     texts = captioner.generate(states, prompt, GREEDY)
     monkeypatch.setattr("trainer.model.caption_model.no_init_weights", None)

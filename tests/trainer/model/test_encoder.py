@@ -98,7 +98,7 @@ GRIDS = {197: (1, 14), 50: (1, 7), 576: (0, 24), 577: (1, 24), 261: (5, 16), 256
 
 
 @pytest.mark.parametrize(("count", "grid"), GRIDS.items())
-def test_known_encoders_have_expected_patch_grids(count: int, grid: tuple[int, int]) -> None:
+def test_patch_grid_follows_from_the_number_of_states(count: int, grid: tuple[int, int]) -> None:
     assert patch_grid(count) == grid
     with pytest.raises(ValueError, match="12 states do not form a square"):
         patch_grid(12)

@@ -62,7 +62,7 @@ def test_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("save", "load"), KINDS)
-def test_code_is_never_run(tmp_path: Path, save: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_code_is_not_run(tmp_path: Path, save: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would ask on the terminal whether to run it."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = save(tmp_path / "model")
@@ -117,7 +117,7 @@ def test_unusable_language_model_is_refused(tmp_path: Path, damage: Any, problem
 
 
 @pytest.mark.parametrize("name", ["/nowhere/vit", "./vit", "a/b/c", "~/vit"])
-def test_missing_folder_is_no_hub_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_folder_is_not_downloaded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrained, "AutoConfig", lambda *_, **__: pytest.fail("the Hub is asked"))
     for load in (load_encoder, load_decoder):

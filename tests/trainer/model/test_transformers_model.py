@@ -165,7 +165,7 @@ def written(
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_saved_captioner_without_this_package_generates_the_same_tokens(
+def test_saved_captioner_generates_the_same_tokens_without_this_package(
     name: str, checkpoints: dict[str, Path], written: dict[str, Any], photos: list[Path]
 ) -> None:
     written, loaded = written[name], load_checkpoint(checkpoints[name])
@@ -195,7 +195,7 @@ def test_copy_by_transformers_has_same_tokens(checkpoint: Path, photos: list[Pat
     assert tokens[0] == tokens[1]
 
 
-def test_half_precision_works_and_images_are_needed(checkpoints: dict[str, Path], photos: list[Path]) -> None:
+def test_half_precision_runs_and_image_is_required(checkpoints: dict[str, Path], photos: list[Path]) -> None:
     folder = checkpoints["scratch"]
     for dtype in (torch.bfloat16, torch.float16):
         model, processor = load_with_transformers(folder, dtype=dtype)
@@ -279,7 +279,7 @@ def test_saved_captioner_stops_at_last_position_of_its_model(photos: list[Path],
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_saved_captioner_writes_same_tokens_with_its_settings(num_beams: int, tmp_path: Path) -> None:
+def test_saved_decoding_settings_give_the_same_tokens_in_transformers(num_beams: int, tmp_path: Path) -> None:
     folder = save_kind("scratch", tmp_path)
     settings = {"num_beams": num_beams, "min_new_tokens": 5, "no_repeat_ngram_size": 2, "length_penalty": 0.3}
     config = json.loads((folder / "config.json").read_text())

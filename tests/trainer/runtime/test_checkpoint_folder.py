@@ -8,7 +8,7 @@ import pytest
 from trainer.runtime.checkpoint_folder import CAPTIONER_FILES, find_captioner
 
 
-def test_later_call_returns_the_new_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_call_returns_the_newest_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = [tmp_path / "old", tmp_path / "new"]
     for folder in commits:
         folder.mkdir()
