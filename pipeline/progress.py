@@ -77,7 +77,7 @@ class LineProgress(Progress):
         self.line(f"warning: {text}", WARNING)
 
     def line(self, text: str, style: str = "") -> None:
-        """Print a line. On a terminal, it is shown in a rich style."""
+        """Print a line. LiveProgress shows it in a rich style."""
         del style
         print(printable(text), file=sys.stderr, flush=True)
 

@@ -101,7 +101,7 @@ class DatasetDir:
         return sorted(versions, key=lambda version: version.number)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
-        """Return the version with a name, by default the newest. Raises StoreError if there is none.
+        """Return the version `name`, by default the newest version. Raises StoreError if it does not exist.
 
         Without `previews`, a preview is returned only if all matching versions are previews.
         """

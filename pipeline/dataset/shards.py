@@ -1,7 +1,7 @@
 """Write the Parquet files of a version in row groups and shards of bounded size.
 
-Pages of texts end by content and pixels are not compressed. So Xet, which deduplicates content-defined
-chunks, sends only the changed parts of a later version.
+Text pages have content-defined boundaries, and pixels are not compressed. So Xet, which deduplicates
+content-defined chunks, sends only the changed parts of a later version.
 """
 
 from bisect import bisect_right

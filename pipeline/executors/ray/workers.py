@@ -36,7 +36,7 @@ from pipeline.tables import LISTED_SAMPLE, SOURCE_REJECTED
 from pipeline.types import Engine
 
 FILLED = "filled.json"
-# Interval for saving the journal to an object store. If a node is lost, later replies are lost too.
+# Interval of journal uploads to an object store. A lost node loses the replies since the last upload.
 SAVE_INTERVAL_S = 30.0
 ADDED_STATS = (
     "asked", "attempts", "flaws", "prompt_tokens_by_model", "reply_tokens_by_model", "uncounted",
