@@ -1,8 +1,8 @@
 """The plan of a run: the settings with all names resolved.
 
-`Config` is what the user wrote. `Plan` is what the run uses: the source, the tasks with their prompts, the
-model and its revision, and how images are compared. `Plan.open` makes every check that can fail before
-anything is written. A run, `preview` and `estimate` all call `Plan.open`. No later code resolves a name.
+`Config` holds the user's settings. `Plan` holds the values of the run: the source, the tasks with their
+prompts, the model and its revision, and how images are compared. `Plan.open` makes every check that can fail
+before anything is written. A run, `preview` and `estimate` all call it. No later code resolves a name.
 """
 
 from collections.abc import Mapping

@@ -54,7 +54,7 @@ class LineProgress(Progress):
     def __call__(
         self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /
     ) -> None:
-        """See Progress. Lines of one step are at least LINE_INTERVAL_S apart, except for the last."""
+        """See Progress. Lines of one step are at least LINE_INTERVAL_S apart, except for the last line."""
         now = time.monotonic()
         if step != self.step:
             self.step, self.started, self.first = step, now, done

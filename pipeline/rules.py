@@ -479,7 +479,7 @@ TAG_RULES = {
     if name not in ("no_description", "other_language", "cut_off", "repetitive")
 } | {"keywords": is_no_tag_list}
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
-# The rules for records of custom tasks, whose texts may be a word, a code, or the text on a sign.
+# The rules for records of custom tasks. A text in a record can be a word, a code, or the text on a sign.
 RECORD_RULES = {
     name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")
 }
@@ -503,7 +503,7 @@ def _repeats_parts(text: str) -> bool:
         ends = Counter(part.rpartition(" ")[2] for part in parts)
         if 3 * len({*parts}) <= 2 * len(parts) or max(ends.values()) > MAX_EQUAL_PARTS:
             return True
-    # Parts that name the same object begin with the same two letters (objects of one letter are ignored).
+    # Parts that name the same object begin with the same two letters (one-letter objects are ignored).
     if len(parts) <= MAX_EQUAL_PARTS or max(Counter(p[:2] for p in parts).values()) <= MAX_EQUAL_PARTS:
         return False
     objects = Counter(_PLACE.split(part, maxsplit=1)[0] for part in parts)

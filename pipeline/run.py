@@ -117,7 +117,7 @@ def generate_dataset(
 
 
 def run_plan(plan: Plan, progress: Progress, cluster: ClusterOptions | None = None) -> RunResult:
-    """Run an open plan, on a cluster if one is given. See generate_dataset."""
+    """Run a plan whose source is open, on a cluster if `cluster` is given. See generate_dataset."""
     progress.message(describe_start(plan))
     stats = RequestStats()
     if cluster is not None:

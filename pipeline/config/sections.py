@@ -469,7 +469,7 @@ class BalanceConfig(Section):
     """Types with fewer questions are balanced together."""
 
     def max_share(self, answers: Collection[str]) -> float:
-        """Return the largest share that one of these answers to one type of question may have."""
+        """Return the maximum share of one answer among the questions of a type with these answers."""
         is_binary = len(answers) <= 2 or {"yes", "no"} & set(answers)
         return self.max_yes_no_frac if is_binary else self.max_answer_frac
 

@@ -87,7 +87,7 @@ class Content:
 
 
 def frequent_phrases(captions: Collection[str]) -> dict[str, float]:
-    """Return the share of captions with each phrase, if above FREQUENT. Parts of such phrases are left out."""
+    """Return the share of captions with each phrase, if above FREQUENT. Skip parts of such phrases."""
     counts = Counter[str]()
     for words in map(words_of, captions):
         spans = ((start, start + size) for size in PHRASE_WORDS for start in range(len(words) - size + 1))

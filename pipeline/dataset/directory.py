@@ -32,7 +32,7 @@ _DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileE
 
 @dataclass(frozen=True, slots=True)
 class DatasetDir:
-    """A dataset folder, or a shard of one, on disk or in an object store."""
+    """A dataset folder or one of its shards, on disk or in an object store."""
 
     path: Path
     image_folder: Path | None = None  # the folder with the image store, by default `path`

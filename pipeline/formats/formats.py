@@ -231,7 +231,7 @@ class ShareGpt(Format):
 
 
 def _dialog(asked: Iterable[tuple[str, str]], image_token: str) -> list[dict[str, str]]:
-    """Return turns as messages. The first one begins with `image_token`."""
+    """Return turns as messages. The first message begins with `image_token`."""
     dialog: list[dict[str, str]] = []
     for question, answer in asked:
         token = "" if dialog else image_token

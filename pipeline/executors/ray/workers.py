@@ -192,7 +192,7 @@ def forget_scratch(shard: DatasetDir) -> None:
 
 
 def save_journal(shard: DatasetDir, path: Path) -> None:
-    """Upload a snapshot of the journal of a shard, which may be in use."""
+    """Upload a snapshot of a shard's journal, even while the journal is in use."""
     with TemporaryDirectory() as temporary:
         copy = Path(temporary) / path.name
         source, target = sqlite3.connect(shard.journal.absolute()), sqlite3.connect(copy.absolute())
