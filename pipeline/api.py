@@ -43,7 +43,7 @@ def generate(
     """Turn images into a version of a dataset, like `synth generate`.
 
     To resume a run that was stopped, repeat the call. Requests that were answered are not sent again. In a
-    notebook, the run is in another thread: restart the kernel to stop it.
+    notebook, the run uses another thread: to stop the run, restart the kernel.
 
     Args:
         source: where the images come from, such as "folder:photos" or "hub:ORG/NAME".
@@ -115,9 +115,9 @@ def push(
     Args:
         version: a version, such as `result.version`, or its name: DIR or DIR@VERSION.
         repo: the repository, ORG/NAME. It is created if it does not exist.
-        private: whether a new repository is private. By default it is if the image license is unknown.
+        private: whether a new repository is private. Default: private if the image license is unknown.
         images: whether to push the images. By default they are pushed if their license allows it.
-        license: the Hub identifier of the image license, if the source states none.
+        license: the Hub identifier of the image license, if the source states no license.
 
     Raises:
         SynthError: the version is damaged, the Hub refuses it, or the tag exists there with other rows.

@@ -92,7 +92,7 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
 
 
 def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Checked:
-    """Return what `describe` reads from a file, or its damage. Raises FileNotFoundError if it is gone."""
+    """Return the output of `describe` for a file, or the damage. Raises FileNotFoundError if it is gone."""
     try:
         return Checked(str(path), describe(path))
     except FileNotFoundError:

@@ -60,5 +60,5 @@ def public_name(model: str) -> str:
 
 
 def without_folders(name: str) -> str:
-    """Return the last part of a local path, even one from another machine. Leave other names unchanged."""
+    """Return the last part of a path on this or another machine. Leave other names unchanged."""
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name

@@ -20,7 +20,7 @@ from pipeline.tasks.base import MAX_PIXELS
 
 # Free GPU memory that the default model needs.
 LARGE_GIB = needed_gib(QWEN_3B, MAX_PIXELS)
-# Disk space for the default model, a dataset of some ten thousand photos, and one version of it.
+# Disk space for the default model, a dataset of about 10,000 photos, and one version of it.
 DISK_GIB = 20
 EXTRAS = {
     "embedded": ("torch", "transformers", "llguidance", "torchvision"),

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 class SynthError(Exception):
     """The base class of all errors for users. The message states the problem. `hint` states a way to fix it.
 
-    If the user misspelled a name of `known` as `unknown`, the hint also suggests the name.
+    If `unknown` is a misspelling of a name in `known`, the hint also suggests that name.
     """
 
     def __init__(self, what: str, *, hint: str = "", unknown: str = "", known: Iterable[str] = ()) -> None:
@@ -64,6 +64,6 @@ def one_line(error: BaseException, max_characters: int = 200) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], more: str = "") -> str:
-    """Return a hint with the names that `name` misspells, and `more`. The hint may be ""."""
+    """Return a hint that suggests names in `known` close to `name`, and adds `more`. The hint may be ""."""
     close = get_close_matches(name, list(known), n=3)
     return " ".join(filter(None, (f"did you mean {' or '.join(close)}?" if close else "", more)))

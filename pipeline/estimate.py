@@ -1,6 +1,6 @@
 """`synth estimate`: run all steps on a few images, and estimate the cost of the whole run.
 
-Its replies are kept in the journal of the dataset, for the real run.
+The replies are kept in the journal of the dataset, and the real run reuses them.
 """
 
 import math
@@ -45,7 +45,7 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     assert source is not None
     progress.message(describe_start(plan))
     stats = RequestStats()
-    # Known texts are asked about the same share of images as in the real run.
+    # The trial calibrates checks on the same share of its images as the real run.
     size = LADDER_IMAGES if plan.requests.num_rungs > 1 else SAMPLED_IMAGES
     images = config.limit or source.count() or size
     calibration = math.ceil(min(1.0, size / images) * config.verify.calibration)
@@ -112,8 +112,8 @@ def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: floa
     """Return the requests and cost of each model alone and of the ladder, for each task with a ladder.
 
     `interval` is the 95 % interval of the share of a model's texts that pass all checks. Requests of checks
-    are not included. `ladder` has the counts of a sample (see `ladder.describe_ladder`). A model that the
-    sample did not ask is left out.
+    are not included. `ladder` has the counts of a sample (see `ladder.describe_ladder`). A model without
+    requests in the sample is left out.
     """
 
     def choice(*rungs: dict[str, Any], factor: float = scale) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: floa
     forecasts = []
     for task, group in groupby(ladder, itemgetter("task")):
         rungs = list(group)
-        # Alone, each model is asked as often as the first model of the ladder.
+        # Without a ladder, each model gets as many requests as the first model of the ladder.
         factors = [scale * rungs[0]["requests"] / rung["requests"] for rung in rungs]
         choices = [choice(rung, factor=factor) for rung, factor in zip(rungs, factors, strict=True)]
         passed = [

@@ -46,13 +46,13 @@ def filter_annotations(
 ) -> pa.Table:
     """Append the scores of each row (tables.FILTERED), and `reason`, the first rule that rejects the row.
 
-    Custom tasks may have their own bounds and language. `caption_words` is the setting of the prompts.
+    Custom tasks may have their own bounds and language. `caption_words` is the length that prompts ask for.
     """
     require_columns(table, "text", "question", "answer")
     default = _judge(config, prompt_grams, caption_words)
     judges = {}
     for own in tasks.custom:
-        # Other texts are read from the image.
+        # Records and texts copied from the image follow fewer rules (rules.RECORD_RULES).
         is_text = own.settings.kind == "text" and _COPYING.isdisjoint(words_of(own.settings.prompt))
         judges[own.name] = _judge(_config_of(own, config), _grams_of(own, prompt_grams), is_text=is_text)
     nulls = [None] * table.num_rows

@@ -25,8 +25,8 @@ def installed_version() -> str:
 def install_command(*extras: str, package: str = "") -> str:
     """Return the command that installs the packages of these extras.
 
-    It names the packages instead of this distribution, so it works for every kind of installation. If the
-    extras lack the missing `package`, the command installs this package alone.
+    The command names packages instead of this distribution, so it works for every kind of installation. If
+    the missing `package` is not in the extras, the command installs only this package.
     """
     try:
         lines = requires(DISTRIBUTION) or []

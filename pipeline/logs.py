@@ -50,7 +50,7 @@ def show_log() -> None:
 
 @contextmanager
 def log_to(folder: Path) -> Iterator[None]:
-    """Append log records to a file in a local folder within the context. The first record creates it."""
+    """Append log records to a file in a folder, within the context. The first record creates the file."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(folder / FILE, encoding="utf-8", delay=True)
     levels = [root.level for root in _ROOTS]

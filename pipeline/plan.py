@@ -1,8 +1,8 @@
 """The plan of a run: the settings with all names resolved.
 
-`Config` is what the user wrote. `Plan` is what the run uses: the source, the tasks with their prompts, the
-model and its revision, and how images are compared. `Plan.open` makes every check that can fail before
-anything is written. A run, `preview` and `estimate` share it. No later code resolves a name.
+`Config` holds the user's settings. `Plan` holds the values of the run: the source, the tasks with their
+prompts, the model and its revision, and how images are compared. `Plan.open` makes every check that can fail
+before anything is written. A run, `preview` and `estimate` all call it. No later code resolves a name.
 """
 
 from collections.abc import Mapping
@@ -126,7 +126,7 @@ class Plan:
 
     @property
     def task_models(self) -> tuple[str, ...]:
-        """The names of the models of tasks, without those of checks."""
+        """The names of the models that tasks use, without the models of checks."""
         names = (name for task in self.tasks.asked for name in self.requests.models_of(task.name))
         return tuple(dict.fromkeys(names))
 
@@ -199,9 +199,9 @@ def _settings_digest(plan: Plan, name: str) -> str:
 
 
 def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
-    """Choose the engine of a model. If that fails, use the model of the last run here with equal settings.
+    """Choose a model's engine. If that fails, use the model of the last run if its settings are equal.
 
-    A run with only new thresholds or splits needs no reply. Otherwise the first request raises the error.
+    A run with only new thresholds or splits sends no request. Any request raises the original error.
     """
     config, dataset = plan.config, plan.dataset
     of_model, log = config.of_model(name), dataset.path / "vllm.log"

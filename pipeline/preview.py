@@ -21,7 +21,7 @@ from pipeline.types import Rejected, Sample
 
 @dataclass(slots=True)
 class Preview:
-    """The texts of a few images, each with the reason if it was rejected, by image name.
+    """The texts of a few images by image name. Each rejected text has its reason, other texts have None.
 
     `prompts` maps "task style" to a prompt. `page` is the report page, or None if no text is left.
     """
@@ -40,7 +40,7 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
     folder, config, preview = plan.dataset, plan.config, Preview()
     assert plan.source is not None
     rows: list[Sample | Rejected] = []
-    ids = set[str]()  # of usable images
+    ids = set[str]()  # usable images only
     for source_row in plan.source.rows:
         rows.append(source_row)
         if isinstance(source_row, Sample):

@@ -54,7 +54,7 @@ class LineProgress(Progress):
     def __call__(
         self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /
     ) -> None:
-        """See Progress. Lines of one step are at least LINE_INTERVAL_S apart, except for the last."""
+        """See Progress. Lines of one step are at least LINE_INTERVAL_S apart, except for the last line."""
         now = time.monotonic()
         if step != self.step:
             self.step, self.started, self.first = step, now, done
@@ -77,7 +77,7 @@ class LineProgress(Progress):
         self.line(f"warning: {text}", WARNING)
 
     def line(self, text: str, style: str = "") -> None:
-        """Print a line. On a terminal, it is shown in a rich style."""
+        """Print a line. LiveProgress shows it in a rich style."""
         del style
         print(printable(text), file=sys.stderr, flush=True)
 

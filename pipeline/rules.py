@@ -41,9 +41,9 @@ OTHER_BOUNDS = Bounds(max_words=600)
 # Other languages may need fewer words for a caption than English ("Musta kissa nukkuu sohvalla").
 MIN_ENGLISH_WORDS, MIN_OTHER_WORDS = 5, 3
 MAX_WORDS_OF_TAG, MAX_TAGS = 4, 25
-# Texts whose sentences are shorter on average are checked for sentences with the same first words.
+# Texts with fewer characters per sentence are checked for sentences that begin with the same words.
 MAX_CHARACTERS_OF_STUB = 35
-# Minimum detector score of an answer of few words. Names of brands often resemble another language.
+# Minimum detector score of a short answer. Brand names often resemble words of another language.
 MIN_ANSWER_SCORE = 0.8
 # Minimum detector score for telling close languages apart.
 MIN_CLOSE_SCORE = 0.9
@@ -91,7 +91,7 @@ _NO_ANSWER = pattern("says_nothing", re.IGNORECASE, before=rf"\W*{expression('it
 _NOT_KNOWN = pattern("not_known", re.IGNORECASE)
 # Transcriptions that state that the text cannot be read, or that contain a translation.
 _UNREAD = pattern("unread", re.IGNORECASE)
-# Words on signs and forms that resemble such answers.
+# Texts on signs and forms that resemble answers that say nothing.
 _ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
 _NO_WORDS = re.compile(r"[\W_]*")
 _ANOTHER_QUESTION = pattern("another_question", re.IGNORECASE)
@@ -100,7 +100,7 @@ _HOW_MANY = re.compile(
     re.IGNORECASE,
 )
 _COUNT = pattern("count", re.IGNORECASE, before=r"[~\"'\s]*", after=r"(?: [\w-]+)?[.!\"'\s]*")
-# A number has digits or is spelled out. The question may ask for a height or for words with numbers.
+# A number has digits or is spelled out. Questions that match _NO_COUNT may have answers without a number.
 _NUMBER = re.compile(
     rf"\d|\b(?:{expression('number_word')}|noon|midnight|first|second|third)\b", re.IGNORECASE
 )
@@ -116,7 +116,7 @@ _NAMING_WORDS = frozenset(WORDS["naming"].split())
 _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.{0,300}\(?\b[B-Db-d2-4][).]\s")
 _OFFERS_ANSWER = re.compile(r"\bor (?:something|anything|someone) else\b", re.IGNORECASE)
 _REPEATED_ANSWER = re.compile(r"([a-z]+)(?:(?:,? and |, )\1)+|([a-z]+)(?: \2){2,}", re.IGNORECASE)
-# Answers of these words fit any question.
+# Answers that consist of these words fit any question.
 _VAGUE = frozenset(WORDS["vague"].split())
 _ANY_ANSWER = _VAGUE | frozenset(WORDS["with_vague"].split())
 _ARTICLES = frozenset(("a", "an", "the", "some"))
@@ -130,7 +130,7 @@ class Scores(NamedTuple):
     """Scores of one annotation, in the order of the columns in tables.FILTERED.
 
     `word_count` counts the words in the caption, the question, or all texts of a record. `non_latin_frac` is
-    the share of letters outside of quotes that are not Latin.
+    the share of non-Latin letters among the letters outside of quotes.
     """
 
     clean_text: str | None
@@ -319,7 +319,7 @@ def is_unanswered(row: RuleInput) -> bool:
 
 
 def is_labeled(row: RuleInput) -> bool:
-    """Return True if a text has a label, or speaks about the reply or to its reader."""
+    """Return True if a text has a label, describes itself as a reply, or addresses the reader."""
     for text, words in row.texts:
         is_asked = row.is_question and text is row.main
         if artifacts.has_label(text) or (not is_asked and artifacts.is_chat(text, words)):
@@ -331,7 +331,7 @@ def is_labeled(row: RuleInput) -> bool:
 
 
 def is_off_type(row: RuleInput) -> bool:
-    """Return True if an answer is of another kind than the question asks for, such as a color for a place."""
+    """Return True if an answer has another type than the question asks for, such as a color after "where"."""
     is_judged = row.config.language == "en" and not asks_to_read(row)
     return is_judged and bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
 
@@ -459,7 +459,7 @@ _RULES_OF_PAIRS = (
 CAPTION_RULES = {name: rule for name, rule in RULES.items() if name not in _RULES_OF_PAIRS}
 # Placeholders that are also signs.
 _SIGNS = (["test"], ["empty"], ["title"])
-# The rules of captions with the text on signs, which may have any form.
+# The rules for captions that copy the text on signs. Such a text can have any form.
 READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
     "junk": lambda row: artifacts.has_token(row.main),
@@ -479,7 +479,7 @@ TAG_RULES = {
     if name not in ("no_description", "other_language", "cut_off", "repetitive")
 } | {"keywords": is_no_tag_list}
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
-# The rules for records of custom tasks, whose texts may be a word, a code, or the text on a sign.
+# The rules for records of custom tasks. A text in a record can be a word, a code, or the text on a sign.
 RECORD_RULES = {
     name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")
 }
@@ -503,7 +503,7 @@ def _repeats_parts(text: str) -> bool:
         ends = Counter(part.rpartition(" ")[2] for part in parts)
         if 3 * len({*parts}) <= 2 * len(parts) or max(ends.values()) > MAX_EQUAL_PARTS:
             return True
-    # Parts that name the same object begin with the same two letters (objects of one letter are ignored).
+    # Parts that name the same object begin with the same two letters (one-letter objects are ignored).
     if len(parts) <= MAX_EQUAL_PARTS or max(Counter(p[:2] for p in parts).values()) <= MAX_EQUAL_PARTS:
         return False
     objects = Counter(_PLACE.split(part, maxsplit=1)[0] for part in parts)

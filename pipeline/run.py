@@ -74,7 +74,7 @@ def run(
         repeated = todo[: names.index(verify.STEP.name)]
         climb(work, [step for _, step in repeated], stats, partial(run_steps, work, repeated))
     run_steps(work, todo)
-    # The last pass of a ladder has no checks of replaced texts.
+    # In a ladder, `total` lacks the checks of replaced texts, but `attempts` counts them.
     stats.total = max(stats.total, stats.attempts.total())
     work.summaries = [step.summarize(work) for step in steps[:-1]]
     for previous, summary in pairwise(work.summaries[2:]):
@@ -88,7 +88,7 @@ def run(
 
 
 def run_steps(work: Work, todo: Sequence[tuple[str, Step]]) -> None:
-    """Run steps, each with the name of the step before it, unless their results are up to date."""
+    """Run each step with the name of the step before it. Steps with up-to-date results are skipped."""
     row_steps = [step for step in steps_of(work.plan) if isinstance(step, RowStep)]
     for before, step in todo:
         step.run(work, before)
@@ -117,7 +117,7 @@ def generate_dataset(
 
 
 def run_plan(plan: Plan, progress: Progress, cluster: ClusterOptions | None = None) -> RunResult:
-    """Run an open plan, on a cluster if one is given. See generate_dataset."""
+    """Run a plan whose source is open, on a cluster if `cluster` is given. See generate_dataset."""
     progress.message(describe_start(plan))
     stats = RequestStats()
     if cluster is not None:
@@ -153,7 +153,7 @@ def run_trial(
     progress: Progress,
     changes: Mapping[str, Any],
 ) -> Iterator[Trial]:
-    """Run all steps on a few rows in a folder of its own, with the journal of the dataset.
+    """Run all steps on a few rows in a temporary folder, with the journal of the dataset.
 
     `changes` are other settings for the trial. Exclusions are skipped, because their source may be large. The
     caller holds the lock of the dataset folder.

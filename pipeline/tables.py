@@ -19,7 +19,7 @@ TABLE_VERSION = 2
 # Source columns that may hold human texts.
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 REFERENCES, QA = "references", "qa"
-# Columns that hold captions in a file that the user names as a caption file.
+# Columns that hold captions in a file passed with --captions.
 CAPTIONS = (*CAPTION_COLUMNS, "comment", REFERENCES, "title")
 # The human questions about an image with all their answers, in a version and its exports.
 REFERENCE_QA = "reference_qa"
@@ -107,9 +107,9 @@ FILTERED = pa.schema(
 )
 
 # verify: the results of the checks (inference/verification.py).
-# agreement: for a question, 1 if the model repeated the answer, else 0. For a caption, share of its claims
-#     that the model confirmed
-# evidence: answers that refute the most refuted claim of a caption, minus answers that confirm it
+# agreement: for a question, 1 if the model repeated the answer, else 0. For a caption, the share of its
+#     claims that the model confirmed
+# evidence: refuting answers minus confirming answers about the most refuted claim of a caption
 # answered_blind: whether the model gave the same answer without the image
 # sufficient: whether the answer was found from the evidence pages alone
 # coverage: share of the questions about the image that the caption answers
@@ -131,7 +131,7 @@ VERIFIED = pa.schema(
 )
 # A text that is known to be true (kind `reference`) or false, with a check's evidence against it.
 CALIBRATED = pa.struct([*fields(STRING, "check", "kind"), *fields(INT32, "evidence")])
-# verify: the evidence against each claim of a caption as it was before a repair, and the known texts.
+# verify: the evidence against each claim of the caption before a repair, and the known texts.
 CALIBRATION = pa.schema(
     [*fields(pa.list_(INT32), "claim_evidence"), *fields(pa.list_(CALIBRATED), "calibration")]
 )
@@ -140,7 +140,7 @@ CALIBRATION = pa.schema(
 SKIPPED_CHECKS = pa.field("skipped_checks", pa.list_(STRING))
 
 # Images that must not be used for training (sources/exclusions.py). `name` is SOURCE#SPLIT.
-# `crop_hashes` has hashes of the center crop, which is what many models see.
+# `crop_hashes` has hashes of the center crop, because many models see only this crop.
 EXCLUSIONS = pa.schema(
     [
         *fields(STRING, "name", "image_id", nullable=False),
@@ -174,8 +174,8 @@ DEDUPED = pa.schema(
     ]
 )
 
-# balance: `question_type` is the first two words of a question. `pair_id` is common to two equal questions
-# about two images with different answers.
+# balance: `question_type` is the first two words of a question. Two rows share a `pair_id` if they
+# ask the same question about two images and have different answers.
 BALANCED = pa.schema(fields(STRING, "question_type", "pair_id"))
 
 # `prompt_id` of a text that was edited in a review.
@@ -250,7 +250,7 @@ REJECTIONS = pa.schema(fields(STRING, "step", "reason", "source_row", "sample_id
 
 # Columns of ROW that are stored as `sample_id` only. The pixels are in the image store.
 PIXELS = ("image", "pages")
-# Columns that a source fills either for all rows or for none. A version omits columns that are never filled.
+# Columns that a source fills for all rows or for no row. A version omits columns that are never filled.
 OPTIONAL = (*PIXELS, "context", "reference_qa")
 REQUIRED = frozenset(ROW.names).difference(OPTIONAL)
 
@@ -339,7 +339,7 @@ def append_columns(table: pa.Table, columns: pa.Table) -> pa.Table:
 
 
 def features(schema: pa.Schema) -> dict[str, Any]:
-    """Describe a schema as `datasets` does in Parquet metadata, so that it decodes images on loading."""
+    """Describe a schema as in the Parquet metadata of `datasets`, so that `datasets` decodes the images."""
     return {field.name: _feature(field.type) for field in schema}
 
 
@@ -350,7 +350,7 @@ def with_features(schema: pa.Schema) -> pa.Schema:
 
 
 def arrow_type_of(feature: Any) -> pa.DataType:
-    """Return the Arrow type that a feature describes. Raises ValueError if no custom task has this type."""
+    """Return the Arrow type that a feature describes. Raises ValueError for types that no custom task has."""
     if "_type" not in feature:
         return pa.struct([pa.field(name, arrow_type_of(inner)) for name, inner in feature.items()])
     if feature["_type"] == "List":

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 # The name of the model that the settings `model`, `base_url` and `engine` choose.
 DEFAULT_MODEL = "default"
 UNITS = ("requests", "prompt_tokens", "reply_tokens")  # counts of the use of a model
-# How images are compared: near-duplicates of photos are rejected, and of graphics only grouped.
+# How images are compared: near-duplicates are rejected for photos, and only grouped for graphics.
 ImageKind = Literal["photos", "graphics"]
 # Names of mapped source columns, with their values in one row.
 Context = tuple[tuple[str, str], ...]
@@ -108,8 +108,8 @@ class SampleInfo(NamedTuple):
 class SourceTexts(NamedTuple):
     """The context of a sample, which human texts it has, and the size of its first page.
 
-    Requests about the sample depend on them. `escalated` has the pairs of task and style that the next models
-    of their ladders are asked for.
+    Requests about the sample depend on them. `escalated` has the pairs of task and style that are also
+    requested from the next model of the ladder.
     """
 
     context: Context = ()
@@ -147,7 +147,7 @@ class Source:
     rows after the first n, always in the same order. `count` returns the number of rows, or None if it is
     unknown before all rows are read. `messages` are shown before the run. With `decks`, samples are documents
     of several pages. `is_partial` states that the source has only the first part of the named dataset.
-    `license` applies to all images, and is "" if the source states none.
+    `license` applies to all images, and is "" if the source states no license.
     """
 
     name: str
@@ -225,7 +225,7 @@ class Reply:
     """The reply of a model. If `finish_reason` is not "stop", the text is incomplete.
 
     `max_pixels` is the size to which images were scaled down, or None for the size in the request.
-    `logprob_mean` and `logprob_min` are over the tokens, or None if the server states none.
+    `logprob_mean` and `logprob_min` are over the tokens, or None if the server returns no log-probabilities.
     """
 
     request_id: str

@@ -29,17 +29,17 @@ from pipeline.logs import show_log
 from pipeline.progress import LOSS
 from pipeline.text.escape import printable
 
-EXIT_CODE_INTERRUPTED = 130  # Typer's, after Ctrl-C
+EXIT_CODE_INTERRUPTED = 130  # Typer's exit code after Ctrl-C
 EXIT_CODE_TERMINATED = 143
 REPLIES_KEPT = "all replies are kept; run the same command to resume"
-INTERRUPTED = {  # command -> what Ctrl-C keeps, and how to resume
+INTERRUPTED = {  # message after Ctrl-C, by command
     "generate": REPLIES_KEPT,
     "preview": REPLIES_KEPT,
     "estimate": REPLIES_KEPT,
     "train": "add --resume to the same command to resume",
     "caption": "with --out, run the same command to resume",
 }
-# The extras of the commands that need more than `train`. Other modules name their extra themselves.
+# The extras of the commands that need more than `train`. Other modules name their extra in their own errors.
 EXTRAS = {"serve-captioner": ("train", "serve")}
 # Groups of commands in --help.
 MAKE, USE, TRAIN = "Make a dataset", "Review and publish it", "Train a captioner"

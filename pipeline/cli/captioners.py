@@ -106,7 +106,7 @@ def serve_captioner(
 
     from trainer.captioner import Captioner  # imports torch, which takes seconds
 
-    # Load and run the model in one thread: OpenMP prefers its first thread, which makes it 1.5 times faster.
+    # Load and run the model in one thread: in the first thread that uses OpenMP, it runs 1.5 times faster.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     beams = num_beams or loaded.usual_beams

@@ -181,7 +181,7 @@ def review_sample(
 def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) -> None:
     """Make the next version without texts reviewed as bad, and with the edited texts.
 
-    Verdicts of an audit change no text: the next version states the error rates. Later runs apply all again.
+    Verdicts of an audit only change the error rates in the next version. Later runs apply all reviews again.
     """
     from pipeline.dataset.directory import DatasetDir, split_version
 

@@ -22,7 +22,7 @@ BY_STYLE = "brief, else plain"
 
 
 def option(text: str, default: str | bool = True, **more: Any) -> Any:
-    """Return a Typer option with help. `default` describes the default in the help if it is not a value."""
+    """Return a Typer option with help. `default` describes the default, or is True to show its value."""
     return Option(help=text, show_default=default, **more)
 
 
@@ -51,7 +51,7 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
 
 def vllm_flags(context: Context, option: str) -> list[str]:
-    """Return the arguments after `--`. Raises BadParameter if there are others, and suggests `option`."""
+    """Return the arguments after `--`. Raises BadParameter for other arguments, and suggests `option`."""
     flags = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
     if len(context.args) > len(flags):
         name = context.args[0]
@@ -75,7 +75,7 @@ def read_pairs(text: str, option: str) -> dict[str, str]:
 
 
 def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
-    """Return the path of a dataset or a version. VERSION belongs to the dataset made last.
+    """Return the path of a dataset or a version. VERSION alone belongs to the dataset made last.
 
     With `is_only`, raises StoreError if several datasets were made here, instead of choosing the last.
     """
@@ -92,7 +92,7 @@ def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
 def open_data(name: str | None, images: str | None) -> "Version":
     """Open a version, local or on the Hub, with its images or those in `--images`.
 
-    A dataset without a version stands for its newest complete one.
+    The name of a dataset opens its newest complete version.
     """
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
     from pipeline.sources.join import with_pixels

@@ -32,7 +32,7 @@ def find_checkpoint(captioner: str) -> Path:
 
 
 def note_training_data(captioner: Path, version: "Version", split: str = "test") -> None:
-    """Print a note if the training data of a captioner contained the images of this split, or may have."""
+    """Print a note if the training data of a captioner contained, or may have contained, this split."""
     from trainer.runtime.checkpoint_folder import read_data_digests
 
     digests, own = {*read_data_digests(captioner)}, version.manifest["digest"]
@@ -60,7 +60,7 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
 
 
 def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the cost of the images asked about, and estimates. With `as_json`, also print JSON to stdout."""
+    """Print the cost of the sample, and the estimates. With `as_json`, also print JSON to stdout."""
     e, show_line = estimate, say if as_json else echo
     tokens = f"{e['prompt_tokens']:,} tokens read, {e['reply_tokens']:,} written"
     paid, cost = (f", cost {e[key]:,.4g}" if e[key] is not None else "" for key in ("sampled_cost", "cost"))

@@ -72,7 +72,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 def _only_source(names: list[str]) -> str:
-    """Return the one source. Raises ConfigError for several: all but the last would be ignored."""
+    """Return the only source. Raises ConfigError for several, instead of ignoring all but the last."""
     if len(names) > 1:
         hint = "run once for each with its own --out, or put the images into one folder"
         problem = f"a dataset has one source, but {len(names)} are given: {', '.join(names)}"

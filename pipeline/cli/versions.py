@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _open_dataset(name: str | None, *, for_removal: bool = False) -> "DatasetDir":
-    """Return a dataset. Raises StoreError if there is none, and BadParameter if `name` contains a version."""
+    """Return a dataset. Raises StoreError if it does not exist, and BadParameter if `name` has a version."""
     from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.version import MANIFEST, dataset_dir_of
 

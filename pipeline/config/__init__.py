@@ -78,7 +78,7 @@ class Config(Section):
     drop_context: bool = False
     """Use the columns of `context` in prompts only, and do not store them in versions."""
     follow_links: bool = False
-    """Read files outside of the folder that links in it lead to. They are published with the dataset."""
+    """Follow links in the folder to files outside of it. These files are published with the dataset."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Stop after reading this many images. Null reads all images (`scenes`: 1000)."""
     frame_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -100,7 +100,7 @@ class Config(Section):
     there are custom tasks. `none` asks no model.
     """
     custom_tasks: tuple[TaskConfig, ...] = ()
-    """Custom tasks: paths of their files, or their keys."""
+    """Custom tasks, each as the path of its file or as its keys and values."""
     engine: EngineName = "auto"
     """`vllm` uses a server, `embedded` runs the tiny model in this process. `auto` uses vLLM if it finds a
     GPU and vLLM.
@@ -117,7 +117,7 @@ class Config(Section):
     """
     task_models: dict[Task, Ladder] = Field(default_factory=dict)
     """The model of each task, `checks` and `repair`: a name in `models`, or `default`. A list is a ladder:
-    the next model is asked for the texts that the last one failed to write.
+    the next model is asked for the texts that the previous model failed to write.
     """
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()
@@ -193,7 +193,7 @@ class Config(Section):
 
     @property
     def default_model(self) -> str:
-        """The name of the model of tasks that name no model."""
+        """The name of the model that tasks use by default."""
         return self.model if self.model in self.models and not self.base_url else DEFAULT_MODEL
 
     @property
@@ -206,8 +206,8 @@ class Config(Section):
     def of_model(self, name: str) -> "Config":
         """Return the settings with a model of `models`, or the judge, as the only model.
 
-        Its servers get its own key and headers. If it has neither, and all of its servers are in `base_url`,
-        they get the general ones.
+        Its servers get its own key and headers. If the model has neither, and all of its servers are in
+        `base_url`, they get the key and headers of `server`.
         """
         if name == DEFAULT_MODEL:
             return self
@@ -227,7 +227,7 @@ class Config(Section):
 
     @property
     def servers(self) -> dict[str, ServerConfig]:
-        """The settings of the servers of each model by its name."""
+        """The server settings of each model, by model name."""
         judge = (self.judge_model,) if self.judge_model == JUDGE_MODEL else ()
         return {name: self.of_model(name).server for name in (DEFAULT_MODEL, *self.models, *judge)}
 
@@ -248,7 +248,7 @@ class Config(Section):
 
     @property
     def asks_model(self) -> bool:
-        """Whether any task, check or judge is asked."""
+        """Whether any task, check or judge sends requests to a model."""
         return bool(self.tasks or self.verify.is_asked)
 
     @property

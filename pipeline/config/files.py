@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_SHOWN_CHARACTERS = 80
-SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers there by mistake
+SECRET_KEYS = frozenset(("key_env", "headers"))  # users put API keys there by mistake
 
 
 # --- files of settings
@@ -121,7 +121,7 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
 
 
 def validate(section: type[AnySection], values: dict[str, Any], where: str = "") -> AnySection:
-    """Return settings from keys and values. Raises ConfigError with the first invalid one, after `where`."""
+    """Return settings from keys and values. Raises ConfigError about the first flaw, prefixed by `where`."""
     try:
         return section.model_validate(values)
     except ValidationError as error:

@@ -139,7 +139,7 @@ class TaskConfig(Section):
     labels: Distinct[Label] = ()
     needs: Distinct[Annotated[str, Field(pattern=NEED)]] = ()
     when: Expression | None = None  # asks the task only about some images
-    keep_if: Expression | None = None  # drops all other images before other tasks are asked
+    keep_if: Expression | None = None  # images for which it is false are dropped before other tasks are asked
     show_image: bool = True
     temperature: float = Field(default=0.0, ge=0, le=2)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -196,7 +196,7 @@ class GenerateConfig(Section):
     `caption_words`. A longer reply is requested again with twice the limit.
     """
     max_attempts: int = Field(default=3, ge=1)
-    """Attempts to get a usable reply. After the last, the row is rejected."""
+    """Attempts to get a usable reply. After the last attempt, the row is rejected."""
     max_pixels: Annotated[int, Field(ge=28 * 28)] | Literal["auto"] | None = "auto"
     """Larger images are scaled down to this many pixels. `auto` is 1,003,520 (1,280 tokens of Qwen2.5-VL) for
     captions, questions and labels, and 2,007,040 for the style `ocr`, texts, records, boxes, decks and pages.
@@ -211,8 +211,8 @@ class GenerateConfig(Section):
     The mean becomes a score of captions and questions.
     """
     min_logprob: Annotated[float, Field(le=0)] | None = None
-    """With a ladder, ask the next model about texts whose tokens have a lower mean log-probability. Null asks
-    it only about rejected texts.
+    """With a ladder, also ask the next model about texts whose mean token log-probability is below this
+    value. Null asks the next model only about rejected texts.
     """
 
     @property
@@ -249,7 +249,7 @@ EngineName = Literal["auto", "embedded", "vllm"]
 
 
 class ServerConfig(Section):
-    """How vLLM is started, and how servers are used. Only flags that change replies identify a dataset."""
+    """How vLLM is started and servers are used. Only flags that affect replies invalidate stored replies."""
 
     flags: tuple[str, ...] = ()
     """Flags for vLLM, as after `--` on the command line."""
@@ -260,8 +260,8 @@ class ServerConfig(Section):
     request_timeout_s: float = Field(default=600, gt=0)
     """Seconds to wait for a reply."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
-    """Requests in flight. Null uses a quarter above `--max-num-seqs` of vLLM started here, and 32 to 128 for
-    another server, by its speed.
+    """Requests in flight. Null uses 1.25 times `--max-num-seqs` for vLLM started here, and 32 to 128 for
+    another server, depending on its speed.
     """
     key_env: KeyVariable | None = None
     """Environment variable with the key of the servers. Null uses `SYNTH_API_KEY`, or `OPENAI_API_KEY` for
@@ -282,9 +282,9 @@ class ServerConfig(Section):
     max_requests: Annotated[int, Field(ge=1)] | None = None
     """Stop when all runs of the dataset folder have sent this many requests."""
     max_total_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Stop when they have read and written this many tokens."""
+    """Stop when all runs have read and written this many tokens."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
-    """Stop when they have cost this much, by the prices above."""
+    """Stop when all runs have cost this much, by `price_in` and `price_out`."""
     max_failure_frac: float = Field(default=0.9, ge=0, le=1)
     """Stop when more than this share of the last 100 first replies is unusable. 1 never stops."""
 
@@ -397,7 +397,7 @@ Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignmen
 
 
 class VerifyConfig(Section):
-    """Checks that ask the model about annotations again. A null threshold only measures."""
+    """Checks that ask the model about annotations again. With a null threshold, a check only measures."""
 
     checks: Distinct[Check] = ()
     """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`."""
@@ -406,7 +406,7 @@ class VerifyConfig(Section):
     kept without the check.
     """
     calibration: int = Field(default=200, ge=0)
-    """Maximum images about which claims and a judge are also asked known truths and falsehoods."""
+    """Maximum images on which `claims` and the judge are calibrated with known truths and falsehoods."""
     max_true_captions_lost: float = Field(default=0.1, ge=0, le=1)
     """Maximum share of true captions that the check `claims` may reject, as estimated from known truths."""
     repair: bool = False
@@ -464,12 +464,12 @@ class BalanceConfig(Section):
     max_answer_frac: float = Field(default=0.4, gt=0, le=1)
     """Maximum share of one answer among the questions of one type."""
     max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)
-    """The same for yes and no, and for types with two answers."""
+    """Maximum share of one answer among the questions of a type with two answers, or with yes or no."""
     min_questions_per_type: int = Field(default=50, ge=1)
     """Types with fewer questions are balanced together."""
 
     def max_share(self, answers: Collection[str]) -> float:
-        """Return the largest share that one of these answers to one type of question may have."""
+        """Return the maximum share of one answer among the questions of a type with these answers."""
         is_binary = len(answers) <= 2 or {"yes", "no"} & set(answers)
         return self.max_yes_no_frac if is_binary else self.max_answer_frac
 
@@ -482,8 +482,8 @@ class SplitConfig(Section):
     test_frac: float = Field(default=0.1, ge=0, lt=1)
     """Share of the images in the test split, if the source has no splits."""
     group_by: Literal["folder", "prefix"] | None = None
-    """Keep images together in one split: `folder` those of each subfolder, `prefix` those whose names differ
-    in the last number only. Null uses `folder` for documents and videos.
+    """`folder` keeps the images of each subfolder in one split, `prefix` keeps images together whose names
+    differ only in the last number. Null uses `folder` for documents and videos.
     """
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ NOT_MEASURED = "not measured (`synth review sample` draws texts to review)"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Drawn:
-    """A text in the order of review. `weight` is proportional to the texts that it stands for."""
+    """A text in the order of review. `weight` is proportional to the number of texts that it represents."""
 
     order: float
     name: TextName
@@ -66,7 +66,7 @@ class Frame:
                 drawn[:] = nsmallest(MAX_TEXTS, drawn)
 
     def first(self, number: int) -> list[TextName]:
-        """Return the first `number` texts: about as many from each stratum, in turn."""
+        """Return the first `number` texts: about equally many from each stratum, in turn."""
         chosen: list[tuple[int, Stratum, TextName]] = []
         by_size = sorted(self.drawn, key=lambda stratum: (len(self.drawn[stratum]), stratum))
         for n, stratum in enumerate(by_size):
@@ -161,7 +161,7 @@ def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:
     entry: dict[str, Any] = {"task": task, "style": style, **counts, "wrong": None}
     if measured := [rate for rate in rates if rate.trials]:
         share, low, high = combine_rates([(rate.texts, rate.wrong, rate.trials) for rate in measured])
-        # The texts of a style without verdicts may be all right or all wrong.
+        # In a style without verdicts, the share of wrong texts may be any number from 0 to 1.
         unknown = 1 - sum(rate.texts for rate in measured) / counts["texts"]
         low, high = (1 - unknown) * low, (1 - unknown) * high + unknown
         entry |= {"wrong": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
@@ -172,7 +172,7 @@ def combine_rates(strata: Sequence[tuple[int, float, float]]) -> tuple[float, fl
     """Return a stratified share with its 95 % Wilson interval, for strata of (texts, share, trials).
 
     The trials of the interval are those of a simple random sample with the same variance. Shares are smoothed
-    for this variance only: without an error in a small sample it would be 0.
+    for this variance only: it would be 0 for a small sample without errors.
     """
     texts = sum(count for count, _, _ in strata)
     weights = [count / texts for count, _, _ in strata]
@@ -186,7 +186,7 @@ def combine_rates(strata: Sequence[tuple[int, float, float]]) -> tuple[float, fl
 
 
 def krippendorff_alpha(units: Iterable[Sequence[str]]) -> float | None:
-    """Return Krippendorff's alpha of nominal ratings, by unit. None if it is undefined: all are equal."""
+    """Return Krippendorff's alpha of nominal ratings by unit, or None if all ratings are equal."""
     totals: Counter[str] = Counter()
     disagreement = 0.0
     for counts in (Counter(ratings) for ratings in units if len(ratings) > 1):

@@ -86,7 +86,7 @@ def _join(
     is_question = pc.is_valid(question).to_numpy(zero_copy_only=False)
     first_annotation = np.full(count, -1)
     first_annotation[owner[::-1]] = np.arange(len(owner))[::-1]
-    # If no context is published, the column is a null string instead of a struct.
+    # If no context is published, the column holds null strings instead of structs.
     kind = schema.field("context").type
     context = pa.nulls(count, kind)
     if pa.types.is_struct(kind):
@@ -142,7 +142,7 @@ def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.Li
     fields = []
     for item in kind.value_type:
         values = final_column(selected, ADDED_FROM.get(item.name, item.name), item.type)
-        # Scores rate the original text, so edited texts get none.
+        # Scores rate the original text, so edited texts have no scores.
         if item.name in ADDED_FIELDS:
             values = pc.if_else(pc.fill_null(is_edited, False), pa.scalar(None, item.type), values)
         fields.append(values.combine_chunks())

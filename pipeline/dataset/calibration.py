@@ -2,8 +2,8 @@
 
 The verify step asks a check about texts that are known to be true (human captions of the image) or false
 (captions of other images, and claims in which one word was replaced). The check's false alarms and misses
-state how much its findings about the other texts are worth. They also set the evidence from which a claim
-counts as false: the lowest at which no more than a given share of true captions is lost.
+show how reliable its findings about the other texts are. They also set the minimum evidence that refutes a
+claim: the lowest value at which at most a given share of true captions is lost.
 
 Claims of one image are not independent. The effective number of claims, from which intervals are computed,
 is that of a simple random sample with the same variance between images.
@@ -37,7 +37,7 @@ MIN_GAIN = 0.1
 
 @dataclass(frozen=True, slots=True)
 class KnownTexts:
-    """All human captions of a sample, and one of another sample (None if there is none)."""
+    """All human captions of a sample, and one caption of another sample, or None."""
 
     captions: tuple[str, ...]
     foreign: str | None
@@ -54,7 +54,7 @@ def choose_known_texts(samples: Iterable[pa.RecordBatch], number: int, seed: int
     }
 
 
-Evidence = Counter[tuple[int, ...]]  # images by the evidence against each of their claims
+Evidence = Counter[tuple[int, ...]]  # number of images by the evidence against each of their claims
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Share:
 
     @classmethod
     def of(cls, hits: Any, counts: Any, images: Any = 1) -> "Share":
-        """Return the share of claims that hit, from arrays of hits and claims, and of images with these."""
+        """Return the share of hits among claims. `images` counts the images with these hits and claims."""
         n = int(np.sum(counts * images))
         value = float(np.sum(hits * images)) / max(1, n)
         # The linearized variance of a ratio of sums over clusters (Cochran, Sampling Techniques, 6.3).
@@ -132,8 +132,8 @@ class Findings:
     def choose_level(self, max_lost: float) -> int:
         """Return the least evidence that refutes a claim and loses at most this share of true captions.
 
-        If every level loses more, return NEVER if the strictest level does so even at the lower bound of its
-        false alarms, and else the strictest level.
+        If every level loses more, return the strictest level, or NEVER if even the lower bound of its false
+        alarms loses more.
         """
         for level in LEVELS:
             if (self.lost_share(level) or 0.0) <= max_lost:
@@ -202,7 +202,7 @@ def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str
     if alarm + missed.value >= 1 - MIN_GAIN:
         return None
     share = min(1.0, max(0.0, (found.value - missed.value) / (1 - alarm - missed.value)))
-    # Add pseudo-counts, since no error in a small sample does not mean that there are none.
+    # Add pseudo-counts, since a check without errors in a small sample may still have errors.
     n, true_n, false_n = found.trials + Z**2, true_trials + 2, missed.trials + 2
     passed = (found.value * found.trials + Z**2 / 2) / n
     hits = ((1 - alarm) * true_trials + 1) / true_n if alarms else 1.0
@@ -226,7 +226,7 @@ def _rounded(**values: float) -> dict[str, Any]:
 
 
 def checks_in_words(manifest: Mapping[str, Any]) -> list[str]:
-    """Return a line for each check with its errors, and for each check with a condition, what it skipped."""
+    """Return lines with the errors of each check, and the number of texts that its condition skipped."""
     lines = [
         f"{check['check']}: {_true_in_words(check)}; {_errors_in_words(check)}"
         + (f"; {manifest['model']['name']} judges its own texts" if check["judges_itself"] else "")

@@ -84,7 +84,7 @@ def render_model_card(
 
 
 def list_training_data(data: Any) -> list[dict[str, Any]]:
-    """Return the data of a captioner's training and of the trainings that it continued (`init`)."""
+    """Return the training data of a captioner, and of the captioners that it continued (`init`)."""
     found = []
     while isinstance(data, dict):
         found.append(data)

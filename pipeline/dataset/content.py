@@ -1,7 +1,7 @@
 """Measure captions: lengths, openings, unwanted phrases, word pairs, and the objects and people they name.
 
-A model that begins half of its captions with the same words, or hedges in every second one, teaches that to a
-captioner. The counts of many shards can be added.
+A model that begins half of its captions with the same words, or hedges in every second caption, teaches that
+to a captioner. The counts of many shards can be added.
 """
 
 from collections import Counter, defaultdict
@@ -44,7 +44,7 @@ class Content:
     """Counts over captions of one style."""
 
     lengths: Counter[int] = field(default_factory=Counter)  # number of captions by number of words
-    openings: Counter[str] = field(default_factory=Counter)  # by the first words
+    openings: Counter[str] = field(default_factory=Counter)  # number of captions by their first words
     phrases: Counter[str] = field(default_factory=Counter)  # number of captions by kind of phrase
     objects: Counter[str] = field(default_factory=Counter)  # number of captions by class of an object
     people: Counter[str] = field(default_factory=Counter)  # number of captions by gender or age of a person
@@ -87,7 +87,7 @@ class Content:
 
 
 def frequent_phrases(captions: Collection[str]) -> dict[str, float]:
-    """Return phrases in more than FREQUENT of the captions, with their shares and without their own parts."""
+    """Return the share of captions with each phrase, if above FREQUENT. Skip parts of such phrases."""
     counts = Counter[str]()
     for words in map(words_of, captions):
         spans = ((start, start + size) for size in PHRASE_WORDS for start in range(len(words) - size + 1))

@@ -52,7 +52,7 @@ def turns(
 
 
 def value_prompts(manifest: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the prompt and the kind of each column of a custom task. Jinja templates are not shown."""
+    """Return the prompt and kind of each custom task's column. A generic text replaces Jinja templates."""
     tasks, own = manifest["config"].get("custom_tasks", ()), manifest.get("own_columns", {})
     prompts = {task["name"]: task["prompt"].strip() for task in tasks if "{" not in task["prompt"]}
     return {name: (prompts.get(name) or f"Write {name} of this image.", own[name]["kind"]) for name in own}

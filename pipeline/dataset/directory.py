@@ -32,7 +32,7 @@ _DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileE
 
 @dataclass(frozen=True, slots=True)
 class DatasetDir:
-    """A dataset folder, or a shard of one, on disk or in an object store."""
+    """A dataset folder or one of its shards, on disk or in an object store."""
 
     path: Path
     image_folder: Path | None = None  # the folder with the image store, by default `path`
@@ -101,7 +101,7 @@ class DatasetDir:
         return sorted(versions, key=lambda version: version.number)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
-        """Return the version with a name, by default the newest. Raises StoreError if there is none.
+        """Return the version `name`, by default the newest version. Raises StoreError if it does not exist.
 
         Without `previews`, a preview is returned only if all matching versions are previews.
         """

@@ -23,7 +23,7 @@ from pipeline.tables import IMAGE, SAMPLE_IMAGES
 
 FOLDER = "images"
 FILE_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
-FILE_BYTES = 256_000_000  # held in memory until the file is written
+FILE_BYTES = 256_000_000  # bytes per file, held in memory until the file is written
 # With small row groups, reading one split skips most images of other splits.
 GROUP_BYTES, GROUP_ROWS = 4_000_000, 64
 MAX_CACHED_GROUPS, MAX_OPEN_FILES = 4, 16
@@ -186,7 +186,7 @@ def _groups_by_id(path: Path) -> dict[str, _Group]:
 
 
 def _write_file(folder: Path, samples: Iterable[pa.Table]) -> Path:
-    """Write images to a file of the store in `folder`, which is named after their ids. Return its path."""
+    """Write images to a store file in `folder`. Return its path, whose name is a digest of the ids."""
     samples = list(samples)
     ids = [sample_id for table in samples for sample_id in table["sample_id"].to_pylist()]
     name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:32]

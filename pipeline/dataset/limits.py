@@ -1,4 +1,4 @@
-"""Show how many texts a limit keeps, and the share of the reviewed texts among them that are wrong.
+"""Show how many texts a limit keeps, and the share of wrong texts among the kept texts with a review.
 
 The shares are not weighted, so they may differ from those of an audit (audit.py), and have no interval.
 """
@@ -59,7 +59,7 @@ def _curve(
 def describe_changes(before: Version, after: Version, verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Yield lines about the number of texts in two versions, and about the reviewed texts in `before`.
 
-    Nothing is yielded for equal rows: after an audit, the new version states only other error rates.
+    Nothing is yielded for equal rows: after an audit, the new version differs only in its error rates.
     """
     if before.manifest["digest"] == after.manifest["digest"]:
         return

@@ -79,7 +79,7 @@ def describe_provenance(
         "model": model,
         "prompts": prompt_texts(asked, config.prompt_dirs) if asked else {},
         "schemas": {task.name: wire_schema(task) for task in asked},
-        # The digests of caption files are from the read step, since a later run may not have the files.
+        # The digests of caption files are from the read step, since the files may be gone in a later run.
         "config": settings | {"captions": source.get("captions", [])},
         **describe_data(config.license, title, config.filter.language),
     }

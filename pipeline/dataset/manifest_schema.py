@@ -115,7 +115,7 @@ class OwnColumnEntry(BaseModel):
 
 
 class TaskSettings(_Part):
-    """The settings of a custom task that conversations read."""
+    """The settings of a custom task, as far as conversations read them."""
 
     name: Name
     prompt: str

@@ -1,4 +1,4 @@
-"""Compute what the texts of a version cost in tokens and money, per kept text and per right text.
+"""Compute the cost of a version's texts in tokens and money, per kept text and per right text.
 
 Tokens of all attempts count. A reply that several images use counts for each of them. The share of right
 texts comes from an audit, or else from a judge, corrected for the errors of the judge.
@@ -66,7 +66,7 @@ def _kind_of(name: str, tasks: Tasks) -> str:
 def price_in_words(manifest: Mapping[str, Any], asking_s: float = 0.0) -> list[str]:
     """Return a line for each kind of text, and one for all texts with their checks.
 
-    `asking_s` is the time that all requests took. It is not in the manifest, which has no clock.
+    `asking_s` is the time that all requests took. It is not in the manifest, which contains no times.
     """
     entries: list[Entry] = manifest.get("price", [])
     lines = [f"{one['texts']}: {_amounts_in_words([one], manifest)}" for one in entries if one["kept"]]

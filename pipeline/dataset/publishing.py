@@ -75,7 +75,7 @@ class RowWriter:
     def add(self, table: pa.Table) -> None:
         """Write rows of `build_rows` that have a split, and record the ids of the other rows as rejected.
 
-        Raises TableError if they fill an optional column that the first rows left empty.
+        Raises TableError if the rows fill an optional column that the first rows left empty.
         """
         has_split = pc.is_valid(table["split"])
         self.rejected += table.filter(pc.invert(has_split))["sample_id"].to_pylist()
@@ -136,13 +136,13 @@ def publish_version(
     rejections: Iterable[pa.Table],
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Version, bool]:
-    """Publish the rows of all shards as the next version. Return it, and whether it is new.
+    """Publish the rows of all shards as the next version. Return the version, and whether it is new.
 
-    If the newest version has the same rows, audit and errors of checks, it is returned, unless it is a
-    preview and the new one is complete. `draft` is a scratch folder next to the versions. `digests` (DIGESTS)
-    is sorted by id. `provenance` has the manifest fields about the run. `check` raises StoreError if another
-    command has taken over the folder. Raises TableError if no row is left or the shards have different
-    columns, and StoreError if images are missing.
+    If the newest version has the same rows, audit and errors of checks, that version is returned, unless it
+    is a preview and the new version is complete. `draft` is a scratch folder next to the versions. `digests`
+    (DIGESTS) is sorted by id. `provenance` has the manifest fields about the run. `check` raises StoreError
+    if another command has taken over the folder. Raises TableError if no row is left or the shards have
+    different columns, and StoreError if images are missing.
     """
     if not digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
@@ -222,7 +222,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft to its final folder atomically, with Parquet `files` from elsewhere (path, new name).
+    """Move a draft to its final folder atomically, and Parquet `files` too: pairs of path and new name.
 
     In an object store, the manifest is moved last, since a folder without a manifest is not a version. Raises
     StoreError if the version already exists there.

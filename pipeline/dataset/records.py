@@ -100,7 +100,7 @@ def _record_path(shard: DatasetDir, step: str, which: str) -> Path:
 
 @cache
 def code_digest() -> str:
-    """Return a digest of the code and word lists of this package, and of the versions it depends on."""
+    """Return a digest of the code and word lists of this package, and of the versions of its dependencies."""
     files = [
         path for folder in CODE for path in sorted((ROOT / folder).rglob("*")) if path.suffix in CODE[folder]
     ]

@@ -26,7 +26,7 @@ Removed = list[tuple[Path, int]]  # the removed files and folders with their siz
 
 
 def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
-    """Remove images that are neither in a version nor in the last read samples. Return the changed files.
+    """Remove images that neither a version nor the last read step uses. Return the changed files.
 
     The caller holds the lock. Raises StoreError before any removal if a version or sample list is damaged.
     """

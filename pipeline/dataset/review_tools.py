@@ -1,4 +1,4 @@
-"""Audits in Label Studio and Argilla: write texts as their tasks, and read the verdicts that they export.
+"""Audits in Label Studio and Argilla: write texts as tasks for these tools, and read the exported verdicts.
 
 Both tools export each task as it was imported, with the answers of all reviewers. The id of a task is
 SEED-SAMPLE_ID-CONTENT, which identifies the text.

@@ -91,7 +91,7 @@ Line = Review | Verdict
 
 
 def read_stored(path: Path, kind: type[T]) -> list[T]:
-    """Read the reviews, or the verdicts, that are stored in a dataset folder. Returns [] without a file."""
+    """Read the reviews or the verdicts in a dataset folder. Returns [] if there is no file."""
     return [line for line in read_lines(path) if isinstance(line, kind)] if path.exists() else []
 
 

@@ -1,7 +1,7 @@
 """Write the Parquet files of a version in row groups and shards of bounded size.
 
-Pages of texts end by content and pixels are not compressed. So Xet, which deduplicates content-defined
-chunks, sends only the changed parts of a later version.
+Text pages have content-defined boundaries, and pixels are not compressed. So Xet, which deduplicates
+content-defined chunks, sends only the changed parts of a later version.
 """
 
 from bisect import bisect_right
@@ -32,7 +32,7 @@ class SplitWriter:
         self._shards, self._shard_bytes = 0, 0
 
     def add(self, table: pa.Table) -> None:
-        """Add rows, and write each row group that is complete. The last one stays in memory."""
+        """Add rows. Write all row groups except the last, which stays in memory."""
         rows = pa.concat_tables([self._group, table.select(self.schema.names).cast(self.schema)])
         *complete, self._group = [*split_into_groups(rows, self.group_rows, GROUP_BYTES)] or [rows]
         for group in complete:

@@ -10,7 +10,7 @@ from pipeline.dataset.content import Content
 from pipeline.tables import HUMAN, ROW, SCORE_NAMES
 from pipeline.tasks.checks import REPAIR
 
-Z = 1.96  # of 95 % intervals
+Z = 1.96  # for 95 % intervals
 MAX_LABELS, MAX_LABEL_CHARACTERS = 50, 100
 
 
@@ -40,7 +40,7 @@ class DatasetStatistics:
                 self.answers[pair["answer_type"] or "other"][pair["answer"].lower()] += 1
             for annotation in (*row["captions"], *row["qa"]):
                 for name in SCORE_NAMES:
-                    # Captions with refuted claims were rejected, so a mean precision would state nothing.
+                    # Captions with refuted claims were rejected, so their mean precision would be misleading.
                     if annotation.get(name) is not None and name != "precision":
                         self.score_counts[name] += 1
                         self.score_totals[name] += annotation[name]
@@ -92,7 +92,7 @@ def _summarize_answers(counts: Counter[str]) -> dict[str, Any]:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """Return a share in percent, without the sign."""
+    """Return a share in percent, without the percent sign."""
     return f"{100 * float(share):.{digits}f}"
 
 

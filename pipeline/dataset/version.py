@@ -37,8 +37,8 @@ MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 DAMAGE_HINT = "move it away, and run `synth generate` again, which reuses all replies"
 # Values of `pixels` in the manifest of a version whose files hold no images. STORED: the images are in the
-# store of the dataset folder. JOINED: they are in a store that was filled from the user's files, in a folder
-# of that name. LEFT_OUT: they were not published.
+# store of the dataset folder. JOINED: they are in a store that was filled from the user's files, in the
+# folder `joined`. LEFT_OUT: they were not published.
 STORED, JOINED, LEFT_OUT = "stored", "joined", "left out"
 IMAGE_BATCH_ROWS = 64
 DATA = Path("data")
@@ -75,7 +75,7 @@ class Version:
         """The folder for outputs from this version: its dataset folder, or else the parent of its folder."""
         if self.repo:
             return dataset_folder(self.repo)
-        # A link in `versions` belongs to that dataset. Other links belong to the dataset that they lead to.
+        # A link in `versions` belongs to that folder's dataset, any other link to the dataset of its target.
         is_named = is_remote(self.path) or self.path.parent.name == "versions"
         return dataset_dir_of(self.path if is_named else self.path.resolve())
 
@@ -238,7 +238,7 @@ def parse_version(name: str) -> tuple[int, ...]:
 
 
 def read_version(folder: Path) -> Version:
-    """Open a version folder. Raises StoreError if it is not one, or holds pipes or links that lead out."""
+    """Open a version folder. Raises StoreError if it is not a version, or holds pipes or links out of it."""
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["table_version"] != TABLE_VERSION:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class LocalExecutor:
-    """Applies functions in this process (see steps.base.Executor). Exiting it closes the engine.
+    """Applies functions in this process (see steps.base.Executor). Exiting the context closes the engine.
 
     The caller must hold the lock of the dataset folder.
     """

@@ -23,7 +23,7 @@ from pipeline.tasks.conditions import is_no_loss
 from pipeline.text.reasons import in_words
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
-# Smaller versions get no warning about empty splits.
+# Versions with fewer rows get no warning about empty splits.
 MIN_ROWS_FOR_SPLITS = 3
 SEE_REPORT = "`synth report` shows them"
 RETRY = "the same command sends them again"
@@ -70,7 +70,7 @@ def _tasks_of(plan: Plan, name: str) -> str:
 
 
 def describe_requests(plan: Plan) -> str:
-    """Return the number of requests per image, and the maximum number of those that check its texts."""
+    """Return the number of requests per image, and the maximum number of requests that check its texts."""
     requests, verify = plan.requests, plan.config.verify
     if not requests.pairs:
         return ""
@@ -127,8 +127,8 @@ def describe_losses(
             )
         if step and step.is_choice:
             continue
-        # Repeated images are no loss, because another row gets their texts. Nor are texts that the next model
-        # was asked to replace, or rejections that the settings ask for.
+        # These rows are not lost: repeated images (another row gets their texts), texts that the next model
+        # was asked to replace, and rows that the settings leave out.
         wanted = [reason for reason in rejected if reason == REPEATED or is_no_loss(reason)]
         rows, lost = summary.input - sum(map(rejected.pop, wanted)), sum(rejected.values())
         if 2 * lost > rows:
@@ -173,7 +173,7 @@ class NoRowsError(TableError):
 
 
 def require_rows(plan: Plan, steps: Sequence[Step], summaries: list[StepSummary]) -> None:
-    """Raise NoRowsError if no row is left for a version, with a hint about what to change."""
+    """Raise NoRowsError, with a hint to the settings to change, if no row is left for a version."""
     config = plan.config
     validated = next(summary for summary in summaries if summary.step == "validate")
     if not validated.input and config.keeps_human_texts:

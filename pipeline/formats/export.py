@@ -31,8 +31,8 @@ class Exported:
 
     folder: Path
     images: int  # number of exported images
-    without_text: int  # number of images left out
-    phrases: Mapping[str, float]  # that most captions of a LoRA have in common, with their shares
+    without_text: int  # number of images that were left out, since they have no text
+    phrases: Mapping[str, float]  # phrases in most captions for a LoRA, with their shares
     has_opening: bool  # whether a caption had the opening to remove
 
 
@@ -52,7 +52,7 @@ def export_version(
     """Write a version to a new folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
     `source_names` names files as in the source (`read_items`). `absolute` writes absolute paths of images.
-    `trigger` is a word that begins each caption, for a LoRA. `opening` is removed from their beginning.
+    `trigger` begins each caption, for a LoRA. `opening` is removed from the beginning of each caption.
     Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
     report, splits, opening = progress or NullProgress(), tuple(splits), opening.strip()

@@ -132,7 +132,7 @@ def _read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 class Sidecar(Format):
-    """A text file next to each image, with a caption per line. source_rows.csv has the origins."""
+    """A text file next to each image, with a caption per line. source_rows.csv lists the source rows."""
 
     def add(self, item: Item) -> bool:
         if not item.captions:
@@ -231,7 +231,7 @@ class ShareGpt(Format):
 
 
 def _dialog(asked: Iterable[tuple[str, str]], image_token: str) -> list[dict[str, str]]:
-    """Return turns as messages. The first one begins with `image_token`."""
+    """Return turns as messages. The first message begins with `image_token`."""
     dialog: list[dict[str, str]] = []
     for question, answer in asked:
         token = "" if dialog else image_token
@@ -402,7 +402,7 @@ def _cauldron_rows(item: Item) -> list[dict[str, Any]]:
 
 
 def _as_rating(value: float | None) -> float | None:
-    """Return a score as it is, and 1 or 5 for questions that were or were not answered without the image."""
+    """Return a score unchanged. A question gets 1 if it was answered without the image, or else 5."""
     return (1 if value else 5) if isinstance(value, bool) else value
 
 
@@ -444,7 +444,7 @@ def _columns(item: Item) -> dict[str, Any]:
 def _with_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
     """Add WRITTEN_BY and the values of custom tasks to a row. A name that is already used gets an underscore.
 
-    If a value is named like a text column, WRITTEN_BY is BY_MODEL, so that no source reads it as human.
+    If a value is named like a text column, WRITTEN_BY is BY_MODEL, so that no source reads it as human text.
     """
     has_text_name = not {*CAPTIONS, QUESTION, *ANSWERS}.isdisjoint(item.values)
     row = row | {WRITTEN_BY: BY_MODEL if has_text_name else item.writer(row.get("text") or "")}

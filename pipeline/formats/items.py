@@ -110,7 +110,7 @@ def choose_texts(item: Item, *, style: str | None, trigger: str, opening: str, o
 
 
 def remove_opening(text: str, opening: str) -> str:
-    """Return a text without these words at its beginning, in upper or lower case, unless nothing is left."""
+    """Remove `opening` from the beginning of a text, ignoring case, unless nothing would be left."""
     rest = text[len(opening) :]
     if not opening or text[: len(opening)].lower() != opening.lower() or rest[:1].isalnum():
         return text
@@ -122,7 +122,7 @@ def read_items(
 ) -> Iterator[Item]:
     """Yield the images of a version, in order. Raises ConfigError if it holds decks.
 
-    With `source_names`, files have the names of the source where these are safe and unique, without folders.
+    With `source_names`, files have their names in the source, without folders, if these are safe and unique.
     Other files, and all files by default, are named by id.
     """
     columns = version.manifest["columns"]
@@ -132,7 +132,7 @@ def read_items(
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
     prompts = value_prompts(version.manifest)
     names = [name for name in columns if name not in ("pages", "source", "context")]
-    counts = Counter[str]()  # of file names in lower case, since some file systems ignore case
+    counts = Counter[str]()  # images by name in lower case, since some file systems ignore case
     for _, batch in version.batches(["source_row"]) if source_names else ():
         counts.update(file_name_of(row).casefold() for row in batch["source_row"].to_pylist())
     for split, batch in version.batches(names, ITEM_BATCH, splits):

@@ -41,7 +41,7 @@ class Package:
     title: str  # the commit message
     manifest: dict[str, Any]  # with the digests and sizes of the files
     files: dict[str, Path | bytes]  # local files or content, by path in the repository
-    has_unknown_license: bool  # of the images
+    has_unknown_license: bool  # whether an image license is unknown
 
     def file_sizes(self) -> dict[str, int]:
         """Return the size of each file in bytes."""
@@ -58,11 +58,11 @@ def build_package(
     acknowledged: Sequence[str] = (),
     stated: dict[str, Any] | None = None,
 ) -> Iterator[Package]:
-    """Yield the package to push to `repo`. Its files may exist only within the context.
+    """Yield the package to push to `repo`. Some of its files exist only within the context.
 
-    `images` states whether to include the images. None includes them if their licenses allow it. The user has
-    the right to publish under the restrictive licenses in `acknowledged`. `stated` overrides manifest keys.
-    Raises PushError if the images may not be published, and StoreError if a file is damaged.
+    `images` states whether to include the images. None includes them if their licenses allow it.
+    `acknowledged` lists restrictive licenses under which the user is allowed to publish. `stated` overrides
+    manifest keys. Raises PushError if the images must not be published, and StoreError if a file is damaged.
     """
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licenses"])
@@ -179,6 +179,6 @@ def build_checkpoint_package(
 
 
 def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[str]:
-    """Return the Hub ids of a captioner's encoder and decoder. A model from a local folder has none."""
+    """Return the Hub ids of a captioner's encoder and decoder. A model from a local folder has no id."""
     names = (str(train[part]) for part in ("encoder", "decoder"))
     return [*filter(HUB_NAME.fullmatch, (hub_ids.get(name) or public_name(name) for name in names))]

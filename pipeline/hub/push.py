@@ -61,7 +61,7 @@ def check_repo_name(repo: str) -> None:
 def push_package(
     package: Package, repo: str, *, private: bool = False, progress: Progress | None = None
 ) -> PushResult:
-    """Push a package and tag its commit. Raises PushError if the Hub refuses or has other content."""
+    """Push a package and tag its commit. Raises PushError if the Hub refuses or the tag has other content."""
     check_repo_name(repo)
     # Limit the memory that an upload needs: Xet uploads one block of 64 MB while it fills the next.
     os.environ.setdefault("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1")
@@ -111,7 +111,7 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
 
 
 def _changed_statements(package: Package, remote: dict[str, Any]) -> list[str]:
-    """Return which of STATED_KEYS the package states differently from a manifest on the Hub."""
+    """Return the STATED_KEYS whose values in the package differ from those in a manifest on the Hub."""
     return [key for key in STATED_KEYS if package.manifest.get(key, remote.get(key)) != remote.get(key)]
 
 
@@ -178,7 +178,7 @@ def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> 
 
 
 def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, Any]:
-    """Return the manifest on the Hub. Raises PushError if files there differ from it."""
+    """Return the manifest on the Hub. Raises PushError if a file there does not match the manifest."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
     rejections = {REJECTIONS_FILE: manifest["rejections"]} if "rejections" in manifest else {}

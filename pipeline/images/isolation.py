@@ -93,7 +93,7 @@ def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]]) -> Iterator[tuple[T, Re
 class Worker:
     """A process that decodes untrusted files, without credentials in its environment.
 
-    `code` is the program to run. Its stdin is `file` or, without one, the connection to this process. It
+    `code` is the program to run. Its stdin is `file`, or else the connection to this process. It
     answers with bytes that are parsed, never unpickled. Raises SourceError if the process cannot be started.
     """
 
@@ -239,7 +239,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def end_workers() -> None:
-    """Kill all workers when a command ends. Otherwise, Python would wait for busy ones."""
+    """Kill all workers when a command ends. Otherwise, Python would wait for busy workers."""
     if _pool.cache_info().currsize:
         _pool().close()
         _pool.cache_clear()
@@ -280,7 +280,7 @@ def allow_cpu() -> None:
 
 
 def _check(images: list[bytes]) -> list[bytes]:
-    """Return the answer to a request: a JSON header and each image, or UNCHANGED."""
+    """Return the answer to a request: a JSON header, then each image without metadata or UNCHANGED."""
     try:
         stripped, infos = [], []
         for image in images:

@@ -32,7 +32,7 @@ _PNG_COMPRESS_LEVEL = 4
 def strip_metadata(data: bytes) -> bytes:
     """Return an image file without metadata, or the same object if it has none.
 
-    Raises ImageError if the file must be decoded but cannot be, or if it has too many scans.
+    Raises ImageError if a file must be encoded again but is damaged, or if it has too many scans.
     """
     if not data.startswith((_JPEG_SIGNATURE, _PNG_SIGNATURE)):
         return _encode(data)
@@ -143,7 +143,7 @@ def _encode(data: bytes) -> bytes:
             upright, profile = upright.convert("RGB"), None  # the profile may be for CMYK
         transparency = {name: upright.info[name] for name in upright.info.keys() & {"transparency"}}
         upright.info = transparency  # encoders would write comments from this dict
-        # A lossless WebP has a chunk of this name.
+        # A lossless WebP has a chunk named VP8L.
         is_lossy = image.format in _LOSSY_FORMATS and b"VP8L" not in data
         if is_lossy and not transparency and upright.mode in ("L", "RGB"):
             upright.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0, icc_profile=profile)

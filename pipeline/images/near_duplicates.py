@@ -1,9 +1,9 @@
 """Near-duplicate images: choose which to keep, and group images that must be in the same split.
 
 Images are compared by their 256-bit PDQ hashes (images/decode.py). Photos at most 24 bits apart are copies of
-one photo. Up to 70 bits, one may be a crop of the other. Distinct photos are rarely less than 88 bits apart
-(docs/measurements.md). The same limits hold for mirrored photos. Slides and charts are never rejected as
-copies, because two charts that differ in one number look the same.
+one photo. If photos are up to 70 bits apart, one may be a crop of the other. Distinct photos are rarely less
+than 88 bits apart (docs/measurements.md). The same limits hold for mirrored photos. Slides and charts are
+never rejected as copies, because two charts that differ in one number look the same.
 """
 
 import os
@@ -33,7 +33,7 @@ BIT_ORDER = [*range(1, HASH_BITS, 2), *range(0, HASH_BITS, 2)]
 
 MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
 BLOCK_HASHES, TILE_HASHES = 256, 512  # each hash of a block is compared with each of a tile at once
-MAX_NEIGHBORS = 128  # better images that each image is paired with
+MAX_NEIGHBORS = 128  # maximum number of better images that an image is paired with
 
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row per page
 Bits = npt.NDArray[np.uint16]
@@ -78,9 +78,9 @@ def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
 
 
 def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_]) -> NearPairs:
-    """Return the near pairs of hashes, which are sorted best first.
+    """Return the near pairs of `hashes`. Its rows must be sorted from the best image to the worst.
 
-    Each hash is paired with at most MAX_NEIGHBORS better ones, so that many similar images fit in memory.
+    Each hash is paired with at most MAX_NEIGHBORS better hashes, so that many similar images fit in memory.
     Pairs with a page of a deck (`is_page`) are all returned, since decks are near if they share enough pages.
     """
 
@@ -110,9 +110,9 @@ def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_])
 def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     """Return each sample's group, and the reason if it is rejected (tables.IMAGE_GROUPS, sorted by id).
 
-    Of copies of a photo, the one in the most held-out split is kept, then the largest, then the first by id.
-    Photos and graphics are also rejected if they are near a sample in a more held-out split. `samples` has
-    the columns COMPARED_COLUMNS.
+    Among copies of a photo, the sample in the most held-out split is kept. Ties go to the largest sample,
+    then to the first id. Photos and graphics are also rejected if they are near a sample in a more held-out
+    split. `samples` has the columns COMPARED_COLUMNS.
     """
     samples = samples.sort_by("sample_id")
     ids = samples["sample_id"].combine_chunks()

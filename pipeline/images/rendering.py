@@ -32,8 +32,8 @@ PAGE_SIDE_PX = 1536  # longer side of a page
 MAX_FRAME_SIDE_PX = 2048  # larger frames are scaled down
 JPEG_QUALITY = 92
 MAX_PNG_BYTES = 1_000_000  # larger pages, such as scans, become JPEGs
-# Demuxers by suffix. Without one, FFmpeg may guess that a file is a playlist, which names other files and
-# addresses.
+# Demuxers by suffix. Without a demuxer, FFmpeg may guess that a file is a playlist, which names other files
+# and addresses.
 DEMUXERS = {
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".3gp"), "mp4"),
     **dict.fromkeys((".mkv", ".webm"), "matroska"),

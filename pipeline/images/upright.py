@@ -1,4 +1,4 @@
-"""Convert an image to upright RGB over white, which is what every model sees.
+"""Convert an image to upright RGB over white, the form in which every model sees it.
 
 Published captioners contain this code (trainer/model/transformers_files.py), so it needs only Pillow.
 """

@@ -47,7 +47,7 @@ def open_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # By default, a local cluster retries work that runs out of memory forever.
+    # By default, a local cluster retries forever if work runs out of memory.
     os.environ.setdefault("RAY_task_oom_retries", str(MAX_DEATHS))
     import ray
 
@@ -104,10 +104,10 @@ def map_on_workers(
 ) -> list[T]:
     """Apply a function to every index below `count` on workers, and return the results in order.
 
-    `work` is pickled. Each worker keeps a copy for all its indices, and exits it at the end if it is a
-    context manager. An index is started again if its worker dies. After an error, no further index is
-    started, but all workers finish theirs. `report` gets the number of finished indices. Raises the first
-    SynthError of a worker, or ClusterError if workers die repeatedly.
+    `work` is pickled. Each worker uses one copy for all its indices, and exits the copy at the end if it
+    is a context manager. An index is started again if its worker dies. After an error, no further index is
+    started, but each worker finishes its current index. `report` gets the number of finished indices. Raises
+    the first SynthError of a worker, or ClusterError if workers die repeatedly.
     """
     import ray
     import ray.exceptions as lost

@@ -89,7 +89,7 @@ class RayExecutor:
             self.run, self.is_filled = replace(self.run, key=key), False
 
     def each(self, work: ShardWork) -> None:
-        """See Executor. No work may call a model after the first step that compares rows."""
+        """See Executor. Functions after the first step that compares rows must not call a model."""
         self._pending.append(work)
 
     def wait(self) -> None:
@@ -207,7 +207,7 @@ def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: 
 
 
 def _forget_local_run(dataset: DatasetDir) -> None:
-    """Remove the step files of an earlier run in one process, except of the read step. Keep its journal."""
+    """Remove the step files of an earlier local run, except those of the read step. Keep its journal."""
     for name in OUTPUTS:
         for path in dataset.path.glob(f"steps/*/{name}.parquet"):
             if path.parent.name != "read" and not path.parent.is_symlink():

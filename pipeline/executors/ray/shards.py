@@ -38,8 +38,8 @@ class ShardedRun:
     settings are relative to `working_dir`.
 
     `engines` has the kind of engine of each model. `files` is a digest of the files that workers read. `key`
-    is a digest of everything that the content of filled shards depends on. In an object store, `filled` are
-    their folders.
+    is a digest of everything that the content of filled shards depends on. In an object store, `filled` has
+    the folders of filled shards.
     """
 
     plan: Plan
@@ -56,7 +56,7 @@ class ShardedRun:
         return self.plan.dataset.path
 
     def enter(self) -> None:
-        """Change to the command's working directory. Raises ClusterError if a worker sees other files."""
+        """Change to the command's working directory. Raises ClusterError if this node has other files."""
         try:
             os.chdir(self.working_dir)
         except OSError as error:
@@ -136,7 +136,7 @@ def named_files(plan: Plan) -> dict[str, Any]:
 
 
 def scratch_root(root: Path) -> Path:
-    """Return a folder for files of the run: the dataset folder, or a local one if that is in an object store.
+    """Return the dataset folder, or a folder on this node if the dataset folder is in an object store.
 
     Raises ClusterError if another user owns the parent of the local folder.
     """

@@ -36,7 +36,7 @@ from pipeline.tables import LISTED_SAMPLE, SOURCE_REJECTED
 from pipeline.types import Engine
 
 FILLED = "filled.json"
-# Interval for saving the journal to an object store. If a node is lost, later replies are lost too.
+# Interval of journal uploads to an object store. A lost node loses the replies since the last upload.
 SAVE_INTERVAL_S = 30.0
 ADDED_STATS = (
     "asked", "attempts", "flaws", "prompt_tokens_by_model", "reply_tokens_by_model", "uncounted",
@@ -192,7 +192,7 @@ def forget_scratch(shard: DatasetDir) -> None:
 
 
 def save_journal(shard: DatasetDir, path: Path) -> None:
-    """Upload a snapshot of the journal of a shard, which may be in use."""
+    """Upload a snapshot of a shard's journal, even while the journal is in use."""
     with TemporaryDirectory() as temporary:
         copy = Path(temporary) / path.name
         source, target = sqlite3.connect(shard.journal.absolute()), sqlite3.connect(copy.absolute())
