@@ -58,7 +58,7 @@ DECODERS: dict[str, list[dict[str, Any]]] = {
 
 
 def caption_as_teacher(scene: Scene, draw: random.Random) -> str:
-    """Return a caption in which FALSE of the phrases are false on average."""
+    """Return a caption with the errors of the teacher. The expected share of false phrases is FALSE."""
     things = []
     for thing in scene.objects:
         color, shape = "blue" if thing.color == "purple" else thing.color, thing.shape

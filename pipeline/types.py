@@ -106,7 +106,7 @@ class SampleInfo(NamedTuple):
 
 
 class SourceTexts(NamedTuple):
-    """The context of a sample, which human texts it has, and the size of its first page.
+    """A sample's context, whether it has human captions and questions, and the size of its first page.
 
     Requests about the sample depend on them. `escalated` has the pairs of task and style that are also
     requested from the next model of the ladder.

@@ -190,7 +190,7 @@ def sigterm_as_ctrl_c() -> Iterator[list[int]]:
 
     def interrupt(number: int, _: FrameType | None) -> None:
         arrived.append(number)
-        # A shell ignores SIGINT in background jobs.
+        # Scripts start background jobs with SIGINT ignored.
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)  # calls asyncio's handler, if there is one

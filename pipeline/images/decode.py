@@ -177,7 +177,7 @@ def upright_size(data: bytes | memoryview) -> tuple[int, int]:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    # Pillow rotates the size of a TIFF when it opens the file.
+    # Pillow has already swapped width and height of a rotated TIFF.
     is_rotated = image.format != "TIFF" and image.getexif().get(ORIENTATION) in ROTATED_90
     return image.size[::-1] if is_rotated else image.size
 

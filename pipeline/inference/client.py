@@ -36,8 +36,8 @@ RESERVED_FILES = 128  # file descriptors that are not used for connections
 GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
 SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
 FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
-MIN_PROMPT_TOKENS = 640  # counted for any shorter prompt, so that all built-in tasks send the same image
-BYTES_PER_TOKEN = 2  # words have more in any script, but numbers may have 1
+MIN_PROMPT_TOKENS = 640  # shorter prompts count as this, so that all built-in tasks send the same image size
+BYTES_PER_TOKEN = 2  # words take more bytes per token in any script, but digits may take only 1
 FINISH_SECONDS = 60.0  # after a fatal error, wait this long for replies in flight, which are already paid for
 log = logging.getLogger(__name__)
 

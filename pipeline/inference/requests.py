@@ -130,7 +130,7 @@ class RequestPlan:
 
     @cached_property
     def conditions(self) -> dict[Pair, tuple[Condition, ...]]:
-        """The conditions under which each task is asked for a style. All must be true."""
+        """The conditions of each task and style. The task is asked about an image only if all are true."""
         conditions = {}
         for name, style in self.pairs:
             task = self.tasks[name]

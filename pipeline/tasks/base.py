@@ -20,7 +20,7 @@ from pipeline.text.normalize import tidy
 
 # One line of text without control characters that has at least one non-space character.
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
-MAX_LINE_CHARACTERS = 100_000  # protects later steps, although a token limit ends replies far earlier
+MAX_LINE_CHARACTERS = 100_000  # protects later steps; normally, token limits end replies far earlier
 Line = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LINE_CHARACTERS, pattern=_LINE)]
 MAX_QA_PAIRS = 8
 QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # ASCII, Chinese or Japanese, and Arabic

@@ -56,7 +56,7 @@ bodies = st.one_of(texts, st.binary(max_size=200))
     database=None,
 )
 @given(body=bodies)
-def test_any_response_body_is_stored_with_its_flaw_and_parsed_to_rows(body: bytes, tmp_path: Path) -> None:
+def test_any_response_body_is_stored_with_its_flaw_and_parsed_into_rows(body: bytes, tmp_path: Path) -> None:
     message = error_message(body)
     assert 0 < len(message) <= 500
     assert "\n" not in message

@@ -83,7 +83,7 @@ def test_claims_of_one_image_count_less_if_they_are_wrong_together() -> None:
     assert together.trials == pytest.approx(100) and apart.trials == 1000
 
 
-def test_findings_state_shares_of_passed_texts_and_of_false_alarms_and_of_each_kind() -> None:
+def test_findings_state_shares_of_passed_claims_false_alarms_and_missed_errors_by_kind() -> None:
     found = findings(
         row("a", -2, -2, 4, reference=-2, color=4),
         row("a", -2, human=True),  # a known truth, which does not count for the model's texts

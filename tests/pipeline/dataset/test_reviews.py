@@ -112,7 +112,7 @@ def test_edit_that_breaks_a_rule_of_its_task_is_invalid(words: dict[str, str], w
     assert problem is None if wrong is None else wrong in (problem or "")
 
 
-def test_edited_answer_must_match_its_expression_and_its_pages_must_be_in_the_deck() -> None:
+def test_edited_answer_must_equal_its_expression_and_evidence_pages_must_be_in_the_deck() -> None:
     pair = {"question": "How many?", "answer": "5", "answer_type": "arithmetic", "evidence_pages": [1, 2]}
     row = {"sample_id": SAMPLE, "task": "deck_qa", "text": None, "expression": "2 + 3", "pages": 4, **pair}
     fields = {"sample_id": SAMPLE, "content": text_name(row)[1], "verdict": "edited", "question": "How many?"}

@@ -159,7 +159,9 @@ def test_copy_of_a_deck_with_similar_pages_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_tiled_near_pairs_equal_plain_comparison(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiled_search_finds_the_same_near_pairs_as_plain_comparison(
+    kind: ImageKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(near_duplicates, "BLOCK_HASHES", 100)
     monkeypatch.setattr(near_duplicates, "TILE_HASHES", 300)
     rng = np.random.default_rng(0)
