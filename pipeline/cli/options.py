@@ -39,7 +39,7 @@ def dataset_argument(text: str = "DIR, DIR@VERSION", default: str = LAST_MADE) -
 
 Dataset = Annotated[str | None, dataset_argument()]
 AnyDataset = Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub)")]
-Images = Annotated[str | None, option("Folder or source with the images, if the version has none.")]
+Images = Annotated[str | None, option("Folder or source with the images, if the version has no images.")]
 CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
 NumBeams = Annotated[
     int | None,

@@ -135,7 +135,7 @@ def _require_drawn_images(config: Config) -> None:
     from pipeline.scenes.text import STYLES
 
     if "covers" in config.verify.checks or config.verify.repair:
-        hint = "leave out covers and --repair, or pass a larger model: --model, --base-url"
+        hint = "leave out the check `covers` and --repair, or pass a larger model: --model, --base-url"
         raise ConfigError("the tiny teacher can neither read nor repair captions", hint=hint)
     unknown = [style for style in config.generate.caption_styles if style not in STYLES]
     if unknown:

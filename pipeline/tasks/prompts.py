@@ -118,7 +118,7 @@ def render(
             raise ConfigError(problem, hint="fix the template") from None
         if f"no attribute {style!r}" in str(error):  # the template maps styles to texts
             problem = f"no caption style {style} in the prompt {name}"
-        others = "for your own, write a task of the kind caption, or a template (generate.prompt_dir)"
+        others = "for your own style, write a task of the kind `caption`, or a template (generate.prompt_dir)"
         hint = f"built-in styles: {', '.join(STYLES)}; {others}"
         raise ConfigError(problem, unknown=style, known=STYLES, hint=hint) from None
     system = template(_system_of(task), folders).strip()

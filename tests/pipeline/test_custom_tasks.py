@@ -133,7 +133,7 @@ def text_task(prompt: str, **keys: Any) -> str:
         (text_task("a", when="results.t == 'x'"), "circular dependency between tasks: t"),
         (text_task("a", keep_if="results.plain == 'x'"), "`keep_if` of the task t, character 1: unknown"),
         (text_task("a", keep_if="results.t == 'x'", when="results.plain == 'x'"), "`when` of the task t, "),
-        (text_task("a", keep_if="true", needs=["t"]), "it is asked before all others"),
+        (text_task("a", keep_if="true", needs=["t"]), "tasks with `keep_if` are asked first"),
         (text_task("{{ row }}"), "cannot be rendered: `row` and `results` are not texts"),
         (text_task("{{ [1, 2] | random }}"), "the prompt t cannot be rendered: No filter named 'random'"),
         (text_task("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), "maximum recursion depth"),

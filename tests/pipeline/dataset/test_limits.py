@@ -38,7 +38,7 @@ def test_changes_state_wrong_share_of_reviewed_texts_that_are_kept_or_left_out(t
     names = [text_name(row) for row in captions.to_pylist()]
     verdicts = [judge(name, "wrong" if n < 3 else "right") for n, name in enumerate(names[:8])]
     assert list(describe_changes(before, after, verdicts)) == [
-        "v1.0.1 has 8 captions and questions, v1.0.0 12",
+        "v1.0.1 has 8 captions and questions, v1.0.0 has 12",
         "  texts of v1.0.0 that are kept: 0.0 % wrong, 4 reviewed",
         "  texts of v1.0.0 that are left out: 75.0 % wrong, 4 reviewed",
     ]

@@ -155,7 +155,7 @@ def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, t
     assert {*splits} == {"train", "validation"} and splits["train"][0]["image"].size == (width, width)
     export_version(version, "parquet", tmp_path / "again", splits=("train", "validation"))
     assert (tmp_path / "out" / CHECKSUMS).read_text() == (tmp_path / "again" / CHECKSUMS).read_text()
-    with pytest.raises(ConfigError, match="always has all captions"):
+    with pytest.raises(ConfigError, match="always contains all captions"):
         export_version(version, "parquet", tmp_path / "brief", opening="a photo of")
 
 
