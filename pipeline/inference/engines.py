@@ -226,7 +226,7 @@ def plan_server(model: str, server: ServerConfig, progress: Progress) -> VllmCom
     )
     if others:
         used = command.environment["CUDA_VISIBLE_DEVICES"]
-        progress.warn(f"uses GPU {used} only: start further servers with CUDA_VISIBLE_DEVICES and --port")
+        progress.warn(f"this server uses only GPU {used}: start others with CUDA_VISIBLE_DEVICES and --port")
     return command
 
 

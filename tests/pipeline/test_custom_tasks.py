@@ -125,7 +125,7 @@ def text_task(prompt: str, **keys: Any) -> str:
         ("[1]", "must contain keys and values"),
         (text_task("lost.j2"), "lost.j2"),
         (text_task("{{ row.title }}"), "uses row.title, which is not a context column"),
-        (text_task("{{ results.ocr }}"), "uses results.ocr, which is not in the needs of its task"),
+        (text_task("{{ results.ocr }}"), "uses results.ocr, which is not in `needs` of its task"),
         ("{name: t, kind: text, prompt: a, needs: [ocr]}", "t needs ocr, which this run does not have"),
         ("{name: t, kind: text, prompt: a, needs: [t]}", "circular dependency between tasks: t"),
         (text_task("a", when="results.u == 'x'"), "of the task t, character 1: unknown name results.u"),
