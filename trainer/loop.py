@@ -117,7 +117,7 @@ class Validation:
         cider_d, shuffled_cider_d = result["scores"]["cider_d"], result["shuffled_scores"]["cider_d"]
         loss = self.loss()
         if loss is not None and not math.isfinite(loss):
-            hint = "use lower learning rates (--lr) or precision: fp32 in a settings file"
+            hint = "use lower learning rates (--lr) or `precision: fp32` in a settings file"
             raise TrainError(f"the validation loss is {loss} at step {done}", hint=hint)
         self.shown = {} if loss is None else {"validation loss": f"{loss:.3f}"}
         self.shown["CIDEr-D"] = f"{cider_d:.3f}, with shuffled images {shuffled_cider_d:.3f}"

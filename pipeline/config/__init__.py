@@ -152,7 +152,7 @@ class Config(Section):
 
     def _contradictions(self) -> Iterator[str]:
         if HUMAN_STYLE in (*self.generate.caption_styles, *(task.name for task in self.custom_tasks)):
-            yield f"{HUMAN_STYLE} is the style of human captions: choose another name"
+            yield f"`{HUMAN_STYLE}` is the style of human captions: choose another name"
         if NO_TASKS in self.tasks:
             yield f"`tasks: {NO_TASKS}` excludes other tasks"
         if not self.tasks and self.human_texts == "fill":

@@ -29,7 +29,7 @@ def check_needs(plan: RequestPlan) -> None:
     available = {result_name(*pair) for pair in plan.pairs}
     for task in plan.tasks.custom:
         if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*plan.generate.caption_styles}:
-            problem = f"{task.name} is the name of a built-in task or of a caption style"
+            problem = f"`{task.name}` is the name of a built-in task or of a caption style"
             raise ConfigError(problem, hint="rename your task")
         if not task.shows_image and not task.needs and not plan.context:
             problem = f"the task {task.name} has no input: it uses no image, no result and no column"

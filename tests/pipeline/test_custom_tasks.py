@@ -140,7 +140,7 @@ def text_task(prompt: str, **keys: Any) -> str:
         ("{name: alt_x, kind: caption, prompt: a}", "is the name of a built-in task or of a caption style"),
         (text_task("{{ nothing }}"), "cannot be rendered: 'nothing' is undefined"),
         (text_task("{% if %}"), "the prompt t is not a valid template"),
-        ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
+        ("{name: qa, kind: question, prompt: a}", "`qa` is the name of a built-in task"),
         ("{name: t, kind: text, prompt: a, show_image: false}", "the task t has no input"),
         ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "neither a JSON schema nor"),
     ],

@@ -71,7 +71,7 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: s
         ({"base_url": ["http://h:1/v1", "http://H:1/v1/"]}, "twice, in two spellings"),
         ({"tasks": "none", "human_texts": "fill"}, "`human_texts: fill` needs a model for"),
         ({"tasks": ["none", "caption"]}, "`tasks: none` excludes other tasks"),
-        ({"generate": {"caption_styles": ["human"]}}, "human is the style of human captions"),
+        ({"generate": {"caption_styles": ["human"]}}, "`human` is the style of human captions"),
     ],
 )
 def test_contradicting_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
