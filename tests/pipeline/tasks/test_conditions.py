@@ -99,7 +99,7 @@ def test_value_of_a_task_without_a_result_is_missing() -> None:
         ("'a' in row.width_px", 8, "`in` needs a list or a text, not a number", ""),
         ("row.title", 1, "row.title is neither true nor false", "compare it, as in `row.title is not null`"),
         ("row.title == null", 14, "`null` needs `is` or `is not`", "`NAME is null`"),
-        ("row.title is 'a'", 14, "compare a name with null", "use == and !="),
+        ("row.title is 'a'", 14, "compare a name with `null`", "use == and !="),
         ("row.width_px in [1, 'a']", 17, "a list needs constants of one type", ""),
         ("row.width_px + 1 > 5", 1, "row.width_px + 1 is not supported", "compare `row`, `results` and"),
         ("'é' == 'é' and row.x == 1", 16, "unknown name row.x", ""),
