@@ -89,9 +89,9 @@ def _gpu() -> Finding:
         return Finding("gpu", False, "none", "the default model needs a GPU, or a server: --base-url")
     sizes = [size for gpu in gpus if (size := gpu_memory_gib((gpu,)))]
     if not sizes:
-        return Finding("gpu", False, "nvidia-smi states no memory", "check the NVIDIA driver")
+        return Finding("gpu", False, "nvidia-smi reports no GPU memory", "check the NVIDIA driver")
     total_gib, free_gib = max(sizes, key=itemgetter(1))
-    summary = f"{len(gpus)} visible, at best {free_gib:.0f} of {total_gib:.0f} GiB free"
+    summary = f"{len(gpus)} visible; the best has {free_gib:.0f} of {total_gib:.0f} GiB free"
     is_enough = free_gib >= LARGE_GIB
     hint = f"{LARGE} needs {LARGE_GIB:g} GiB of free GPU memory: end other programs that use the GPU"
     return Finding("gpu", is_enough, summary, "" if is_enough else hint)

@@ -58,7 +58,7 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
             ladder = trial.version.manifest.get("ladder", []) if trial.version else []
     total = source.count()
     if total is None and not config.limit and sample.new == size:
-        progress.warn("the number of images is unknown: this estimates the sample only; pass --limit N")
+        progress.warn("the number of images is unknown: the estimate covers only the sample; pass --limit N")
     choices = {step.name for step in steps_of(plan) if step.is_choice}
     estimate = _scale_counts(sample, funnel, total, config, stats, choices)
     scale = estimate["images"] / max(1, estimate["sampled_images"])

@@ -166,7 +166,7 @@ class Plan:
             names = self.requests.models_of(task.name)
             if len({self.models[name].revision for name in names}) < len(names):
                 problem = f"the models of the task {task.name} ({', '.join(names)}) are not all different"
-                raise ConfigError(problem, hint="leave out all but one of the equal models in task_models")
+                raise ConfigError(problem, hint="leave out all but one of the equal models in `task_models`")
         if self.config.judge_model is None:
             return
         judge = self.models[self.config.judge_model]
@@ -217,7 +217,7 @@ def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
     def fail() -> Engine:
         raise problem
 
-    progress.warn(f"{problem}: continuing with the stored replies; stops at the first new request")
+    progress.warn(f"{problem}: the run uses the stored replies, and stops at the first new request")
     return EngineChoice("vllm", model["name"], model["revision"], fail, of_model.base_url)
 
 

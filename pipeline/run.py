@@ -79,7 +79,7 @@ def run(
     work.summaries = [step.summarize(work) for step in steps[:-1]]
     for previous, summary in pairwise(work.summaries[2:]):
         if summary.input != previous.kept:
-            problem = f"step {summary.step} received {summary.input} of {previous.kept} rows"
+            problem = f"the step `{summary.step}` received {summary.input} of {previous.kept} rows"
             raise TableError(problem, hint=BUG_HINT)
     require_rows(plan, steps, work.summaries)
     steps[-1].run(work, names[-2])

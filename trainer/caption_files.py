@@ -81,7 +81,7 @@ def open_captions(
             # A run that is killed in its last moment leaves the finished file and its draft.
             if draft.exists() and _read(draft).partition(b"\n")[2] == _read(path):
                 draft.unlink()
-            hint = "remove it, or choose another --out; for more images, pass only the new ones"
+            hint = "remove it, or choose another --out; for more images, pass only the new images"
             raise ConfigError(f"{path} already exists", hint=hint)
         rows = _read_draft(draft, path, settings) if draft.exists() else []
         write_text(draft, _lines([{"settings": settings}, *rows]))

@@ -200,7 +200,7 @@ class _Store:
         num_bytes, free_bytes = count * self.record_bytes, shutil.disk_usage(self.path).free
         if count and num_bytes > free_bytes - MIN_FREE_BYTES:
             need = f"the hidden states of {count:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
-            hint = "use --encoder-states 2x2 for a quarter of it, or feature_storage: none to store nothing"
+            hint = "use --encoder-states 2x2 to store a quarter, or feature_storage: none to store nothing"
             raise TrainError(f"{need}, but {free_bytes / 1e9:.1f} GB are free", hint=hint)
 
     def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:

@@ -185,7 +185,7 @@ def require_models(config: TrainConfig) -> None:
         if "/" not in model_id or Path(model_id).exists():
             continue
         if HUB_NAME.fullmatch(model_id) and not model_id.startswith((".", "~")):
-            hint = f"check the name and the network; without a network pass a folder or --{kind} {default}"
+            hint = f"check the name and the network; without a network, pass a folder or --{kind} {default}"
             with translate_hub_errors(model_id, "model", TrainError, hint):
                 snapshot_download(model_id, allow_patterns=["config.json"], etag_timeout=3)
         else:

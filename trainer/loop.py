@@ -117,7 +117,7 @@ class Validation:
         cider_d, shuffled_cider_d = result["scores"]["cider_d"], result["shuffled_scores"]["cider_d"]
         loss = self.loss()
         if loss is not None and not math.isfinite(loss):
-            hint = "use lower learning rates (--lr) or precision: fp32 in a settings file"
+            hint = "use lower learning rates (--lr) or `precision: fp32` in a settings file"
             raise TrainError(f"the validation loss is {loss} at step {done}", hint=hint)
         self.shown = {} if loss is None else {"validation loss": f"{loss:.3f}"}
         self.shown["CIDEr-D"] = f"{cider_d:.3f}, with shuffled images {shuffled_cider_d:.3f}"
@@ -211,7 +211,7 @@ class Trainer:
             decoder = captioner.decoder
             if rewarded or not (isinstance(decoder, PretrainedDecoder) and decoder.recompute_blocks()):
                 hint = (
-                    "set more gradient_accumulation_steps (with --resume in train.json) or a smaller decoder"
+                    "raise gradient_accumulation_steps (for --resume, in train.json) or use a smaller decoder"
                 )
                 raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
         if loss is None:  # the memory of the failed step is free after the `except` block
@@ -287,8 +287,8 @@ class Trainer:
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> int:
         """Restore a saved state. Returns its step. Raises TrainError if it does not fit this run."""
         if state.get("frozen") != self.frozen_key:
-            hint = "use the encoder and decoder it started with, or remove resume.pt and start again"
-            raise TrainError(f"{path.parent} started with different pretrained weights", hint=hint)
+            hint = "use the encoder and decoder of that run, or remove resume.pt and start again"
+            raise TrainError(f"the run in {path.parent} started with different pretrained weights", hint=hint)
         try:
             missing, unexpected = self.checkpoint.captioner.load_state_dict(state["captioner"], strict=False)
             if wrong := [*unexpected, *sorted(set(missing) - self.frozen_names())]:

@@ -16,7 +16,7 @@ from pipeline.progress import WARNING, show_progress
 def caption(
     captioner: CaptionerName,
     images: Annotated[list[str], Argument(help="Images, folders or quoted patterns.")],
-    style: Annotated[str | None, option("Caption style, or all of them.", BY_STYLE)] = None,
+    style: Annotated[str | None, option("Caption style, or all (one caption per style).", BY_STYLE)] = None,
     question: Annotated[
         str | None, option("Question to answer about each image, instead of captioning it.")
     ] = None,
@@ -68,7 +68,7 @@ def caption(
         say(f"cannot read {path}: {error}", WARNING)
     if out is not None:
         if result.num_written and out != SIDECARS:
-            say(f"wrote {out} ({result.num_written:,} new)")
+            say(f"wrote {out} ({result.num_written:,} new texts)")
         if as_json:
             unread = [str(path) for path, _ in result.unread]
             echo(json.dumps({"path": str(out), "written": result.num_written, "unread": unread}))
@@ -99,7 +99,7 @@ def serve_captioner(
         listener = listen(host, port)
     except (OSError, UnicodeError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
-        hint = "name an address of this machine (--host 127.0.0.1) or another port (--port 0: any free one)"
+        hint = "pass an address of this machine (--host 127.0.0.1) or another port (--port 0: any free one)"
         raise TrainError(f"cannot listen on {host}:{port}: {reason}", hint=hint) from None
     if not is_loopback(host) and not key:
         say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)

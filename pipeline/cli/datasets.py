@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 REVIEWS = Argument(
     metavar="[DATASET] FILE...",
-    help=f"Review files that a report of the dataset ({LAST_MADE}) exported. Later ones win.",
+    help=f"Review files exported from a report of the dataset ({LAST_MADE}). Later files take precedence.",
 )
 FORMAT = Option(
     "--format",
@@ -88,7 +88,7 @@ def export(
     kind: Annotated[str | None, FORMAT] = None,
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     style: Annotated[
-        str | None, option("Caption style, or all: a line each.", "all, or the first of plain, brief, ...")
+        str | None, option("Caption style, or all (one line each).", "all, or the first of plain, brief, ...")
     ] = None,
     trigger: Annotated[str, Option(help="Word that begins each caption, for a LoRA.")] = "",
     opening: Annotated[
@@ -157,7 +157,7 @@ def review_sample(
     texts: Annotated[int, Option("-n", "--texts", help="Number of texts.", min=1)] = 200,
     seed: Annotated[int, option("Seed. Another seed begins another audit.", min=0)] = 0,
     tool: Annotated[
-        Literal["page", "label-studio", "argilla"], option("page, or tasks for label-studio or argilla.")
+        Literal["page", "label-studio", "argilla"], option("Web page, or tasks for label-studio or argilla.")
     ] = "page",
 ) -> None:
     """Draw texts of a version at random, for reviewers to judge them as right or wrong.
@@ -188,7 +188,7 @@ def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) 
     has_dataset = len(names) > 1 and not (names[0].endswith(".jsonl") or Path(names[0]).is_file())
     folder, version = split_version(dataset_path(names.pop(0) if has_dataset else None))
     if version:
-        raise BadParameter(f"reviews apply to the last run: name {folder}", param_hint="DATASET")
+        raise BadParameter(f"reviews apply only to the last run: pass {folder}", param_hint="DATASET")
     from pipeline.dataset.audit import audit_in_words
     from pipeline.executors.messages import describe_losses
     from pipeline.reviewing import apply_reviews

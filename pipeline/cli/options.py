@@ -39,11 +39,11 @@ def dataset_argument(text: str = "DIR, DIR@VERSION", default: str = LAST_MADE) -
 
 Dataset = Annotated[str | None, dataset_argument()]
 AnyDataset = Annotated[str | None, dataset_argument("DIR, DIR@VERSION, ORG/NAME@VERSION (Hub)")]
-Images = Annotated[str | None, option("Folder or source with the images, if the version has none.")]
+Images = Annotated[str | None, option("Folder or source with the images, if the version has no images.")]
 CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
 NumBeams = Annotated[
     int | None,
-    option("Beams of the beam search, or 1 for greedy decoding.", "as in the final test", min=1, max=64),
+    option("Number of beams, or 1 for greedy decoding.", "as in the final test", min=1, max=64),
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
 Split = Literal["train", "validation", "test"]

@@ -39,8 +39,8 @@ def note_training_data(captioner: Path, version: "Version", split: str = "test")
     if split == "train" and own in digests:
         say(f"note: {captioner} was trained on these images: the scores do not measure generalization")
     elif digests != {own}:
-        trained = f"{'not only' if own in digests else 'not'} trained on {version.path}"
-        say(f"note: {captioner} was {trained}; its training data may include these images")
+        used = f"on {version.path} and on" if own in digests else f"not on {version.path} but on"
+        say(f"note: {captioner} was trained {used} other data, which may include these images")
 
 
 def note_previews(version: "Version", path: Path | None = None) -> None:

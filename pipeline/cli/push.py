@@ -37,9 +37,7 @@ def push(
     images: Annotated[bool | None, WITH_IMAGES] = None,
     acknowledge: Annotated[
         list[str] | None,
-        option(
-            "Restrictive license that you have the right to redistribute images under.", metavar="LICENSE"
-        ),
+        option("Restrictive license of images that you have the right to redistribute.", metavar="LICENSE"),
     ] = None,
     license_: Annotated[
         str | None,
@@ -152,7 +150,7 @@ def send(
     models = package.manifest.get("models") or {"": package.manifest.get("model", {})}
     restricted = [model for model in models.values() if NO_COMMERCIAL_USE in model.get("license", "")]
     for model in [] if private else restricted:
-        say(f"warning: the texts are of {model['name']} ({model['license']}); the card states this", WARNING)
+        say(f"warning: {model['name']} ({model['license']}) wrote the texts; the card states this", WARNING)
     if dry_run:
         say("dry run: nothing was sent")
         show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")

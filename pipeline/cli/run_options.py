@@ -110,7 +110,7 @@ OPTIONS = (
         is_common=True),
     RunOption("--keep-human", bool, TEXTS, "Keep human captions and questions in the dataset.", "human_texts",
         value="keep"),
-    RunOption("--only-missing", bool, TEXTS, "Keep human texts, and ask the model for the missing ones.",
+    RunOption("--only-missing", bool, TEXTS, "Keep human texts, and ask the model for the missing texts.",
         "human_texts", value="fill"),
     RunOption("--language", str, TEXTS,
         "Language of prompts and texts, or any. Texts in other languages are rejected.", "filter.language",

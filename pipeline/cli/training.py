@@ -46,7 +46,7 @@ def train(
         str | None,
         option(
             "Settings preset: auto, scenes, photos-few, photos or photos-lm.",
-            "auto, with --config the preset in the file",
+            "auto; with --config, the preset in the file",
         ),
     ] = None,
     epochs: Annotated[int | None, _preset_option("Passes over the training images.", min=1)] = None,

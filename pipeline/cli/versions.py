@@ -28,10 +28,10 @@ def _open_dataset(name: str | None, *, for_removal: bool = False) -> "DatasetDir
     if not is_remote(folder) and not (folder / "versions").is_dir():
         hint = "`synth generate` makes one; if it was interrupted, run it again"
         if (folder / MANIFEST).exists():
-            hint = f"name the dataset folder of this version: {dataset_dir_of(folder)}"
+            hint = f"pass the dataset folder of this version: {dataset_dir_of(folder)}"
         raise StoreError(f"no dataset at {folder}", hint=hint)
     if version is not None:
-        raise BadParameter(f"name the dataset without a version: {folder}", param_hint="DATASET")
+        raise BadParameter(f"pass the dataset without a version: {folder}", param_hint="DATASET")
     return DatasetDir(folder)
 
 

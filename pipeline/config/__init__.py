@@ -152,17 +152,17 @@ class Config(Section):
 
     def _contradictions(self) -> Iterator[str]:
         if HUMAN_STYLE in (*self.generate.caption_styles, *(task.name for task in self.custom_tasks)):
-            yield f"{HUMAN_STYLE} is the style of human captions: choose another name"
+            yield f"`{HUMAN_STYLE}` is the style of human captions: choose another name"
         if NO_TASKS in self.tasks:
-            yield f"tasks: {NO_TASKS} excludes other tasks"
+            yield f"`tasks: {NO_TASKS}` excludes other tasks"
         if not self.tasks and self.human_texts == "fill":
-            yield "human_texts: fill needs a model to write the missing texts, but tasks: none uses no model"
+            yield "`human_texts: fill` needs a model for the missing texts, but `tasks: none` uses no model"
         if not self.tasks and self.human_texts == "compare":
-            yield "no texts would be made: set tasks, or keep human texts (human_texts: keep)"
+            yield "no texts would be made: set `tasks`, or keep human texts (`human_texts: keep`)"
         if name := _first_repeated(task.name for task in self.custom_tasks):
             yield f"two custom tasks have the name {name}"
         if "_type" in self.context:
-            yield "a context column cannot be named _type: `datasets` reserves this name"
+            yield "a context column cannot be named `_type`: `datasets` reserves this name"
         yield from self._select_contradictions()
         yield from self._server_contradictions()
 
@@ -170,26 +170,26 @@ class Config(Section):
         by, checks = self.select.by, self.verify.checks
         if self.generate.samples == 1:
             if self.select != SelectConfig():
-                yield "select chooses among several captions: --samples 4"
+                yield "`select` needs several captions to choose from: --samples 4"
             return
         if by == "consistency" and self.select.pairs and self.generate.samples == 2:
             yield "two captions always agree equally with each other, so neither can be chosen: --samples 3"
         if by == "clip" and "alignment" not in checks:
-            yield "select.by clip needs the check alignment: --verify alignment"
+            yield "`select.by: clip` needs the check `alignment`: --verify alignment"
         if by == "judge" and not self.verify.judge:
-            yield "select.by judge needs the scores of a judge: --judge MODEL@URL"
+            yield "`select.by: judge` needs the scores of a judge: --judge MODEL@URL"
 
     def _server_contradictions(self) -> Iterator[str]:
         if url := _first_repeated(map(address_of, self.base_url)):
-            yield f"base_url lists the server {url} twice, in two spellings"
+            yield f"`base_url` lists the server {url} twice, in two spellings"
         if DEFAULT_MODEL in self.models:
-            yield f"models: {DEFAULT_MODEL} is the name of the model that `model` sets: choose another name"
+            yield f"`models` has the name {DEFAULT_MODEL}, which is reserved for `model`: choose another name"
         if JUDGE_MODEL in self.models and AT_SERVER in (self.verify.judge or ""):
-            yield f"verify.judge has a server, but models has a {JUDGE_MODEL}: set verify.judge: judge"
+            yield f"`verify.judge` has a server, but `models` has `{JUDGE_MODEL}`: set `verify.judge: judge`"
         priced: tuple[ServerConfig | ModelConfig, ...] = (self.server, *self.models.values())
         is_priced = any((one.price_in, one.price_out) != (None, None) for one in priced)
         if self.server.max_cost is not None and not is_priced:
-            yield "server: max_cost needs a price: price_in, price_out or both"
+            yield "`server.max_cost` needs a price: `price_in`, `price_out` or both"
 
     @property
     def default_model(self) -> str:

@@ -235,7 +235,7 @@ def _require_valid_judge(judge: str) -> str:
 
 def _refuse_key(variable: str) -> str:
     if _LIKE_A_KEY.match(variable):
-        problem = "this looks like an API key; set an environment variable to the key, and give its name here"
+        problem = "this looks like an API key; put it in an environment variable, and name the variable here"
         raise ValueError(problem)
     return variable
 
@@ -327,9 +327,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "ModelConfig":
         if self.engine == "embedded" and self.base_url:
-            raise ValueError("base_url and `engine: embedded` cannot be combined")
+            raise ValueError("`base_url` and `engine: embedded` cannot be combined")
         if self.flags and (self.base_url or self.engine == "embedded"):
-            raise ValueError("flags are for vLLM, but synth starts no server for this model")
+            raise ValueError("`flags` are for vLLM, but synth starts no server for this model")
         return self
 
 
@@ -429,7 +429,7 @@ class VerifyConfig(Section):
     @model_validator(mode="after")
     def _require_claims_for_repair(self) -> "VerifyConfig":
         if self.repair and "claims" not in self.checks:
-            raise ValueError("repair needs the check claims, which finds false claims: --verify claims")
+            raise ValueError("`repair` needs the check `claims`, which finds false claims: --verify claims")
         return self
 
     @property

@@ -242,7 +242,7 @@ def _true_in_words(check: Mapping[str, Any]) -> str:
     unit, true = {CLAIMS: "claims of captions"}.get(check["check"], "texts"), check["true"]
     passed = f"{percent(check['passed']['share'])} % of {check['passed']['count']:,} {unit} passed"
     if true is None:
-        return f"{passed}; how many are true is not known"
+        return f"{passed}; the share of true {unit} is unknown"
     interval = f"[{percent(true['low'])}, {percent(true['high'])}]"
     if true["share"] is None:
         return f"{passed}; at least {percent(true['low'])} % are true, corrected for misses"
@@ -256,9 +256,9 @@ def _errors_in_words(check: Mapping[str, Any]) -> str:
             interval = f"[{percent(rate['low'])}, {percent(rate['high'])}]"
             parts.append(f"{percent(rate['share'])} % {interval} of {rate['count']:,} {texts} were {verb}")
         else:
-            parts.append(f"no {texts} were known")
+            parts.append(f"not measured on {texts}")
     if check["min_evidence"] == NEVER:
-        parts.append("too many, so no text was rejected")
+        parts.append("these are too many errors, so no text was rejected")
     elif check["check"] == CLAIMS and check["lost"] is not None:
         parts.append(f"so about {percent(check['lost'])} % of true captions are lost")
     return ", ".join(parts)

@@ -63,7 +63,7 @@ def describe_changes(before: Version, after: Version, verdicts: Sequence[Verdict
     """
     if before.manifest["digest"] == after.manifest["digest"]:
         return
-    counts = f"{_count_texts(after):,} captions and questions, {before.name} {_count_texts(before):,}"
+    counts = f"{_count_texts(after):,} captions and questions, {before.name} has {_count_texts(before):,}"
     yield f"{after.name} has {counts}"
     wrong = wrong_shares(verdicts)
     sample_ids = {sample_id for sample_id, _ in wrong}

@@ -52,7 +52,7 @@ from pipeline.tables import (
     row_schema,
 )
 
-SAME_COLUMNS = "a source must fill a column for all samples, or for none"
+SAME_COLUMNS = "a source must fill a column for all samples, or for no sample"
 PIXEL_BATCH_ROWS = 16  # number of rows with images in memory at once
 
 
@@ -229,7 +229,7 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
     """
     if is_remote(final):
         if (final / MANIFEST).exists():
-            hint = "another command made it meanwhile: run the same command again"
+            hint = "another command made this version meanwhile: run the same command again"
             raise StoreError(f"{final} already exists", hint=hint)
         # A killed command may have left files there.
         remove(final)

@@ -85,7 +85,7 @@ def describe_requests(plan: Plan) -> str:
     )
     checks += captions * verify.repair + (captions + questions) * bool(verify.judge)
     unit = "deck" if plan.has_decks else "image"
-    more = f", and up to {checks:,} to check the texts (`synth estimate` measures it)" if checks else ""
+    more = f", and up to {checks:,} to check the texts (`synth estimate` counts them)" if checks else ""
     count = requests.count(requests.pairs)
     return f"; {count:,} request{'s' if count > 1 else ''} per {unit}{more}"
 
@@ -97,7 +97,7 @@ def describe_boxes(plan: Plan) -> Iterator[str]:
             model = plan.models[name].name
             unit = box_unit_of(model)
             if unit not in (None, task.coordinates):
-                expected = f"but the task {task.name} reads {task.coordinates}: set coordinates in the task"
+                expected = f"but the task {task.name} expects {task.coordinates}: set its `coordinates`"
                 yield f"{model} writes boxes in {unit}, {expected}"
 
 
@@ -122,7 +122,7 @@ def describe_losses(
         same, total = rejected.get("same_as_the_best", 0), sum(rejected.values())
         if 2 * same > total:
             yield (
-                f"{same:,} of {total:,} captions that were not selected equal the selected one: "
+                f"{same:,} of {total:,} unselected captions are the same as the selected caption: "
                 "the server may ignore sample_temperature, which --samples needs"
             )
         if step and step.is_choice:
@@ -134,8 +134,8 @@ def describe_losses(
         if 2 * lost > rows:
             reason, count = max(rejected.items(), key=lambda item: item[1])
             hint = step.advice.get(reason, default_hint) if step else default_hint
-            share = f"{lost:,} of {rows:,} {summary.unit}"
-            yield f"{summary.step} rejected {share}, {count:,} of them as {reason.replace('_', ' ')}: {hint}"
+            share = f"{lost:,} of {rows:,} {summary.unit}, {count:,} of them"
+            yield f"`{summary.step}` rejected {share} as {reason.replace('_', ' ')}: {hint}"
 
 
 def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
@@ -190,7 +190,7 @@ def require_rows(plan: Plan, steps: Sequence[Step], summaries: list[StepSummary]
     chosen = {reason: count for reason, count in validated.rejected.items() if is_no_loss(reason)}
     losses += [f"{in_words(reason)}: {count:,} {validated.unit}" for reason, count in chosen.items()]
     folder = plan.dataset.path / "steps"
-    hint = f"change that setting, then run the same command; all rows are in {folder}/*/rejected.parquet"
+    hint = f"change that setting, then run again; all rejected rows are in {folder}/*/rejected.parquet"
     if config.tasks and 2 * validated.kept < validated.input - sum(chosen.values()):
         attempts = f"generate: {{max_attempts: {config.generate.max_attempts}}}"
         hint += f"; to retry unusable replies more often, raise {attempts}"

@@ -91,7 +91,7 @@ def export_version(
             writer.close()
         if not written:
             remove(draft)
-            hint = "leave out --style" if style not in (None, ALL) else "imagefolder has all columns"
+            hint = "leave out --style" if style not in (None, ALL) else "imagefolder exports all columns"
             if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
                 hint = "generate pairs with `synth generate --samples 4 --pairs`"
             chosen = "" if style in (None, ALL) else f" in the style {style}"
@@ -118,7 +118,7 @@ def _check_export(version: Version, kind: str, style: str | None, edit: str, spl
         raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
     if kind == PARQUET and (style or edit):
         hint = "leave out --style, --trigger and --remove-opening"
-        raise ConfigError(f"the format {PARQUET} always has all captions as they are", hint=hint)
+        raise ConfigError(f"the format {PARQUET} always contains all captions unchanged", hint=hint)
     if version.lacks_pixels:
         raise ConfigError(f"{version.name} has no images", hint="pass --images FOLDER")
     num_rows: int = sum(version.manifest["rows"].get(split, 0) for split in splits)

@@ -40,7 +40,7 @@ Bits = npt.NDArray[np.uint16]
 Rows = npt.NDArray[np.int64]
 
 LOOK_ALIKE_ADVICE = {  # reason -> setting to change if too many rows are rejected
-    "near_duplicate_image": "for slides or charts, set dedupe.images: graphics; to keep all, set it to none",
+    "near_duplicate_image": "for slides or charts, dedupe.images: graphics; to keep all, dedupe.images: none",
     "near_held_out_image": "to keep similar images, set dedupe.images: none",
 }
 COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")

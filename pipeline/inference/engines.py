@@ -135,7 +135,7 @@ def _require_drawn_images(config: Config) -> None:
     from pipeline.scenes.text import STYLES
 
     if "covers" in config.verify.checks or config.verify.repair:
-        hint = "leave out covers and --repair, or pass a larger model: --model, --base-url"
+        hint = "leave out the check `covers` and --repair, or pass a larger model: --model, --base-url"
         raise ConfigError("the tiny teacher can neither read nor repair captions", hint=hint)
     unknown = [style for style in config.generate.caption_styles if style not in STYLES]
     if unknown:
@@ -226,7 +226,7 @@ def plan_server(model: str, server: ServerConfig, progress: Progress) -> VllmCom
     )
     if others:
         used = command.environment["CUDA_VISIBLE_DEVICES"]
-        progress.warn(f"uses GPU {used} only: start further servers with CUDA_VISIBLE_DEVICES and --port")
+        progress.warn(f"this server uses only GPU {used}: start others with CUDA_VISIBLE_DEVICES and --port")
     return command
 
 

@@ -253,4 +253,4 @@ def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:
     if file_format == FORMAT:
         return None
     hint = "choose another folder: --out DIR"
-    return StoreError(f"{path} was written by another version of synth", hint=hint)
+    return StoreError(f"{path} was written by another release of synth", hint=hint)

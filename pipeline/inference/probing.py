@@ -180,7 +180,7 @@ def _follows_schema(text: str) -> bool:
 
 def _unenforced(url: str, reason: str) -> EngineError:
     config = '{"backend":"guidance","disable_any_whitespace":true}'
-    hint = "pass --no-enforced-schema: then synth checks each reply, and asks again for bad ones. "
+    hint = "pass --no-enforced-schema: then synth checks each reply, and retries invalid replies. "
     hint += f"Or start vLLM with --structured-outputs-config '{config}'"
     problem = f"{url} does not enforce JSON schemas, so its replies may be invalid{reason}"
     return EngineError(problem, hint=hint)

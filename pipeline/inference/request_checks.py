@@ -29,14 +29,14 @@ def check_needs(plan: RequestPlan) -> None:
     available = {result_name(*pair) for pair in plan.pairs}
     for task in plan.tasks.custom:
         if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*plan.generate.caption_styles}:
-            problem = f"{task.name} is the name of a built-in task or of a caption style"
+            problem = f"`{task.name}` is the name of a built-in task or of a caption style"
             raise ConfigError(problem, hint="rename your task")
         if not task.shows_image and not task.needs and not plan.context:
             problem = f"the task {task.name} has no input: it uses no image, no result and no column"
-            hint = "name tasks in `needs` and use their results, or use columns: --columns context=NAME"
+            hint = "list tasks in `needs` and use their results, or use columns: --columns context=NAME"
             raise ConfigError(problem, hint=hint)
         if task.keep_if and task.needs:
-            problem = f"the task {task.name} has `needs` and `keep_if`, but it is asked before all others"
+            problem = f"the task {task.name} has `needs`, but tasks with `keep_if` are asked first"
             raise ConfigError(problem, hint="leave out one of them")
         for need in task.needs:
             if need not in available:
@@ -72,7 +72,7 @@ def check_conditions(plan: RequestPlan, verify: VerifyConfig) -> None:
     for name, style in plan.pairs:
         if result_name(name, style) in plan.needed and len(plan.models_of(name)) > 1:
             problem = f"the task {name} has several models, but another task needs its result"
-            raise ConfigError(problem, hint="name one model for it in task_models")
+            raise ConfigError(problem, hint=f"list one model for {name} in `task_models`")
     checks = [*verify.checks, *["repair"] * verify.repair, *["judge"] * bool(verify.judge)]
     for name, text in verify.when:
         if name not in checks:

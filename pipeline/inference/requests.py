@@ -226,12 +226,12 @@ def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]
         for model in models:
             if model not in known:
                 problem = f"the task {name} names an unknown model: {model}"
-                hint = "add it to models, with its model and base_url"
+                hint = "add it to `models`, with its `model` and `base_url`"
                 raise ConfigError(problem, unknown=model, known=known, hint=hint)
         if name in (CHECKS, REPAIR.name) and len(models) > 1:
             raise ConfigError(f"task_models: {name} can have one model only", hint="remove the others")
     if config.generate.min_logprob is not None and max(map(len, ladders.values()), default=1) == 1:
-        hint = "name several models of a task in task_models"
+        hint = "list several models for a task in `task_models`"
         raise ConfigError("generate.min_logprob needs a ladder", hint=hint)
     for task in CHECKING:
         if chosen := ladders.get(task.name) or ladders.get(CHECKS):

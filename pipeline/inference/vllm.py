@@ -222,7 +222,7 @@ def _plan_limits(
     plan = memory.plan_memory(share, *gpu_gib, pixels, context)
     if not plan.fits and not _USER_MEMORY.search(" ".join(flags)):
         needed = f"{memory.needed_gib(share, pixels):g} GiB of free memory on each GPU"
-        hint = "free memory, or pass a model with FP8 or AWQ weights: --model"
+        hint = "end other programs on the GPU, or pass a model with FP8 or AWQ weights: --model"
         problem = f"{name.partition('@')[0]} needs {needed}, but {gpu_gib[1]:.1f} GiB are free"
         raise EngineError(problem, hint=hint)
     return True, *plan[:4]

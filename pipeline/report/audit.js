@@ -87,7 +87,7 @@ function update() {
     if (isWrong) left.splice(left.indexOf(button.textContent), 1);
     button.setAttribute("aria-pressed", String(isWrong));
   });
-  byId("hint").textContent = made?.verdict === "wrong" ? "Select the wrong words, then Next (keys: arrows, space, Enter)."
+  byId("hint").textContent = made?.verdict === "wrong" ? "Select the wrong words, then press Next (keys: arrows, space, Enter)."
     : done === total ? "All texts are reviewed: export your verdicts." : `Text ${state.at + 1} of ${total}`;
   byId("undo").disabled = !state.undo.length;
   byId("export").disabled = !done;
@@ -122,7 +122,7 @@ function exportVerdicts() {
   });
   const name = `audit-${audit.version}-${state.reviewer.replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`;
   download(verdicts, name);
-  byId("hint").textContent = `exported; apply with: synth review apply ${name}`;
+  byId("hint").textContent = `exported; apply the verdicts with: synth review apply ${name}`;
 }
 
 function moveWord(by) {

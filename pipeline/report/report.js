@@ -226,7 +226,7 @@ function edit(row, text, item, about) {
   form.addEventListener("keydown", event => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
     if (event.key !== "Escape") return;
-    if (isChanged()) note.textContent = "changed: Ctrl+Enter saves it, Cancel discards it";
+    if (isChanged()) note.textContent = "changed: Ctrl+Enter saves the edit, Cancel discards it";
     else done();
   });
   form.addEventListener("submit", event => {

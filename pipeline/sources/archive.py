@@ -63,7 +63,7 @@ REASONS = {
     "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes, or {MAX_TEXT_BYTES:,} in a text file",
     "unsupported_format": "this format is not supported: convert the file to JPEG or PNG",
     "unreadable_text": "its characters are not in UTF-8",
-    "unused_text": "no image of its name is next to it",
+    "unused_text": "no image with the same name is next to it",
 }
 
 
@@ -306,7 +306,7 @@ def _open(config: Config, path: str) -> Source:
     names_by_split = group_by_split(archives)
     names = archives if split is None else names_by_split.get(split, [])
     if not names:
-        hint = f"name the archives of this split like {split}-0.tar"
+        hint = f"rename the archives of this split, for example to {split}-0.tar"
         raise SourceError(f"no archive is named after the split {split}", hint=hint)
 
     def read_groups() -> Iterator[tuple[str, list[Entry]]]:

@@ -13,7 +13,7 @@ from pipeline.text.escape import encodable, printable
 from pipeline.types import ImageKind, RawSample, Rejected, Sample, Source
 
 DECK_TASKS = ("deck_qa",)
-LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"
+LICENSE_FROM_OPTION = "unknown without --license; images with unknown license are pushed as private"
 NAMED_ROWS = 3  # number of names that a message lists
 # Settings that only some sources support, with their options.
 OPTIONS = {

@@ -126,7 +126,7 @@ class FolderTexts:
             self._messages.append(f"{file} was not used: no row has a file_name")
         elif not columns & {*self._columns, *CAPTION_COLUMNS, QUESTION}:
             names = ", ".join(map(str, rows[0]))
-            known = f"they are read from {', '.join(CAPTION_COLUMNS)}, and it has {names}"
+            known = f"captions are read from {', '.join(CAPTION_COLUMNS)}, but its columns are {names}"
             self._messages.append(f"{file} has no captions: {known}")
         try:
             splits = [read_split(row.get(SPLIT)) for row in rows]
@@ -179,7 +179,7 @@ class FolderTexts:
     def _add_caption_file(self, file: Path, split: str | None) -> None:
         matched, unknown = match_images(read_captions(file), list(self._images))
         if not matched:
-            problem = f"no file name in {file} is an image in {self._root}; it has {first_names(unknown)}"
+            problem = f"no file name in {file} is an image in {self._root}; its names: {first_names(unknown)}"
             hint = f"use the file names of the folder, such as {next(iter(self._images))}"
             raise SourceError(problem, hint=hint)
         self.files.add(file)
@@ -199,7 +199,7 @@ class FolderTexts:
             self._texts[name].split = self._texts[name].split or split
         unnamed = [name for name, folder in folders.items() if folder.casefold() not in SPLIT_OF_WORD]
         if splits and unnamed:
-            message = "images are in no folder named after a split: a hash assigns their split"
+            message = "images are not in a folder named after a split: a hash assigns their split"
             self._messages.append(f"{len(unnamed):,} {message} ({first_names(unnamed)})")
 
     def _describe_unknown(self, file: Path, names: Sequence[str]) -> None:

@@ -93,7 +93,7 @@ ADVICE = {  # rejection reason -> change that the user can make
     "unknown_split": "for tables: --columns split=none ignores this column, split=COLUMN uses another",
     **dict.fromkeys(
         ("image_too_small", "extreme_aspect_ratio", "one_color_image"),
-        "set other bounds in the section image_filter, or image_filter.enabled: false",
+        "set other bounds in the section `image_filter`, or disable it: image_filter.enabled: false",
     ),
     **LOOK_ALIKE_ADVICE,
     "banned_image": "they are in a dataset passed to --exclude",
@@ -432,7 +432,7 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
         names = first_names([row["source_row"] for row in rows])
         if reason == REPEATED:
             some = f"{count:,} rows repeat" if count > 1 else "1 row repeats"
-            yield f"read: {some} the image of another row, which gets the texts ({names})"
+            yield f"read: {some} the image of another row; that row gets the texts ({names})"
             continue
         if reason not in _REJECTED_FOR_ANOTHER_IMAGE:
             names = first_names([f"{row['source_row']}: {row['detail']}" for row in rows])

@@ -170,9 +170,9 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     num_questions, num_answers = (len(columns.get(role, ())) for role in ("question", "answer"))
     if num_questions != num_answers:
         hint = "pass both columns: --columns question=COLUMN,answer=COLUMN"
-        raise SourceError(f"columns found: question {num_questions}, answer {num_answers}", hint=hint)
+        raise SourceError(f"question columns: {num_questions}, answer columns: {num_answers}", hint=hint)
     if len(columns.get("split", ())) > 1:
-        problem = f"several columns match split: {', '.join(columns['split'])}"
+        problem = f"several columns match the role split: {', '.join(columns['split'])}"
         raise SourceError(problem, hint="pass one: --columns split=COLUMN")
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
         columns["split"] = ["split"]

@@ -39,7 +39,7 @@ def translate_file_errors(file: Path, hint: str) -> Iterator[None]:
     except KeyError as error:
         problem = f"an object has no {error}"
     except MemoryError:
-        problem = "it needs more memory than there is"
+        problem = "it needs more memory than is available"
     except RecursionError:
         problem = "its values are nested too deeply"
     except OSError as error:

@@ -324,7 +324,7 @@ def compare_shards(
             local = (part.set_column(0, ROW, pc.subtract(part["row"], first)) for part in parts)
             write_table(shard.step_file(step.name, "compared"), local, schema)
         if findings.take_until(np.iinfo(np.int64).max).num_rows:
-            problem = f"the step {step.name} returned the number of a row that does not exist"
+            problem = f"the step `{step.name}` returned the number of a row that does not exist"
             raise TableError(problem, hint=BUG_HINT)
 
 
@@ -426,6 +426,6 @@ def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
 def _checked(step: RowStep, rows: pa.Table, judged: pa.Table) -> pa.Table:
     require_columns(judged, "annotation_id", "reason")
     if not judged["annotation_id"].equals(rows["annotation_id"]):
-        change = f"received {rows.num_rows} rows and returned {judged.num_rows}, or different ones"
-        raise TableError(f"the step {step.name} {change}", hint=BUG_HINT)
+        change = f"received {rows.num_rows} rows, but returned {judged.num_rows} or different rows"
+        raise TableError(f"the step `{step.name}` {change}", hint=BUG_HINT)
     return judged

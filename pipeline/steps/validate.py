@@ -24,9 +24,9 @@ STEP = RowStep(
     judge=validate_annotations,
     advice={
         "cut_short": "raise generate.max_tokens",
-        "result_missing": "find out in `synth report` why the task that it needs was rejected",
+        "result_missing": "`synth report` shows why the result that these tasks need was rejected",
         "condition_without_value": "test the value in `when`, as in `row.title is not null and ...`",
-        "box_outside_image": "set the unit of boxes of your model: coordinates (pixels or thousandths)",
+        "box_outside_image": "set `coordinates`, the unit of the boxes of your model (pixels or thousandths)",
         "answer_not_yes_or_no": "use --tasks caption: questions in another language need a custom task",
     },
 )

@@ -36,7 +36,7 @@ _TYPES = {str: "string", int: "number", float: "number", bool: "boolean", type(N
 _NUMERIC, _TEXTS = ("integer", "number", "column"), ("string", "column")
 _EQUAL = {ast.Eq: operator.eq, ast.NotEq: operator.ne}
 _ORDER = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge}
-_HINT = "compare row, results and scores with constants, and combine comparisons with and, or and not"
+_HINT = "compare `row`, `results` and `scores` with constants; combine comparisons with `and`, `or` and `not`"
 
 
 def drop_reason(task: str, unmet: str) -> str:
@@ -106,7 +106,7 @@ def parse_condition(text: str) -> Condition:
             tree = ast.parse(text, mode="eval").body
     except SyntaxError as error:
         words = [part for part in re.findall(r"\.\s*(\w+)", text) if keyword.iskeyword(part)]
-        hint = f"{words[0]} is a keyword of Python: rename the column, task or field" if words else ""
+        hint = f"`{words[0]}` is a keyword of Python: rename the column, task or field" if words else ""
         raise ConditionError(error.offset or 1, error.msg, hint) from None
     except (ValueError, RecursionError, MemoryError):
         raise ConditionError(1, "this cannot be read") from None
@@ -256,10 +256,10 @@ class _Checker:
         a, b = self.type_of(left), self.type_of(right)
         if isinstance(op, ast.Is | ast.IsNot):
             if b["type"] != "null" or not _path_of(left):
-                self.fail(right, "`is` and `is not` compare a name with null", "use == and !=")
+                self.fail(right, "`is` and `is not` compare a name with `null`", "use == and !=")
             return
         if "null" in (a["type"], b["type"]):
-            self.fail(right, "null needs `is` or `is not`", "write `NAME is null` or `NAME is not null`")
+            self.fail(right, "`null` needs `is` or `is not`", "write `NAME is null` or `NAME is not null`")
         if isinstance(op, ast.In | ast.NotIn):
             if b["type"] not in ("array", *_TEXTS):
                 self.fail(right, f"`in` needs a list or a text, not {_in_words(b)}")

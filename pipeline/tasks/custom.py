@@ -166,7 +166,7 @@ def _build(settings: TaskConfig) -> CustomTask:
     kind = settings.kind
     schema = json.loads(settings.output) if settings.output else _default_output(settings)
     if settings.output and settings.labels:
-        problem = "labels cannot be combined with output: write an enum in the output instead"
+        problem = "`labels` cannot be combined with `output`: write an enum in `output` instead"
         raise UnusableSchemaError(problem)
     whole = without_null(output_schema.close_schema(schema))
     if whole["type"] != "object":
@@ -217,9 +217,9 @@ def _build(settings: TaskConfig) -> CustomTask:
 def _default_output(settings: TaskConfig) -> Schema:
     label: Schema = {"enum": [*settings.labels]} if settings.labels else _TEXT
     if settings.kind == "record":
-        raise UnusableSchemaError("a record needs an output: a JSON schema that defines its fields")
+        raise UnusableSchemaError("a record needs `output`: a JSON schema that defines its fields")
     if settings.labels and settings.kind not in ("labels", "boxes"):
-        problem = f"the setting labels is only for the kinds labels and boxes, not for {settings.kind}"
+        problem = f"`labels` is only for the kinds `labels` and `boxes`, not for `{settings.kind}`"
         raise UnusableSchemaError(problem)
     if settings.kind in ("caption", "text"):
         return _object(**{settings.kind: _TEXT})
@@ -272,19 +272,19 @@ def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
     if kind == "labels" and (value["items"].get("type") if form == "array" else form) != "string":
         raise UnusableSchemaError("labels must be a string, or a list of strings")
     if kind == "boxes" and not settings.show_image:
-        raise UnusableSchemaError("boxes need an image: leave out show_image: false")
+        raise UnusableSchemaError("boxes need an image: leave out `show_image: false`")
     if kind == "question":
         pair = ("question", "answer", "answer_type")
         forms = {name: without_null(names[name])["type"] for name in pair if name in names}
         if not {"question", "answer"} <= forms.keys() or {*forms.values()} != {"string"}:
-            raise UnusableSchemaError("a question needs the fields question and answer, which are strings")
+            raise UnusableSchemaError("a question needs the fields `question` and `answer` of type string")
     if kind not in JOINING and settings.name in (*ROW.names, "split", "questions"):
         raise UnusableSchemaError(f"{settings.name} is a name of built-in columns or texts: rename the task")
     if kind not in ("caption", "question", "text") and (settings.min_words or settings.max_words):
-        problem = f"min_words and max_words are only for captions, questions and texts, not for {kind}"
+        problem = f"`min_words` and `max_words` are only for captions, questions and texts, not for {kind}"
         raise UnusableSchemaError(problem)
     if settings.rows and form == "array":
-        raise UnusableSchemaError("a field in rows cannot be a list")
+        raise UnusableSchemaError("the `field` of an item of `rows` cannot be a list")
     return _box_field(settings, names) if kind == "boxes" else None
 
 
@@ -293,7 +293,7 @@ def _box_field(settings: TaskConfig, names: Schema) -> str:
     box = names[corners[0]] if len(corners) == 1 else {}
     is_box = box.get("type") == "array" and (box.get("minItems"), box.get("maxItems")) == (4, 4)
     if not is_box or (settings.output and not settings.rows):
-        problem = f"boxes need rows with one list of four integers named {' or '.join(BOX_FIELDS)}"
+        problem = f"each item of `rows` must have one list of four integers, named {' or '.join(BOX_FIELDS)}"
         raise UnusableSchemaError(problem)
     if box["items"].get("type") != "integer":
         raise UnusableSchemaError("the corners of a box must be integers: their unit is pixels")

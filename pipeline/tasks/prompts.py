@@ -118,7 +118,7 @@ def render(
             raise ConfigError(problem, hint="fix the template") from None
         if f"no attribute {style!r}" in str(error):  # the template maps styles to texts
             problem = f"no caption style {style} in the prompt {name}"
-        others = "for your own, write a task of the kind caption, or a template (generate.prompt_dir)"
+        others = "for your own style, write a task of the kind `caption`, or a template (generate.prompt_dir)"
         hint = f"built-in styles: {', '.join(STYLES)}; {others}"
         raise ConfigError(problem, unknown=style, known=STYLES, hint=hint) from None
     system = template(_system_of(task), folders).strip()
@@ -172,10 +172,10 @@ def check_names(task: Task, folders: Folders, columns: Sequence[str]) -> None:
         raise ConfigError(problem, unknown=f"row.{unknown[0]}", known=known, hint=hint)
     if unneeded := sorted(results - {*task.needs}):
         hint = f"write `needs: [{', '.join([*task.needs, unneeded[0]])}]`"
-        problem = f"the prompt {name} uses results.{unneeded[0]}, which is not in the needs of its task"
+        problem = f"the prompt {name} uses results.{unneeded[0]}, which is not in `needs` of its task"
         raise ConfigError(problem, hint=hint)
     if unused := [need for need in task.needs if need not in results]:
-        hint = f"use it in the prompt as {{{{ results.{unused[0]} }}}}, or remove it from needs"
+        hint = f"use it in the prompt as {{{{ results.{unused[0]} }}}}, or remove it from `needs`"
         raise ConfigError(f"the task {task.name} needs {unused[0]}, which its prompt does not use", hint=hint)
 
 

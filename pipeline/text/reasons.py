@@ -5,17 +5,17 @@ from typing import Any
 # Codes that are not clear as words.
 IN_WORDS = {
     # source
-    "duplicate_image": "the same image as another",
+    "duplicate_image": "has the same image as another row",
     "near_duplicate_image": "looks like another image",
     "near_held_out_image": "looks like an image of a held-out split",
     "banned_image": "also in an excluded dataset",
     "extreme_aspect_ratio": "the image is too narrow",
     # replies, and validate
     "not_json": "the reply has no JSON object",
-    "not_plain_text": "the reply is not the text alone",
+    "not_plain_text": "the reply contains more than the requested text",
     "off_schema": "the reply does not match the schema",
     "condition_false": "not asked: the condition of the task (`when`) is false",
-    "condition_without_value": "not asked: the condition of the task (`when`) needs a missing value",
+    "condition_without_value": "not asked: a value that the condition of the task (`when`) needs is missing",
     "has_human_text": "not asked: the image has human texts",
     "caption_string_too_short": "the caption is empty",
     "caption_string_too_long": "the caption is far too long",
@@ -27,10 +27,10 @@ IN_WORDS = {
     # filter
     "refusal": "the model declined, or saw no image",
     "junk": "markup, code or coordinates in the text",
-    "no_description": "an advertisement, a story, an order or another text that describes no image",
+    "no_description": "an advertisement, a story, a command or another text that does not describe an image",
     "label": "a label, or a remark to the reader, in the text",
     "prompt_echo": "repeats the prompt",
-    "unanswerable": "the answer says that there is no answer",
+    "unanswerable": "the answer states that the question cannot be answered",
     "personal_answer": "the answer is personal data",
     "too_short": "too few words",
     "too_long": "too many words",
@@ -39,8 +39,8 @@ IN_WORDS = {
     "cut_off": "ends in the middle of a sentence",
     "too_general": "fits any image or question",
     "unwanted_phrase": "has a phrase that the settings reject",
-    "not_visible": "asks about what no image shows",
-    "answer_off_type": "the answer is of another kind than the question",
+    "not_visible": "asks about something that an image cannot show",
+    "answer_off_type": "the answer does not fit the kind of question",
     "no_single_question": "several questions in one, or a choice by letters",
     "speaks_of_elsewhere": "refers to another text or image",
     # verify

@@ -15,9 +15,9 @@ from pipeline.install import installed_version
 @pytest.mark.parametrize(
     ("sizes", "is_ok", "result"),
     [
-        ({"0": (80.0, 2.0), "1": (80.0, 79.0)}, True, "2 visible, at best 79 of 80 GiB free"),
-        ({"0": (15.0, 3.0)}, False, "1 visible, at best 3 of 15 GiB free"),
-        ({"0": None}, False, "nvidia-smi states no memory"),
+        ({"0": (80.0, 2.0), "1": (80.0, 79.0)}, True, "2 visible; the best has 79 of 80 GiB free"),
+        ({"0": (15.0, 3.0)}, False, "1 visible; the best has 3 of 15 GiB free"),
+        ({"0": None}, False, "nvidia-smi reports no GPU memory"),
         ({}, False, "none"),
     ],
 )

@@ -124,10 +124,10 @@ def test_change_of_source_is_reported(version: Version, started: dict[str, Path]
     [
         ("a", "test", ""),
         ("aa", "test", ""),
-        ("ab", "test", "not only trained on"),
-        ("b", "test", "was not trained on"),
+        ("ab", "test", "and on other data"),
+        ("b", "test", "was trained not on"),
         ("ba", "train", "was trained on these images"),
-        ("", "test", "was not trained on"),
+        ("", "test", "was trained not on"),
     ],
 )
 def test_note_before_scoring_considers_the_data_of_all_trainings(

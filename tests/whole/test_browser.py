@@ -168,7 +168,7 @@ def test_edit_can_be_undone_and_a_verdict_replaces_it_only_after_confirmation(pa
     text_of(page).get_by_role("button", name="Edit").click()
     field.fill("  Something   else. ")
     page.keyboard.press("Escape")
-    expect(text_of(page).locator("output")).to_contain_text("Ctrl+Enter saves it")
+    expect(text_of(page).locator("output")).to_contain_text("Ctrl+Enter saves the edit")
     assert field.input_value() == "  Something   else. "
     page.get_by_role("button", name="Cancel").click()
     assert shown.inner_text() == before

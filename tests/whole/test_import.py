@@ -130,7 +130,7 @@ def test_only_images_without_captions_are_sent_to_the_model(
     assert {name: rows[name] for name in before} == before
     card = (photos / result["path"] / "README.md").read_text()
     assert f"**{COUNT} captions and {COUNT // 2} questions were written by humans**" in card
-    assert "All others are machine-generated" in card
+    assert "All other texts are machine-generated" in card
     generate_json(photos, "generate", *options, "--only-missing")
     assert model.requests.total() == COUNT
     both = generate_json(photos, "generate", *options, "--keep-human")

@@ -57,7 +57,7 @@ def test_flickr30k_is_captioned_and_pushed_without_images(synth: Run, hub: Runni
     assert version.manifest["rows"] == {"train": 6, "validation": 2, "test": 2}
     assert all(len(texts) == 5 for texts in version.read("train")["references"].to_pylist())
     pushed = synth("push", "--repo", "me/x").stderr
-    warning = f"warning: the texts are of {LARGE} (Qwen Research License: no commercial use)"
+    warning = f"warning: {LARGE} (Qwen Research License: no commercial use) wrote the texts"
     assert "may not be redistributed" in pushed and warning in pushed
     assert warning not in synth("push", "--repo", "me/other", "--private", "--dry-run").stderr
     commit = repos["dataset", "me/x"].resolve("main")

@@ -65,7 +65,7 @@ def test_versions_are_listed_after_a_removal(synth: Run, photos: Path) -> None:
     assert [row["version"] for row in json.loads(synth("versions", "list", "--json").stdout)] == ["v1.1.0"]
     for command in ("list", "gc"):
         refused = synth("versions", command, f"{data}@v9.9.9")
-        assert refused.returncode == 2 and "name the dataset without a version" in refused.stderr
+        assert refused.returncode == 2 and "pass the dataset without a version" in refused.stderr
 
 
 def test_run_without_limit_makes_a_complete_version_even_if_it_finds_no_more_images(

@@ -68,7 +68,7 @@ class Checkpoint:
             try:
                 self.captioner.without_adapters().save_pretrained(draft)
             except SafetensorError as error:
-                hint = "free disk space, then continue with --resume"
+                hint = "free some disk space, then continue with --resume"
                 raise TrainError(f"cannot write the weights to {folder}: {error}", hint=hint) from None
             # safetensors makes the weights file readable only for its owner.
             (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)

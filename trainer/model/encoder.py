@@ -222,7 +222,7 @@ def _require_states(encoder: Encoder) -> Encoder:
             pixels = encoder.pixels([_TEST_IMAGE, wide])[:1]
             states_1MV, again_1MV = encoder.eval()(pixels), encoder(pixels)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        hint = "choose an encoder with a fixed image size, such as vit or clip, and all its states"
+        hint = "choose an encoder with a fixed image size, such as vit or clip, and --encoder-states all"
         raise TrainError(f"{name} cannot be used as an encoder: {one_line(error)}", hint=hint) from None
     encoder.train(was_training)
     shape = states_1MV.shape

@@ -43,7 +43,7 @@ def load_resume(folder: Path, config: TrainConfig, run: str) -> dict[str, Any]:
         hint = f"remove {path} and start without --resume"
         raise TrainError(f"{path} is damaged: {reason}", hint=hint) from None
     if state["run"] != run:
-        hint = f"use the same, choose another folder (--out DIR), or remove {path} and start without --resume"
+        hint = f"undo this, choose another folder (--out DIR), or remove {path} and start without --resume"
         raise TrainError(f"{folder} was trained with {describe_difference(folder, config)}", hint=hint)
     return state
 

@@ -134,7 +134,7 @@ def map_on_workers(
             if error:
                 errors.append(error)
                 if len(errors) == 1 and pool.has_next():
-                    warn(f"a worker failed: {error}; the others finish their shards")
+                    warn(f"a worker failed: {error}; the other workers finish their shards")
             else:
                 results[index] = result
                 report(len(results))

@@ -129,7 +129,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         log = run.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}-{name}.log"
         choice, expected = choose_engine(config, log, NullProgress()), run.plan.models[name]
         if choice.revision != expected.revision:
-            revisions = f"{choice.revision[:12]}, but the command {expected.revision[:12]}"
+            revisions = f"{choice.revision[:12]}, but the command has {expected.revision[:12]}"
             problem = f"a worker has {choice.model} {revisions}"
             raise EngineError(problem, hint="use the same model on all nodes, or the same --base-url list")
         return choice

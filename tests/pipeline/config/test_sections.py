@@ -59,9 +59,9 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: s
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"verify": {"repair": True}}, "repair needs the check claims"),
-        ({"models": {"a": {"base_url": ["http://h"], "flags": ["--x"]}}}, "models.a: flags are for vLLM"),
-        ({"models": {"a": {"base_url": ["http://h"], "engine": "embedded"}}}, "a: base_url and "),
+        ({"verify": {"repair": True}}, "`repair` needs the check `claims`"),
+        ({"models": {"a": {"base_url": ["http://h"], "flags": ["--x"]}}}, "models.a: `flags` are for vLLM"),
+        ({"models": {"a": {"base_url": ["http://h"], "engine": "embedded"}}}, "a: `base_url` and "),
         ({"filter": {"min_caption_words": 20, "max_caption_words": 10}}, "20, but max_caption_words is 10"),
         (
             {"custom_tasks": [{"name": "x", "kind": "text", "prompt": "p", "min_words": 9, "max_words": 2}]},
@@ -69,9 +69,9 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: s
         ),
         ({"generate": {"samples": 2}, "select": {"pairs": True}}, "so neither can be chosen: --samples 3"),
         ({"base_url": ["http://h:1/v1", "http://H:1/v1/"]}, "twice, in two spellings"),
-        ({"tasks": "none", "human_texts": "fill"}, "human_texts: fill needs a model to write"),
-        ({"tasks": ["none", "caption"]}, "tasks: none excludes other tasks"),
-        ({"generate": {"caption_styles": ["human"]}}, "human is the style of human captions"),
+        ({"tasks": "none", "human_texts": "fill"}, "`human_texts: fill` needs a model for"),
+        ({"tasks": ["none", "caption"]}, "`tasks: none` excludes other tasks"),
+        ({"generate": {"caption_styles": ["human"]}}, "`human` is the style of human captions"),
     ],
 )
 def test_contradicting_settings_are_refused(settings: dict[str, Any], problem: str) -> None:

@@ -119,7 +119,7 @@ def test_summary_states_true_share_and_check_errors_and_self_judgement() -> None
     assert "0.0 % [0.0, 7.1] of 50 true texts were refuted" in text
     assert text.endswith("so about 0.0 % of true captions are lost; m judges its own texts")
     checks = [{"check": "claims", "judges_itself": False, **check, "min_evidence": NEVER}]
-    assert "too many, so no text was rejected" in checks_in_words(manifest | {"checks": checks})[0]
+    assert "too many errors, so no text was rejected" in checks_in_words(manifest | {"checks": checks})[0]
     assert checks_in_words({"model": {"name": "m"}}) == []
 
 

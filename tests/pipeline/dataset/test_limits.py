@@ -38,7 +38,7 @@ def test_version_comparison_states_share_of_wrong_texts_among_kept_and_left_out_
     names = [text_name(row) for row in captions.to_pylist()]
     verdicts = [judge(name, "wrong" if n < 3 else "right") for n, name in enumerate(names[:8])]
     assert list(describe_changes(before, after, verdicts)) == [
-        "v1.0.1 has 8 captions and questions, v1.0.0 12",
+        "v1.0.1 has 8 captions and questions, v1.0.0 has 12",
         "  texts of v1.0.0 that are kept: 0.0 % wrong, 4 reviewed",
         "  texts of v1.0.0 that are left out: 75.0 % wrong, 4 reviewed",
     ]

@@ -71,10 +71,10 @@ def test_rejection_warning_states_reason_and_remedy_and_ignores_repeated_images(
     assert not list(describe_losses(STEPS, [repeated]))
     damaged = StepSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
     (text,) = describe_losses(STEPS, [damaged])
-    assert text.startswith("source rejected 16 of 20 images, 16 of them as unreadable image")
+    assert text.startswith("`source` rejected 16 of 20 images, 16 of them as unreadable image")
     german = StepSummary("filter", "annotations", 6, 1, {"other_language": 5})
     (text,) = describe_losses(STEPS, [german])
-    problem = "filter rejected 5 of 6 annotations, 5 of them as other language: set the language"
+    problem = "`filter` rejected 5 of 6 annotations, 5 of them as other language: set the language"
     assert text == f"{problem} of the texts: --language (filter.language)"
 
 

@@ -157,7 +157,7 @@ def test_parquet_export_has_all_rows_with_images_and_is_reproducible(
     assert {*splits} == {"train", "validation"} and splits["train"][0]["image"].size == (width, width)
     export_version(version, "parquet", tmp_path / "again", splits=("train", "validation"))
     assert (tmp_path / "out" / CHECKSUMS).read_text() == (tmp_path / "again" / CHECKSUMS).read_text()
-    with pytest.raises(ConfigError, match="always has all captions"):
+    with pytest.raises(ConfigError, match="always contains all captions"):
         export_version(version, "parquet", tmp_path / "brief", opening="a photo of")
 
 

@@ -124,7 +124,7 @@ def test_journal_estimates_uncounted_tokens_like_the_run(tmp_path: Path) -> None
 
 
 def test_max_cost_without_prices_is_refused() -> None:
-    with pytest.raises(ConfigError, match="max_cost needs a price"):
+    with pytest.raises(ConfigError, match="max_cost` needs a price"):
         resolve(source="scenes", server={"max_cost": 5})
 
 

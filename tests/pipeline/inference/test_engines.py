@@ -101,7 +101,7 @@ def test_model_whose_box_unit_differs_from_the_task_is_reported() -> None:
         return list(describe_boxes(Plan.resolve(config, DatasetDir(Path("d")), models)))
 
     (note,) = notes(qwen3, custom_tasks=[task])
-    assert note.startswith(f"{qwen3} writes boxes in thousandths, but the task things reads pixels")
+    assert note.startswith(f"{qwen3} writes boxes in thousandths, but the task things expects pixels")
     assert not notes(qwen2, custom_tasks=[task]) and not notes("gpt-5", custom_tasks=[task])
     assert not notes(qwen3) and not notes(qwen3, custom_tasks=[task | {"coordinates": "thousandths"}])
     ladder = {"task_models": {"things": ["default", "small"]}}

@@ -48,9 +48,9 @@ def test_journal_of_another_format_is_refused(file_format: int, tmp_path: Path) 
         db.executescript(f"CREATE TABLE replies (request_id TEXT); PRAGMA user_version = {file_format};")
     uses: tuple[Callable[[Path], object], ...] = (Journal, check_journal)
     for use in uses:
-        with pytest.raises(StoreError, match="another version of synth"):
+        with pytest.raises(StoreError, match="another release of synth"):
             use(tmp_path / "other.sqlite")
-    with Journal(tmp_path / "ours.sqlite") as journal, pytest.raises(StoreError, match="another version"):
+    with Journal(tmp_path / "ours.sqlite") as journal, pytest.raises(StoreError, match="another release"):
         journal.import_replies(tmp_path / "other.sqlite", "a", "b")
 
 

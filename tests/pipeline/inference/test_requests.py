@@ -182,7 +182,7 @@ def test_checks_use_the_default_or_a_named_model(settings: dict[str, Any], model
         ({"task_models": {"checks": ["small", "large"]}}, "checks can have one model only"),
         ({"verify": {"judge": "larg"}}, "the judge larg has no server"),
         ({"models": {"default": {}}}, "choose another name"),
-        ({"models": {"judge": {}}, "verify": {"judge": "j@http://h/v1"}}, "set verify.judge: judge"),
+        ({"models": {"judge": {}}, "verify": {"judge": "j@http://h/v1"}}, "set `verify.judge: judge`"),
     ],
 )
 def test_unknown_or_contradictory_model_is_refused(settings: dict[str, Any], problem: str) -> None:

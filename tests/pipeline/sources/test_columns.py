@@ -61,7 +61,7 @@ def test_star_in_a_mapping_pairs_question_and_answer_columns(tmp_path: Path) -> 
     table = {"q1": ["What runs?"], "q2": ["Is it brown?"], "a1": ["a dog"], "a2": [None]}
     asked = first_row(tmp_path, table, question="q*", answer="a*").reference_qa
     assert [(one.question, one.answers) for one in asked or ()] == [("What runs?", ("a dog",))]
-    with pytest.raises(SourceError, match=r"columns found: question 2, answer 1"):
+    with pytest.raises(SourceError, match=r"question columns: 2, answer columns: 1"):
         first_row(tmp_path, {name: table[name] for name in ("q1", "q2", "a1")}, question="q*", answer="a*")
 
 
@@ -106,7 +106,7 @@ def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
         ("image", "fact1", "a.jpg", "the column fact1 contains string, not images"),
         ("pages", "fact1", ["a.jpg"], "the column fact1 contains list<.*string>, not images"),
         ("colour", "fact1", 5, "--columns does not support the role colour"),
-        ("split", "fact*", 5, "several columns match split: fact1, fact2"),
+        ("split", "fact*", 5, "several columns match the role split: fact1, fact2"),
     ],
 )
 def test_bad_mapping_is_refused(tmp_path: Path, role: str, column: str, value: object, problem: str) -> None:

@@ -238,8 +238,8 @@ def test_sidecar_captions_are_counted(tmp_path: Path) -> None:
     source = open_folder(tmp_path)
     assert source.messages[:3] == (
         "human captions: 3 for 2 of 3 images",
-        f"{tmp_path}/metadata.jsonl has no captions: they are read from caption, captions, text, sentences, "
-        "alt_text, original_alt_text, description, and it has file_name, title",
+        f"{tmp_path}/metadata.jsonl has no captions: captions are read from caption, captions, text, "
+        "sentences, alt_text, original_alt_text, description, but its columns are file_name, title",
         f"{tmp_path}/b/metadata.csv lists 1 images that do not exist: gone.png",
     )
     references = {row.source_row: row.references for row in samples_of(source)}
@@ -296,7 +296,7 @@ def test_folder_names_set_splits(tmp_path: Path, names: list[str], splits: list[
     assert [split_of[name] for name in names] == splits
     assert any(text.startswith("splits of the source: ") for text in source.messages) == any(splits)
     others = [name for name, split in split_of.items() if not split and not name.startswith("train")]
-    message = f"{len(others)} images are in no folder named after a split: a hash assigns their split"
+    message = f"{len(others)} images are not in a folder named after a split: a hash assigns their split"
     expected = f"{message} ({', '.join(others)})"
     assert (expected in source.messages) == bool(any(splits) and others)
 

@@ -65,7 +65,7 @@ def test_comparison_with_repeated_or_missing_row_is_refused(rows: str, message: 
 )
 def test_step_that_loses_adds_or_reorders_rows_is_refused(change: Callable[[pa.Table], pa.Table]) -> None:
     step = judging(lambda table: change(table.append_column("reason", pa.nulls(table.num_rows, pa.string()))))
-    with pytest.raises(TableError, match="the step judged received"):
+    with pytest.raises(TableError, match="the step `judged` received"):
         run_step(step, numbers(10))
 
 

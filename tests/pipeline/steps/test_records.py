@@ -186,7 +186,7 @@ def test_run_without_missing_replies_needs_no_server(photos: Path, tmp_path: Pat
     config = asking(photos, server, title="New")
     again = generate_dataset(config, tmp_path / "d", notes)
     assert again.version.manifest["digest"] == first.version.manifest["digest"]
-    assert any("continuing with the stored replies" in text for text in notes.texts)
+    assert any("the run uses the stored replies" in text for text in notes.texts)
     with running_chat(ChatServer(lambda times, body: Act(status=401), model="other")) as other:
         changed = config.model_copy(update={"model": "other", "base_url": (other.url,)})
         with pytest.raises(EngineError, match="401"):

@@ -62,7 +62,7 @@ def test_repeat_of_the_best_caption_is_rejected_with_a_separate_reason() -> None
     assert marked["reason"].to_pylist() == [None, "not_the_best", "same_as_the_best", "same_as_the_best"]
     funnel = [StepSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
     (text,) = describe_losses([STEP], funnel)
-    assert text.startswith("3 of 4 captions that were not selected equal the selected one: ")
+    assert text.startswith("3 of 4 unselected captions are the same as the selected caption: ")
 
 
 def test_first_of_tied_captions_is_kept_without_a_rejected_text() -> None:
@@ -97,7 +97,7 @@ def test_only_captions_of_one_image_and_style_compete(shards: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"select": {"pairs": True}}, "chooses among several captions: --samples 4"),
+        ({"select": {"pairs": True}}, "needs several captions to choose from: --samples 4"),
         ({"select": {"by": "clip"}, "generate": {"samples": 2}}, "--verify alignment"),
         ({"select": {"by": "judge"}, "generate": {"samples": 2}}, "--judge MODEL@URL"),
     ],

@@ -66,4 +66,4 @@ def test_other_workers_finish_their_shards_after_failures(tmp_path: Path) -> Non
             with pytest.raises(EngineError, match="no credit"):
                 map_on_workers(5, work, WorkerPlan(workers, 0.3, 0), lambda done: None, warnings.append)
     assert {path.name for path in tmp_path.iterdir()} == {"begun-1", "finished-1"}
-    assert warnings == ["a worker failed: no credit; the others finish their shards"]
+    assert warnings == ["a worker failed: no credit; the other workers finish their shards"]
