@@ -174,7 +174,7 @@ def review_sample(
     with translate_disk_errors(dataset.path):
         path, drawn = write_audit(version, dataset, texts, seed, tool)
     fewer = "" if drawn == texts else " (at most one of each image)"
-    say(f"drew {drawn} texts of {version.name}{fewer}; judge them, then apply the exported file:")
+    say(f"drew {drawn} texts of {version.name}{fewer}; judge them on this page, and apply what it exports:")
     echo(path)
 
 

@@ -308,7 +308,7 @@ class Client:
         """Return the seconds to wait after a failure, or None to give up."""
         if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
             if self._endpoints.mark_down(endpoint):
-                self.progress.warn(f"{endpoint.url} does not answer: waiting for it")
+                self.progress.warn(f"{endpoint.url} does not answer: waiting for it (Ctrl-C is safe)")
             return failures.after_crash()
         endpoint.rest()
         pause_s = failures.after_fault()
