@@ -30,7 +30,7 @@ OPENAI_KEY = "OPENAI_API_KEY"  # sent only to OpenAI's own servers
 MIN_KEY_CHARACTERS = 8  # a shorter value may be an ordinary word, and is not removed from messages
 PAYMENT_REQUIRED = 402
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
-_OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI and LiteLLM
+_OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # error codes of OpenAI, LiteLLM
 
 
 @dataclass(slots=True, eq=False)

@@ -125,7 +125,7 @@ def plan_memory(
 
 
 def needed_gib(shape: ModelShape, max_pixels: int) -> float:
-    """Return the least free GPU memory, in steps of a quarter GiB, with which a model runs."""
+    """Return the GPU memory that must be free for a model to run, in steps of a quarter GiB."""
     sizes = (number / 4 for number in count(1))
     return next(gib for gib in sizes if plan_memory(shape, gib, gib, max_pixels, MIN_CONTEXT).fits)
 

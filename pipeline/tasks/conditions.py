@@ -221,7 +221,7 @@ class _Checker:
             self.fail(node, f"{shown} is neither true nor false", f"compare it, as in `{shown} is not null`")
 
     def type_of(self, node: ast.expr) -> Schema:
-        """Return the schema of a name or a constant. Constants have the key `constants`."""
+        """Return the schema of a name or a constant. That of a constant lists it under `constants`."""
         if path := _path_of(node):
             return self.type_of_name(node, path)
         try:

@@ -24,7 +24,7 @@ def plant_falsehoods(
 ) -> Iterator[tuple[str, str]]:
     """Yield (kind, false statement) for each kind of falsehood that fits.
 
-    `said` has the words of all texts about the image. These words never replace another, since the result
+    `said` has the words of all texts about the image. They never replace a word, because the result
     could be true. `rank` orders the candidates.
     """
     words = statement.split(" ")

@@ -136,7 +136,7 @@ def silence_transformers() -> Iterator[None]:
 
 
 def load_config(model_id: str) -> PreTrainedConfig:
-    """Load a config from a folder or the Hub. Raises one of LOAD_ERRORS, for quantized weights too."""
+    """Load a config from a folder or the Hub. Raises one of LOAD_ERRORS, also for quantized weights."""
     path = Path(model_id)
     # A lookup on the Hub may take minutes, so a name that can only be a path is not looked up.
     is_path = path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
