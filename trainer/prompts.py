@@ -74,7 +74,7 @@ def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
 
 
 def preferred_source(prompts: list[tuple[str, str]], style: str) -> str | None:
-    """Return the source for a style's prompt, preferably human, or None if the style was not learned."""
+    """Return "human" if learned for the style, otherwise its first source, or None for an unlearned style."""
     sources = [source for source, learned in prompts if learned == style]
     return "human" if "human" in sources else next(iter(sources), None)
 

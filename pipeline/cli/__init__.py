@@ -185,7 +185,7 @@ def _exit_with(problem: str, hint: str) -> None:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt on SIGTERM. Yield a list that collects the numbers of these signals."""
+    """Raise KeyboardInterrupt on SIGTERM. Yield a list that gets the signal's number each time it arrives."""
     arrived: list[int] = []
 
     def interrupt(number: int, _: FrameType | None) -> None:

@@ -186,7 +186,7 @@ class GenerateConfig(Section):
     samples: int = Field(default=1, ge=1, le=64)
     """Captions per image and style. The step `select` keeps the best."""
     sample_temperature: float = Field(default=0.8, gt=0, le=2)
-    """Minimum temperature of all captions but the first."""
+    """Temperature of all captions but the first, unless their normal temperature is higher."""
     qa_temperature: float = Field(default=0.3, ge=0, le=2)
     """Sampling temperature of questions. At 0 the model asks similar questions about every image. Higher
     values give less accurate answers.
@@ -469,7 +469,7 @@ class BalanceConfig(Section):
     """Types with fewer questions are balanced together."""
 
     def max_share(self, answers: Collection[str]) -> float:
-        """Return the maximum share of one answer among the questions of a type with these answers."""
+        """Return the maximum share of one answer. `answers` are the distinct answers of one type."""
         is_binary = len(answers) <= 2 or {"yes", "no"} & set(answers)
         return self.max_yes_no_frac if is_binary else self.max_answer_frac
 

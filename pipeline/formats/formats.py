@@ -100,7 +100,7 @@ class Format:
 
 
 class ImageFolder(Format):
-    """A folder per split. Parquet keeps the types that `datasets` would guess from JSON lines."""
+    """A folder per split. Its metadata is in Parquet, because `datasets` guesses the types of JSON lines."""
 
     def add(self, item: Item) -> bool:
         self.put_image(item, item.split)

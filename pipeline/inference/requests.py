@@ -232,7 +232,7 @@ def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]
             raise ConfigError(f"task_models: {name} can have one model only", hint="remove the others")
     if config.generate.min_logprob is not None and max(map(len, ladders.values()), default=1) == 1:
         hint = "list several models for a task in `task_models`"
-        raise ConfigError("generate.min_logprob needs a ladder", hint=hint)
+        raise ConfigError("generate.min_logprob needs a ladder: several models for a task", hint=hint)
     for task in CHECKING:
         if chosen := ladders.get(task.name) or ladders.get(CHECKS):
             ladders[task.name] = chosen
