@@ -191,7 +191,7 @@ def test_caption_files_add_texts_and_splits_to_a_folder(tmp_path: Path) -> None:
 def test_caption_file_about_other_images_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "c.json").write_text(FORMS["coco.json"])
-    problem = r"no file name in .* is an image in .*it has 000009\.jpg, 000012\.jpg"
+    problem = r"no file name in .* is an image in .*its names: 000009\.jpg, 000012\.jpg"
     with pytest.raises(SourceError, match=problem) as caught:
         open_folder(tmp_path, captions=[tmp_path / "c.json"])
     assert "a.png" in str(caught.value.hint)
