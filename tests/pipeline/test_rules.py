@@ -232,7 +232,7 @@ STYLED = (
     ("human", "Three men drink tea at a cafe \u2615", None),
     ("human", "Three \u2615 men drink tea at a cafe", "junk"),
     ("human", "My cat sleeps on our sofa.", None), ("plain", "My cat sleeps on our sofa.", "no_description"),
-    ("tags", "sign, login, cookies", None),
+    ("tags", "poster, warranty, cat", None),
     ("plain", "Three men drink tea at a cafe \u2615", "junk"), ("ocr", "exit exit " * 40, "repetitive"),
     ("ocr", " ".join(map(str, range(3000))), None),
 )  # fmt: skip
@@ -321,7 +321,7 @@ def test_clean_columns_lack_openings_and_personal_data() -> None:
         ("A black cat sleeps on a red sofa in the kitchen", {"language": "da"}, "other_language"),
         ("Ein roter Drache fliegt über dem grauen Hafen der Stadt.", {"language": None}, None),
         ("Ein roter Drache fliegt über dem grauen Hafen der Stadt.", {"language": "de"}, None),
-        ("O gato preto dorme no sofá vermelho da sala.", {"language": "pt"}, None),
+        ("No hay coches en la calle mojada de la ciudad.", {"language": "es"}, None),
         ("Красный змей летит над серой гаванью города.", {"language": "ru"}, None),
         ("一只黑猫睡在红色的沙发上。", {"language": "zh"}, None),
         ("A kite flies over harbours.", {}, None),
