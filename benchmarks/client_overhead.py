@@ -1,6 +1,6 @@
 """Measure the CPU time per row of caption clients.
 
-    python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON ...]
+    PYTHONPATH=. python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON ...]
 
 A mock endpoint answers every request after 200 ms. Each client requests one caption for each of N distinct
 JPEGs (85 kB) with 256 concurrent requests. The clients are a bare aiohttp loop that discards the replies,
