@@ -1,6 +1,6 @@
 """Measure the overhead of `synth` with a real vLLM server.
 
-    SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py [--pairs 10]
+    PYTHONPATH=. SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py [--pairs 10]
 
 vLLM serves the tiny teacher. A bare aiohttp client and `synth` (with journal and validation) alternate in
 sending the same kinds of requests about new scenes. The result is the ratio of synth's requests per second to
