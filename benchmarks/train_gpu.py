@@ -1,4 +1,4 @@
-"""Measure training steps, captioning and the feature store on a GPU (with `--cpu`, of two small decoders).
+"""Measure training steps, captioning and the feature store on a GPU, or small decoders on a CPU.
 
     python benchmarks/train_gpu.py [--cpu] [--states 50] [--rounds 20] [--json FILE]
 
@@ -263,7 +263,7 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="A training step, captions and states on this device.")
-    parser.add_argument("--cpu", action="store_true", help="Measure two small cells on the CPU.")
+    parser.add_argument("--cpu", action="store_true", help="Measure two small decoders on the CPU.")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--images", type=int, help="Images per step; default: 64 on a GPU, 8 on a CPU.")
     parser.add_argument(

@@ -69,7 +69,7 @@ The presets follow published recipes. They were not tuned on a GPU.
 
 | variable | meaning |
 |---|---|
-| `SYNTH_API_KEY` | key of the servers of `--base-url`, and of `synth serve` |
+| `SYNTH_API_KEY` | key of the servers of `--base-url`, of `synth serve`, and of `synth serve-captioner` |
 | `SYNTH_<NAME>_API_KEY` | key of the servers of a model in `models`; `SYNTH_JUDGE_API_KEY` for `--judge` |
 | `OPENAI_API_KEY` | key for openai.com if `SYNTH_API_KEY` is not set |
 | `SYNTH_VLLM_PYTHON` | Python interpreter with vLLM, if it is in another environment |

@@ -161,8 +161,8 @@ class TrainConfig(Section):
     `tf32` for scenes or without support of bfloat16.
     """
     evaluations: int = Field(default=4, ge=1)
-    """Maximum evaluations on the validation split, at equal intervals. The number of epochs is another limit,
-    if it is more than four. Each stage also ends with an evaluation.
+    """Maximum evaluations on the validation split, at equal intervals. A run has at most one evaluation per
+    epoch, or four if it has fewer epochs. Each stage also ends with an evaluation.
     """
     patience: int = Field(default=0, ge=0)
     """Evaluations without a better score after which the learning rate falls to its floor and the stage ends.

@@ -108,9 +108,9 @@ def export(
 
     if data is not None and (Path(data) / "train.json").exists():
         raise BadParameter("a captioner needs no export: transformers loads its folder", param_hint="DATASET")
-    if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
-        known = did_you_mean(kind, FORMATS, f"formats: {', '.join([PARQUET, *FORMATS])}")
-        raise BadParameter(f"no format {kind}; {known}", param_hint="--format")
+    if (kind := kind or "imagefolder") not in (known := [PARQUET, *FORMATS]):
+        hint = did_you_mean(kind, known, f"formats: {', '.join(known)}")
+        raise BadParameter(f"no format {kind}; {hint}", param_hint="--format")
     version = open_data(data, images)
     folder = out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
     with show_progress() as progress, translate_disk_errors(folder):
@@ -174,7 +174,8 @@ def review_sample(
     with translate_disk_errors(dataset.path):
         path, drawn = write_audit(version, dataset, texts, seed, tool)
     fewer = "" if drawn == texts else " (at most one of each image)"
-    say(f"drew {drawn} texts of {version.name}{fewer}; judge them on this page, and apply what it exports:")
+    where = "on this page" if tool == "page" else f"with these tasks for {tool}"
+    say(f"drew {drawn} texts of {version.name}{fewer}; judge them {where}, and apply the exported file:")
     echo(path)
 
 

@@ -273,12 +273,10 @@ class ServerConfig(Section):
     """
     enforced_schema: bool = True
     """Refuse a server that does not enforce JSON schemas."""
-    # Prices of a million tokens.
     price_in: Price | None = None
     """Price of a million prompt tokens."""
     price_out: Price | None = None
     """Price of a million reply tokens."""
-    # Limits of all runs in the dataset folder.
     max_requests: Annotated[int, Field(ge=1)] | None = None
     """Stop when all runs of the dataset folder have sent this many requests."""
     max_total_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -49,7 +49,7 @@ TRIAL = ".trial"  # subfolder of a dataset folder that a running preview uses
 MAX_NAME_CHARACTERS = 240  # file systems allow 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 # Exceptions that may be raised when a damaged manifest is read.
-INVALID = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +253,7 @@ def read_version(folder: Path) -> Version:
                 require_regular(path, root)
     except UnsafeFileError as error:
         raise StoreError(str(error), hint=error.hint) from None
-    except INVALID as error:
+    except _DAMAGED as error:
         hint = f"pass a dataset folder or one of its versions; if it was a version, move {folder} away"
         raise StoreError(f"not a version: {folder} ({error})", hint=hint) from None
     return Version(folder, manifest)

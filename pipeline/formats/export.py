@@ -53,11 +53,13 @@ def export_version(
 
     `source_names` names files as in the source (`read_items`). `absolute` writes absolute paths of images.
     `trigger` begins each caption, for a LoRA. `opening` is removed from the beginning of each caption.
-    Raises ConfigError if the folder exists or is in use, or there is nothing to write in this format.
+    Raises ConfigError if the folder exists or is in use, the format is unknown, or there is nothing to write.
     """
     report, splits, opening = progress or NullProgress(), tuple(splits), opening.strip()
     # This also refuses names such as `.`, for which no lock file can be created.
     _require_new(out)
+    if kind not in (known := [PARQUET, *FORMATS]):
+        raise ConfigError(f"no format {kind}", unknown=kind, known=known, hint=f"formats: {', '.join(known)}")
     if (source_names or absolute) and kind in TABLES:
         hint = "leave out --names and --absolute"
         raise ConfigError(f"the format {kind} has no files of images", hint=hint)
@@ -110,8 +112,6 @@ def _require_new(out: Path) -> None:
 
 def _check_export(version: Version, kind: str, style: str | None, edit: str, splits: tuple[str, ...]) -> int:
     """Return the number of rows to export. Raises ConfigError if there is nothing to export."""
-    if kind not in (known := [PARQUET, *FORMATS]):
-        raise ConfigError(f"no format {kind}", unknown=kind, known=known, hint=f"formats: {', '.join(known)}")
     captions = version.manifest["measured"].get("captions", {})
     if style not in (None, ALL, *captions):
         hint = f"styles of its captions: {', '.join(captions) or 'none'}"

@@ -55,7 +55,7 @@ def pull_version(name: str) -> Version:
             folder = Path(fetch(revision=revision))
             try:
                 version = read_version(folder)
-            except StoreError:
+            except StoreError:  # the cached manifest may be damaged
                 fetch(revision=revision, allow_patterns=[MANIFEST], force_download=True)
                 version = read_version(folder)
             if damage := find_damage(version):

@@ -413,10 +413,7 @@ def _compile_glob(pattern: str) -> re.Pattern[str]:
 
     try:
         return re.compile(glob_translate(pattern))
-    except (
-        ValueError,
-        re.error,
-    ):  # `**` is only part of a name, or the pattern is invalid: match it literally
+    except (ValueError, re.error):  # `**` within a name, or an invalid pattern
         return re.compile(re.escape(pattern))
 
 

@@ -47,7 +47,7 @@ def train_until_saved(
 
 
 def script_scores(monkeypatch: pytest.MonkeyPatch, scores: Iterable[float], evaluations: int = 30) -> None:
-    """Give evaluations during a training these scores, and its test the score `{}`."""
+    """Replace the scores during a training by `scores`, and skip the final test."""
     remaining = iter(scores)
 
     def evaluate(*_: Any) -> dict[str, Any]:

@@ -99,9 +99,7 @@ def test_resuming_with_other_settings_is_refused(model: Path, photos: Path, tmp_
             run(captioner, [str(photos)], tmp_path / "c.jsonl", styles=styles)
 
 
-def test_output_that_exists_or_is_no_caption_file_is_refused(
-    model: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_existing_or_unsupported_output_is_refused(model: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "mine"}\n')
     for name, problem in (("c.jsonl", "already exists"), ("c.xlsx", "is not a caption file")):
         with pytest.raises(ConfigError, match=problem):

@@ -56,8 +56,8 @@ class EncoderConfig:
     states: str = "all"
 
 
-# The definitions up to `Encoder` are copied into checkpoints (trainer/model/transformers_files.py), so they
-# may use only torch and transformers.
+# The definitions from here to `Tower` are copied into checkpoints (trainer/model/transformers_files.py), so
+# they may use only torch and transformers.
 
 # Possible numbers of tokens before the patches: none, a class token, class and distillation tokens, or a
 # class token and four DINO registers.

@@ -103,7 +103,7 @@ class PrefixDecoder(nn.Module):
 
         `states_BPD` is None if the cache has the image.
         """
-        # A language model makes its own cache (not this default one): some of its layers may be recurrent.
+        # Pass no new default cache, so that the language model makes a cache that suits recurrent layers.
         is_default = states_BPD is not None and type(cache) is DynamicCache
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)

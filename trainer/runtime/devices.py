@@ -87,7 +87,8 @@ def gather_slices(own: list[T]) -> list[T]:
         return own
     slices: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(slices, own)
-    return [part[index] for index in range(len(slices[0])) for part in slices if index < len(part)]
+    longest = max(map(len, slices))
+    return [part[index] for index in range(longest) for part in slices if index < len(part)]
 
 
 @contextmanager

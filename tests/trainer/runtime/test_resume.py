@@ -26,7 +26,7 @@ from trainer.training import train_captioner
         {"feature_storage": "none"},
         {"align_frac": 0.5},
         {"decoder": "prefix", "encoder_states": "2x2"},
-        {"decoder": "language model", "align_frac": 0.5, "label_smoothing": 0.1, **LORA},
+        {"align_frac": 0.5, "label_smoothing": 0.1, **LORA},
         {"steps": 2, "scst_frac": 1.5, "scst_samples": 2, "max_caption_tokens": 12},
     ],
 )
