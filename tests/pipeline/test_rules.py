@@ -47,6 +47,10 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
 
 KEPT: tuple[str | tuple[str, str], ...] = (
     ("What is over the harbour?", "a kite"), ("Is the kite red or blue?", "red"), ("Is it a cat?", "no"),
+    "Four people in life jackets sit in a raft on a river.", "Loading dock with two trucks and pallets.",
+    "A slide titled analysis of sales with a bar chart.", "An oven dial that is set to 350 degrees.",
+    "A skateboarder failed to land the trick on the ramp.", ("What is the man eating?", "orange"),
+    ("Which cat is asleep?", "on the left"), ("What does the sign say to do?", "stop"),
     "The image is black and white, with a kite.", ("Which brand is on the kite?", "rojo"),
     ("How many kites are there?", "a lot"), ("How many kites are there?", "two kites"),
     ("How much rope is there?", "a lot"), ("What does the sign say?", "no"),
