@@ -83,6 +83,8 @@ import sys
 import pipeline
 packages = ("pyarrow", "datasets", "torch", "pydantic", "duckdb")
 print(*(name for name in packages if name in sys.modules), pipeline.__version__)
+import pipeline.cli, pipeline.hub.push, pipeline.report.build, pipeline.run
+print(*(name for name in ("datasets", "torch", "transformers", "vllm") if name in sys.modules))
 """
 
 

@@ -18,7 +18,11 @@ from pipeline.tasks import Tasks
         ("parquet:photos/a.parquet", None, None),
     ],
 )
-def test_title_defaults_to_name_of_the_folder(source: str, title: str | None, expected: str | None) -> None:
-    config = resolve(source=source, title=title)
+def test_title_defaults_to_name_of_the_folder_and_no_local_path_is_published(
+    source: str, title: str | None, expected: str | None
+) -> None:
+    generate, verify = {"prompt_dir": "/home/me/prompts"}, {"clip_model": "/home/me/clip"}
+    config = resolve(source=source, title=title, generate=generate, verify=verify)
     described = describe_provenance(config, Tasks(), {"name": "folder"}, {"name": "none"})
     assert described.get("title") == expected
+    assert "/home/me" not in str(described)

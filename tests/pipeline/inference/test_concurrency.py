@@ -58,3 +58,9 @@ def test_request_is_abandoned_if_its_server_stays_busy(
         waits_s.append(wait_s)
         now[0] += wait_s + 1
     assert len(waits_s) == waits and stated_s <= min(waits_s) <= max(waits_s) <= 1.2 * stated_s
+
+
+def test_request_is_abandoned_after_the_fifth_fault_or_the_third_crash() -> None:
+    state = RetryState(patience_s=10)
+    assert [state.after_fault() is None for _ in range(5)] == [False] * 4 + [True]
+    assert [state.after_crash() for _ in range(3)] == [0.0, 0.0, None]

@@ -10,7 +10,7 @@ from PIL import Image
 from pipeline.config import DECKS
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
-from pipeline.inference.embedded import batch_requests
+from pipeline.inference.embedded import BATCH_IMAGES, batch_requests
 from pipeline.inference.engines import TINY_DECK_WEIGHTS, choose_engine
 from pipeline.sources.scenes import draw_sample
 from pipeline.tasks import TASKS
@@ -111,6 +111,7 @@ def test_reply_at_the_token_limit_is_cut_short(engine: Engine) -> None:
 def test_batch_has_one_prompt_and_is_smaller_for_large_images_and_decks() -> None:
     texts = [{request.text for request in batch} for batch in batch_requests(requests(3))]
     assert [len(batch) for batch in batch_requests(requests(3))] == [3, 3, 3] and {*map(len, texts)} == {1}
+    assert max(len(batch) for batch in batch_requests(requests(70))) == BATCH_IMAGES
     asked = [replace(request, style="", task="caption") for request in requests(10)]
     cases: tuple[tuple[int | None, tuple[int, int], int, int], ...] = (
         (1_003_520, (2000, 2000), 1, 8),

@@ -94,6 +94,12 @@ def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
     assert row.reference_qa and row.reference_qa[0].answers == ("dog", "dog", "cat")
 
 
+def test_lists_and_numbers_of_a_table_become_context(tmp_path: Path) -> None:
+    table = {"title": ["Lamp"], "tags": [["a", "b"]], "stock": [7]}
+    row = first_row(tmp_path, table, context="title,tags,stock")
+    assert dict(row.context) == {"title": "Lamp", "tags": "a, b", "stock": "7"}
+
+
 @pytest.mark.parametrize(
     ("role", "column", "value", "problem"),
     [
