@@ -38,6 +38,10 @@ OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but 
         "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
     )
 )  # fmt: skip
+SHORT_FLAGS = {
+    "-asc": "--api-server-count", "-pp": "--pipeline-parallel-size", "-tp": "--tensor-parallel-size",
+}  # fmt: skip
+_FLAG = re.compile(r"--|-[a-zA-Z]")  # the beginning of a flag, but not of a negative number
 
 # The unit of bounding boxes by a regular expression for lower-case model names. Source: model cards.
 BOX_UNITS: dict[str, BoxUnit] = {
@@ -100,13 +104,11 @@ def choose_engine(
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:
     """Return a suffix for the revision if flags may change the replies, such as --quantization."""
-    words = " ".join(flags).replace("=", " ").split()
-    affecting = [
-        word
-        for index, word in enumerate(words)
-        if (word.startswith("--") and word not in OUTPUT_NEUTRAL_FLAGS)
-        or (not word.startswith("--") and words[index - 1] not in OUTPUT_NEUTRAL_FLAGS)
-    ]
+    affecting, is_neutral = [], False
+    for word in " ".join(flags).replace("=", " ").split():
+        if _FLAG.match(word):
+            is_neutral = SHORT_FLAGS.get(word, word.replace("_", "-")) in OUTPUT_NEUTRAL_FLAGS
+        affecting += [] if is_neutral else [word]
     return f"+{digest(affecting)[:8]}" if affecting else ""
 
 

@@ -67,8 +67,11 @@ def test_flags_that_may_change_replies_change_the_revision(no_gpu: None) -> None
     def revision(*flags: str) -> str:
         return choose_engine(resolve(source="scenes", engine="vllm", server={"flags": flags})).revision
 
-    assert revision("--max-num-seqs", "7", "--block-size=16") == revision() == weights_revision(TINY_WEIGHTS)
+    neutral = ("--max-num-seqs", "7", "--block-size=16", "--max_model_len", "4096", "-tp", "2", "-pp=2")
+    assert revision(*neutral) == revision() == weights_revision(TINY_WEIGHTS)
     assert len({revision(), revision("--quantization", "fp8"), revision("--quantization=awq")}) == 3
+    assert revision("--enforce-eager", "-q", "awq") == revision("-q", "awq", *neutral) != revision()
+    assert revision("--block-size", "16", "--seed", "-1") == revision("--seed", "-1") != revision("--seed", "1")
 
 
 def test_missing_vllm_error_has_three_hints(no_gpu: None) -> None:
