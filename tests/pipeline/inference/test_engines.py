@@ -71,7 +71,9 @@ def test_flags_that_may_change_replies_change_the_revision(no_gpu: None) -> None
     assert revision(*neutral) == revision() == weights_revision(TINY_WEIGHTS)
     assert len({revision(), revision("--quantization", "fp8"), revision("--quantization=awq")}) == 3
     assert revision("--enforce-eager", "-q", "awq") == revision("-q", "awq", *neutral) != revision()
-    assert revision("--block-size", "16", "--seed", "-1") == revision("--seed", "-1") != revision("--seed", "1")
+    assert (
+        revision("--block-size", "16", "--seed", "-1") == revision("--seed", "-1") != revision("--seed", "1")
+    )
 
 
 def test_missing_vllm_error_has_three_hints(no_gpu: None) -> None:

@@ -12,8 +12,9 @@ from pipeline.config.files import resolve
 from pipeline.errors import StoreError
 from pipeline.inference.journal import FORMAT, Journal, JournalState, check_journal
 from pipeline.inference.requests import build_requests
-from pipeline.inference.verification import Check, build_check, build_claims
+from pipeline.inference.verification import Check, build_check, build_claims, build_repair, coverage_checks
 from pipeline.storage.files import translate_disk_errors
+from pipeline.tasks.checks import BLIND
 from pipeline.types import UNANSWERED, Reply, Request
 from tests.plans import request_plan
 
@@ -91,18 +92,22 @@ def test_failed_shared_request_is_replaced_by_reply_for_another_sample(tmp_path:
     assert check_journal(tmp_path / "j.sqlite").is_intact
 
 
-def test_import_copies_replies_to_claims_requests_of_given_samples_and_to_all_blind_requests(
-    tmp_path: Path,
-) -> None:
-    blind = build_check(Check("blind", "Is it red?", "yes", ()), "c" * 64, request_plan(CONFIG))
-    claims = build_claims("A red cube.", "c" * 64, request_plan(CONFIG))
+def test_import_copies_replies_of_other_samples_only_to_checks_without_an_image(tmp_path: Path) -> None:
+    plan, other = request_plan(CONFIG), "c" * 64
+    shared = [
+        build_check(Check("blind", "Is it red?", "yes", (), task=BLIND), other, plan),
+        *(build_check(check, other, plan) for check in coverage_checks("A red cube.", [("Red?", "yes")])),
+        build_claims("A red cube.", other, plan),
+        build_repair("A red cube.", ["It is red."], other, plan),
+    ]
+    own = [build_check(Check("round_trip", "Is it red?", "yes"), other, plan)]
     with Journal(tmp_path / "theirs.sqlite") as journal:
-        journal.keep([(request, request.reply("{}", "stop"), None) for request in (blind, claims)])
+        journal.keep([(request, request.reply("{}", "stop"), None) for request in (*shared, *own)])
     with Journal(tmp_path / "ours.sqlite") as journal:
         journal.import_replies(tmp_path / "theirs.sqlite", "a", "b")
-        assert (journal.last(blind.id) is None, journal.last(claims.id) is None) == (False, True)
+        assert all(journal.last(request.id) for request in shared) and not journal.last(own[0].id)
         journal.import_replies(tmp_path / "theirs.sqlite", "c", "d")
-        assert journal.last(claims.id) is not None
+        assert journal.last(own[0].id)
 
 
 def filled(path: Path, count: int = 300) -> list[Request]:
