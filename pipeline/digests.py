@@ -7,8 +7,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from pipeline.tables import final_value
-
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
@@ -20,14 +18,6 @@ def digest(value: Any) -> str:
 def canonical(value: Any) -> bytes:
     """Return the canonical JSON encoding of a value: sorted keys, no white space."""
     return _CANONICAL.encode(value).encode()
-
-
-def annotation_digest(annotation: dict[str, Any]) -> str:
-    """Return the digest of an annotation's final text: a caption, a question with its answer, or a record."""
-    values = [final_value(annotation, name) for name in ("text", "question", "answer")]
-    if (record := final_value(annotation, "record")) is not None:
-        values += [annotation["task"], json.dumps(json.loads(record), sort_keys=True)]
-    return digest(values)
 
 
 def file_digest(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.dataset.review_tools import AuditVerdict, read_verdicts_of_tools
-from pipeline.digests import annotation_digest
+from pipeline.digests import digest
 from pipeline.errors import ConfigError
 from pipeline.storage.files import read_file
 from pipeline.storage.untrusted import UnsafeFileError
@@ -182,6 +182,14 @@ def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> 
     edited = review.model_dump(mode="json", include=set(EDITABLE), exclude_none=True)
     fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | edited
     return find_broken_rule(tasks[row["task"]], fields, row["pages"])
+
+
+def annotation_digest(annotation: dict[str, Any]) -> str:
+    """Return the digest of an annotation's final text: a caption, a question with its answer, or a record."""
+    values = [final_value(annotation, name) for name in ("text", "question", "answer")]
+    if (record := final_value(annotation, "record")) is not None:
+        values += [annotation["task"], json.dumps(json.loads(record), sort_keys=True)]
+    return digest(values)
 
 
 def text_name(row: dict[str, Any]) -> TextName:

@@ -28,10 +28,10 @@ from pipeline.dataset.records import (
     step_key,
     write_record,
 )
-from pipeline.dataset.reviews import Verdict, format_lines, read_stored
+from pipeline.dataset.reviews import Verdict, annotation_digest, format_lines, read_stored
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
-from pipeline.digests import annotation_digest, digest
+from pipeline.digests import digest
 from pipeline.errors import TableError
 from pipeline.plan import Plan
 from pipeline.steps.base import BUG_HINT, AllRows, Step, Work, summarize_step
