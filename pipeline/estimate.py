@@ -14,7 +14,6 @@ from pipeline.config import Config
 from pipeline.config.sections import Servers, cost_of
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.statistics import wilson_interval
-from pipeline.executors.messages import describe_start
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
@@ -43,7 +42,6 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     """
     config, folder, source = plan.config, plan.dataset, plan.source
     assert source is not None
-    progress.message(describe_start(plan))
     stats = RequestStats()
     # The trial calibrates checks on the same share of its images as the real run.
     size = LADDER_IMAGES if plan.requests.num_rungs > 1 else SAMPLED_IMAGES

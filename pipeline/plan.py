@@ -5,7 +5,7 @@ prompts, the model and its revision, and how images are compared. `Plan.open` ma
 before anything is written. A run, `preview` and `estimate` all call it. No later code resolves a name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from pipeline.dataset.records import DONE, PREPARED, read_record
 from pipeline.dataset.version import dataset_folder
 from pipeline.digests import digest, public_name
 from pipeline.errors import ConfigError, EngineError
-from pipeline.inference.engines import EngineChoice, choose_engine
+from pipeline.images.decode import PATCH_PX
+from pipeline.inference.engines import EngineChoice, box_unit_of, choose_engine
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.request_checks import check_requests
 from pipeline.inference.requests import RequestPlan, ladders_of
@@ -30,7 +31,8 @@ from pipeline.sources.source_files import skip_digests
 from pipeline.storage.files import read_json, translate_disk_errors
 from pipeline.storage.object_store import is_remote
 from pipeline.tasks import Tasks
-from pipeline.tasks.checks import REPAIR
+from pipeline.tasks.base import MAX_QA_PAIRS
+from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS, REPAIR
 from pipeline.types import Engine, Source
 
 
@@ -119,6 +121,7 @@ class Plan:
             from pipeline.images.clip import require_clip
 
             require_clip(plan.clip_model)
+        progress.message(describe_start(plan))
         return plan
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -240,3 +243,72 @@ def _source_place(source: str) -> tuple[str, str | Path]:
     """Return the kind and place of a source, such as ("folder", path). Local paths are resolved."""
     kind, _, place = source.partition(":")
     return kind, place if not place or "://" in place else Path(place).expanduser().resolve()
+
+
+# --- the opening line of a run
+
+
+def describe_engine(plan: Plan) -> str:
+    """Return the main model's engine or server URLs, its license, and the maximum size of images."""
+    engine, bound = plan.engine, plan.requests.largest_pixels
+    place = "vLLM, started here" if engine.name == "vllm" else "in this process"
+    if engine.urls:
+        place = ", ".join(engine.urls)
+    tokens = f"; images: at most {bound:,} px, about {bound // PATCH_PX**2:,} tokens" if bound else ""
+    return f"{place}; {license_of(plan.models[plan.writers[0]].name)}{tokens}"
+
+
+def describe_start(plan: Plan) -> str:
+    """Return the opening line of a run: source, folder, tasks, models, prompts and requests per image."""
+    config = plan.config
+    start, kept = f"{config.source} to {plan.dataset.path}", "keeps human captions and questions"
+    if not config.asks_model:
+        return f"{start}: {kept}; uses no model"
+    main = plan.writers[0]
+    asked = f"{_tasks_of(plan, main)} ({describe_engine(plan)})"
+    human = f"{kept}, and " if config.keeps_human_texts else ""
+    missing = " for missing texts:" if config.human_texts == "fill" else ""
+    prompts = f"; prompts: {folder}" if (folder := config.generate.prompt_dir) else ""
+    others = [name for name in plan.model_names if name not in (main, config.judge_model)]
+    more = "".join(f"; {_tasks_of(plan, name)} ({license_of(plan.models[name].name)})" for name in others)
+    rated = f"; rated by {plan.models[config.judge_model].name}" if config.judge_model else ""
+    notes = "".join(f"; note: {note}" for note in describe_boxes(plan))
+    asked += f"{more}{rated}{prompts}{describe_requests(plan)}{notes}"
+    return f"{start}: {human}asks{missing} {asked}"
+
+
+def _tasks_of(plan: Plan, name: str) -> str:
+    tasks = (task.name for task in plan.tasks.asked if name in plan.requests.models_of(task.name))
+    return f"{', '.join(tasks) or 'checks'} of {plan.models[name].name}"
+
+
+def describe_requests(plan: Plan) -> str:
+    """Return the number of requests per image, and the maximum number of requests that check its texts."""
+    requests, verify = plan.requests, plan.config.verify
+    if not requests.pairs:
+        return ""
+    asked = [(plan.tasks[name], requests.count_replies(plan.tasks[name])) for name, _ in requests.pairs]
+    captions = sum(replies for task, replies in asked if task.text_field)
+    questions = sum(MAX_QA_PAIRS for task, _ in asked if task.rows_field == "qa")
+    per_caption = {"claims": 1 + len(PHRASINGS) * MAX_CLAIMS, "covers": questions}
+    per_question = {"round_trip": 1, "blind": 1, "evidence": 1}
+    checks = sum(
+        captions * per_caption.get(check, 0) + questions * per_question.get(check, 0)
+        for check in verify.checks
+    )
+    checks += captions * verify.repair + (captions + questions) * bool(verify.judge)
+    unit = "deck" if plan.has_decks else "image"
+    more = f", and up to {checks:,} to check the texts (`synth estimate` counts them)" if checks else ""
+    count = requests.count(requests.pairs)
+    return f"; {count:,} request{'s' if count > 1 else ''} per {unit}{more}"
+
+
+def describe_boxes(plan: Plan) -> Iterator[str]:
+    """Yield a note for each model that does not write boxes in the unit that its task reads."""
+    for task in plan.config.custom_tasks:
+        for name in plan.requests.models_of(task.name) if task.kind == "boxes" else ():
+            model = plan.models[name].name
+            unit = box_unit_of(model)
+            if unit not in (None, task.coordinates):
+                expected = f"but the task {task.name} expects {task.coordinates}: set its `coordinates`"
+                yield f"{model} writes boxes in {unit}, {expected}"

@@ -5,7 +5,6 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline.dataset.review_tools import TEXT_FIELDS
-from pipeline.executors.messages import describe_start
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
@@ -47,7 +46,6 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
             ids.add(source_row.id)
         if len(ids) == number:
             break
-    progress.message(describe_start(plan))
     balance = config.balance.model_copy(update={"max_answer_frac": 1.0, "max_yes_no_frac": 1.0})
     changes = {"verify": config.verify.model_copy(update={"calibration": 0}), "balance": balance}
     with (

@@ -1,7 +1,7 @@
 """Run all steps in order, from the images of a source to a version of a dataset."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -13,18 +13,18 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import TRIAL, Version
 from pipeline.errors import TableError
-from pipeline.executors.local import LocalExecutor, forget_other_steps
-from pipeline.executors.messages import NoRowsError, describe_start, require_rows
+from pipeline.executors.local import LocalExecutor, open_local_executor
+from pipeline.executors.messages import NoRowsError, require_rows
 from pipeline.executors.ray.cluster import ClusterOptions
 from pipeline.inference.queue import RequestStats
-from pipeline.logs import log_to
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.steps import ask, balance, dedupe, read, review, select, split, validate, verify, write
 from pipeline.steps import filter as filter_
 from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
 from pipeline.steps.ladder import climb
-from pipeline.storage.files import remove, translate_disk_errors, write_json
+from pipeline.storage.files import remove, write_json
+from pipeline.storage.object_store import is_remote
 from pipeline.types import Rejected, Sample
 
 STEPS: tuple[Step, ...] = (
@@ -64,9 +64,9 @@ def run(
     steps = steps_of(plan)
     names = [step.name for step in steps]
     todo = list(zip(["", *names], steps[:-1], strict=False))[names.index(first) :]
-    write_json(plan.dataset.run_file, plan.config.recorded())
     for shard in (plan.dataset, *executor.shards):
-        forget_other_steps(shard, names)
+        _forget_other_steps(shard, names)
+    write_json(plan.dataset.run_file, plan.config.model_dump(mode="json"))
     work = Work(plan, executor, progress)
     if first == read.STEP.name and plan.requests.num_rungs > 1:
         run_steps(work, todo[:1])
@@ -96,6 +96,15 @@ def run_steps(work: Work, todo: Sequence[tuple[str, Step]]) -> None:
             work.progress("curate", row_steps.index(step) + 1, len(row_steps), {"last": step.name})
 
 
+def _forget_other_steps(shard: DatasetDir, names: Sequence[str]) -> None:
+    """Remove the files of steps that only an earlier run had, since the report would show them."""
+    folder = shard.step_file(names[0]).parent.parent
+    if not is_remote(folder) and folder.exists():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink() and path.name not in names:
+                remove(path)
+
+
 def steps_of(plan: Plan) -> list[Step]:
     """Return the steps of a run, in order."""
     return [step for step in STEPS if step.is_wanted(plan)]
@@ -118,15 +127,16 @@ def generate_dataset(
 
 def run_plan(plan: Plan, progress: Progress, cluster: ClusterOptions | None = None) -> RunResult:
     """Run a plan whose source is open, on a cluster if `cluster` is given. See generate_dataset."""
-    progress.message(describe_start(plan))
     stats = RequestStats()
-    if cluster is not None:
-        from pipeline.executors.ray.executor import open_executor
+    opened: AbstractContextManager[Executor]
+    if cluster is None:
+        opened = open_local_executor(plan, stats, progress)
+    else:
+        from pipeline.executors.ray.executor import open_ray_executor
 
-        with open_executor(plan, cluster, stats, progress) as executor:
-            return run(plan, executor, stats, progress)
-    with translate_disk_errors(plan.dataset.path), plan.dataset.lock(), log_to(plan.dataset.path):
-        return run_here(plan, stats, progress)
+        opened = open_ray_executor(plan, cluster, stats, progress)
+    with opened as executor:
+        return run(plan, executor, stats, progress)
 
 
 def run_here(

@@ -14,8 +14,8 @@ from pathlib import Path
 from pipeline.config.files import resolve
 from pipeline.doctor import Finding, examine
 from pipeline.errors import SynthError
-from pipeline.executors.messages import describe_engine
 from pipeline.inference.vllm import has_gpu
+from pipeline.plan import describe_engine
 from pipeline.progress import show_progress
 from pipeline.run import RunResult, generate_dataset
 from pipeline.text.escape import visible
@@ -27,7 +27,7 @@ def describe_run(result: RunResult, findings: list[Finding]) -> str:
     stats, choice = result.stats, result.plan.engine
     assert choice is not None
     lines = ["```", *(f"{finding.name}: {finding.result}" for finding in findings if finding.name != "hub")]
-    lines.append(f"model: {choice.model}, {describe_engine(result.plan, choice)}")
+    lines.append(f"model: {choice.model}, {describe_engine(result.plan)}")
     seconds = max(stats.asking_s, 1e-9)
     lines.append(
         f"requests: {stats.asked:,} in {stats.asking_s:,.1f} s, {stats.asked / seconds:.2f} per second"

@@ -65,7 +65,7 @@ def generate(
         from pipeline.run import STEPS, run_plan
 
         result = run_plan(plan, progress, cluster)
-    warnings = describe_warnings(STEPS, plan, result.version, result.funnel)
+    warnings = describe_warnings(STEPS, plan.config.split, result.version, result.funnel)
     print_run_result(result, warnings, config.servers, shown=progress.warnings, as_json=as_json)
 
 

@@ -231,10 +231,6 @@ class Config(Section):
         judge = (self.judge_model,) if self.judge_model == JUDGE_MODEL else ()
         return {name: self.of_model(name).server for name in (DEFAULT_MODEL, *self.models, *judge)}
 
-    def recorded(self) -> dict[str, Any]:
-        """Return the settings as `run.json` stores them."""
-        return self.model_dump(mode="json")
-
     @property
     def context(self) -> tuple[str, ...]:
         """The columns of the source that prompts may use, in the order of the settings."""

@@ -1,7 +1,7 @@
 """Run in one process. The dataset folder is the only shard, and each function is applied immediately."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,12 +9,12 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.engines import open_engines
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
+from pipeline.logs import log_to
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.sources.read import SourceReader
 from pipeline.steps.base import Services
-from pipeline.storage.files import remove
-from pipeline.storage.object_store import is_remote
+from pipeline.storage.files import translate_disk_errors
 
 T = TypeVar("T")
 
@@ -74,10 +74,9 @@ class LocalExecutor:
         """See Executor."""
 
 
-def forget_other_steps(shard: DatasetDir, names: Sequence[str]) -> None:
-    """Remove the files of steps that only an earlier run had, since the report would show them."""
-    folder = shard.step_file(names[0]).parent.parent
-    if not is_remote(folder) and folder.exists():
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink() and path.name not in names:
-                remove(path)
+@contextmanager
+def open_local_executor(plan: Plan, stats: RequestStats, progress: Progress) -> Iterator[LocalExecutor]:
+    """Open the dataset folder for a run in this process. Raises StoreError if another process uses it."""
+    path, executor = plan.dataset.path, LocalExecutor(plan, stats, progress)
+    with translate_disk_errors(path), plan.dataset.lock(), log_to(path), executor:
+        yield executor

@@ -1,24 +1,18 @@
-"""Messages about a run: the opening line, and warnings about rejected rows with reasons and remedies."""
+"""Warnings about the results of a run: rejected rows, with reasons and remedies, and empty splits."""
 
 from collections.abc import Iterator, Sequence
 
 import pyarrow.compute as pc
 
-from pipeline.config import NO_MODEL, Config
+from pipeline.config.sections import SplitConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import Version
-from pipeline.digests import public_name
 from pipeline.errors import TableError, one_line
-from pipeline.images.decode import PATCH_PX
-from pipeline.inference.engines import EngineChoice, box_unit_of
-from pipeline.inference.model_licenses import license_of
 from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
 from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
-from pipeline.tasks.base import MAX_QA_PAIRS
-from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS
 from pipeline.tasks.conditions import is_no_loss
 from pipeline.text.reasons import in_words
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
@@ -35,79 +29,13 @@ UNANSWERED_MESSAGES = {
 }
 
 
-def describe_engine(plan: Plan, choice: EngineChoice) -> str:
-    """Return the model's engine or server URLs, its license, and the maximum size of images."""
-    place = "vLLM, started here" if choice.name == "vllm" else "in this process"
-    if choice.urls:
-        place = ", ".join(choice.urls)
-    bound = plan.requests.largest_pixels
-    tokens = f"; images: at most {bound:,} px, about {bound // PATCH_PX**2:,} tokens" if bound else ""
-    return f"{place}; {license_of(public_name(choice.model))}{tokens}"
-
-
-def describe_start(plan: Plan) -> str:
-    """Return the opening line of a run: source, folder, tasks, models, prompts and requests per image."""
-    config, choice = plan.config, plan.engine
-    start, kept = f"{config.source} to {plan.dataset.path}", "keeps human captions and questions"
-    if choice.model == NO_MODEL:
-        return f"{start}: {kept}; uses no model"
-    main = plan.writers[0]
-    asked = f"{_tasks_of(plan, main)} ({describe_engine(plan, choice)})"
-    human = f"{kept}, and " if config.keeps_human_texts else ""
-    missing = " for missing texts:" if config.human_texts == "fill" else ""
-    prompts = f"; prompts: {folder}" if (folder := config.generate.prompt_dir) else ""
-    others = [name for name in plan.model_names if name not in (main, config.judge_model)]
-    more = "".join(f"; {_tasks_of(plan, name)} ({license_of(plan.models[name].name)})" for name in others)
-    rated = f"; rated by {plan.models[config.judge_model].name}" if config.judge_model else ""
-    notes = "".join(f"; note: {note}" for note in describe_boxes(plan))
-    asked += f"{more}{rated}{prompts}{describe_requests(plan)}{notes}"
-    return f"{start}: {human}asks{missing} {asked}"
-
-
-def _tasks_of(plan: Plan, name: str) -> str:
-    tasks = (task.name for task in plan.tasks.asked if name in plan.requests.models_of(task.name))
-    return f"{', '.join(tasks) or 'checks'} of {plan.models[name].name}"
-
-
-def describe_requests(plan: Plan) -> str:
-    """Return the number of requests per image, and the maximum number of requests that check its texts."""
-    requests, verify = plan.requests, plan.config.verify
-    if not requests.pairs:
-        return ""
-    asked = [(plan.tasks[name], requests.count_replies(plan.tasks[name])) for name, _ in requests.pairs]
-    captions = sum(replies for task, replies in asked if task.text_field)
-    questions = sum(MAX_QA_PAIRS for task, _ in asked if task.rows_field == "qa")
-    per_caption = {"claims": 1 + len(PHRASINGS) * MAX_CLAIMS, "covers": questions}
-    per_question = {"round_trip": 1, "blind": 1, "evidence": 1}
-    checks = sum(
-        captions * per_caption.get(check, 0) + questions * per_question.get(check, 0)
-        for check in verify.checks
-    )
-    checks += captions * verify.repair + (captions + questions) * bool(verify.judge)
-    unit = "deck" if plan.has_decks else "image"
-    more = f", and up to {checks:,} to check the texts (`synth estimate` counts them)" if checks else ""
-    count = requests.count(requests.pairs)
-    return f"; {count:,} request{'s' if count > 1 else ''} per {unit}{more}"
-
-
-def describe_boxes(plan: Plan) -> Iterator[str]:
-    """Yield a note for each model that does not write boxes in the unit that its task reads."""
-    for task in plan.config.custom_tasks:
-        for name in plan.requests.models_of(task.name) if task.kind == "boxes" else ():
-            model = plan.models[name].name
-            unit = box_unit_of(model)
-            if unit not in (None, task.coordinates):
-                expected = f"but the task {task.name} expects {task.coordinates}: set its `coordinates`"
-                yield f"{model} writes boxes in {unit}, {expected}"
-
-
 def describe_warnings(
-    steps: Sequence[Step], plan: Plan, version: Version, funnel: Sequence[StepSummary]
+    steps: Sequence[Step], split: SplitConfig, version: Version, funnel: Sequence[StepSummary]
 ) -> list[str]:
     """Return warnings about a finished run, such as rejected rows, empty splits and unanswered requests."""
     return [
         *describe_losses(steps, funnel),
-        *describe_empty_splits(version, plan.config),
+        *describe_empty_splits(version, split),
         *describe_unanswered(DatasetDir(version.dataset_dir), funnel),
     ]
 
@@ -138,12 +66,12 @@ def describe_losses(
             yield f"`{summary.step}` rejected {share} as {reason.replace('_', ' ')}: {hint}"
 
 
-def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
+def describe_empty_splits(version: Version, split: SplitConfig) -> Iterator[str]:
     """Yield a warning if a split is empty although the version has enough rows."""
-    shares = {"train": 1.0, "validation": config.split.validation_frac, "test": config.split.test_frac}
-    empty = [split for split, share in shares.items() if share and not version.manifest["rows"].get(split)]
+    shares = {"train": 1.0, "validation": split.validation_frac, "test": split.test_frac}
+    empty = [name for name, share in shares.items() if share and not version.manifest["rows"].get(name)]
     if empty and version.num_rows >= MIN_ROWS_FOR_SPLITS:
-        groups = ", or smaller groups (--group-by)" if config.split.group_by else ""
+        groups = ", or smaller groups (--group-by)" if split.group_by else ""
         verb = "splits have" if len(empty) > 1 else "split has"
         yield (
             f"the {' and the '.join(empty)} {verb} no images, but `synth train` needs some: "

@@ -77,7 +77,8 @@ def choose_image_kind(config: Config) -> ImageKind | None:
 
 def holds_decks(config: Config) -> bool:
     """Return whether the samples are decks, judged by the settings alone."""
-    return asks_about_decks(config.tasks or find_source(config.source).default_tasks(config))
+    tasks = config.tasks or find_source(config.source).default_tasks(config)
+    return asks_about_decks(tasks)
 
 
 def open_source(config: Config) -> Source:

@@ -28,7 +28,7 @@ from pipeline.executors.ray.shards import (
     ShardedImageStore,
     ShardedRun,
     exclusive_shard,
-    named_files,
+    files_digest,
     scratch_root,
 )
 from pipeline.executors.ray.workers import ShardWorker, add_fill_results, read_filled
@@ -78,8 +78,8 @@ class RayExecutor:
         store = ShardedImageStore(run)
         SourceReader(plan.dataset, plan.config, plan.source, self.progress, store).read(plan.config.limit)
         samples = [output_digest(plan.dataset, "read", name) for name in OUTPUTS]
-        models = [plan.describe_models(), run.files]
-        self._read_key = digest([run.shard_count, samples, code_digest(), plan.config.recorded(), models])
+        settings, models = plan.config.model_dump(mode="json"), [plan.describe_models(), run.files]
+        self._read_key = digest([run.shard_count, samples, code_digest(), settings, models])
         self.run = replace(run, key=self._read_key)
 
     def begin_pass(self, escalations: str) -> None:
@@ -137,7 +137,7 @@ class RayExecutor:
 
 
 @contextmanager
-def open_executor(
+def open_ray_executor(
     plan: Plan, options: ClusterOptions, stats: RequestStats, progress: Progress
 ) -> Iterator[RayExecutor]:
     """Open a cluster and the dataset folder for a run over shards.
@@ -173,7 +173,7 @@ def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> 
 
 
 def _open_run(plan: Plan, shard_count: int, engines: dict[str, str]) -> ShardedRun:
-    run = ShardedRun(plan, Path.cwd(), shard_count, engines, digest(named_files(plan)))
+    run = ShardedRun(plan, Path.cwd(), shard_count, engines, files_digest(plan))
     shards = range(shard_count if is_remote(run.root) else 0)
     return replace(run, filled=tuple(read_filled(run, n).get("folder", f"{n:05d}") for n in shards))
 

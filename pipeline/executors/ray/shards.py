@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +63,7 @@ class ShardedRun:
                 problem = f"a worker cannot see {self.working_dir}: {error.strerror}"
                 raise ClusterError(problem, hint="use a file system that all nodes share") from None
         if self.files not in _CHECKED_FILES:
-            if digest(named_files(self.plan)) != self.files:
+            if files_digest(self.plan) != self.files:
                 problem = "a worker has different files than the node that runs the command"
                 hint = "copy the prompts, the code of tasks and CLIP to the same paths on all nodes"
                 raise ClusterError(problem, hint=hint)
@@ -123,16 +122,12 @@ class ShardedImageStore(ImageStore):
         super().add(table.filter(pa.array(shards == index)) for index in np.unique(shards))
 
 
-def named_files(plan: Plan) -> dict[str, Any]:
-    """Return the content or digest of each file that workers read."""
-    config = plan.config
-    clip = Path(config.verify.clip_model)
-    asked = asked_tasks(config, plan.tasks)
-    return {
-        "tasks": plan.tasks.describe(),
-        "prompts": prompt_texts(asked, config.prompt_dirs),
-        "clip": weights_revision(clip) if clip.is_dir() else None,
-    }
+def files_digest(plan: Plan) -> str:
+    """Return a digest of the prompts, custom tasks and CLIP weights, which workers read from files."""
+    asked = asked_tasks(plan.config, plan.tasks)
+    prompts = prompt_texts(asked, plan.config.prompt_dirs)
+    clip = Path(plan.config.verify.clip_model)
+    return digest([plan.tasks.describe(), prompts, weights_revision(clip) if clip.is_dir() else None])
 
 
 def scratch_root(root: Path) -> Path:

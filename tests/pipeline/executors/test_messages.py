@@ -9,18 +9,17 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.files import resolve
+from pipeline.config.sections import SplitConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.errors import StoreError
 from pipeline.executors.messages import (
     describe_empty_splits,
     describe_losses,
-    describe_requests,
-    describe_start,
     describe_warnings,
 )
 from pipeline.inference.engines import EngineChoice
-from pipeline.plan import Model, Plan
+from pipeline.plan import Model, Plan, describe_requests, describe_start
 from pipeline.run import STEPS, generate_dataset
 from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -43,7 +42,7 @@ def test_warning_about_unanswered_requests_has_the_server_message(
         server = {"max_failure_frac": 1.0}
         config = resolve(source="scenes", limit=12, base_url=[chat.url], model="model", server=server)
         result = generate_dataset(config, tmp_path)
-    warnings = describe_warnings(STEPS, result.plan, result.version, result.funnel)
+    warnings = describe_warnings(STEPS, result.plan.config.split, result.version, result.funnel)
     assert any(text.startswith("12 requests got only errors") and "scripted 500" in text for text in warnings)
     assert any("rejected by the server" in text and "scripted 413" in text for text in warnings), warnings
 
@@ -54,15 +53,15 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
     column = texts.schema.get_field_index("split")
     in_train = texts.set_column(column, "split", pa.array(["train"] * texts.num_rows))
     version, _ = make_version(tmp_path / "d", samples, in_train)
-    (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"group_by": "folder"}))
+    (warning,) = describe_empty_splits(version, SplitConfig(group_by="folder"))
     assert warning == (
         "the validation and the test splits have no images, but `synth train` needs some: "
         "use more images, or, if the source states no splits, another --seed, or smaller groups (--group-by)"
     )
-    (warning,) = describe_empty_splits(version, resolve(source="scenes", split={"test_frac": 0}))
+    (warning,) = describe_empty_splits(version, SplitConfig(test_frac=0))
     assert "the validation split" in warning
     whole, _ = make_version(tmp_path / "e", samples, texts)
-    assert not list(describe_empty_splits(whole, resolve(source="scenes")))
+    assert not list(describe_empty_splits(whole, SplitConfig()))
 
 
 def test_rejection_warning_states_reason_and_remedy_and_ignores_repeated_images() -> None:

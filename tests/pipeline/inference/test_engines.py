@@ -10,11 +10,10 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
 from pipeline.errors import ConfigError, EngineError, SynthError
-from pipeline.executors.messages import describe_boxes
 from pipeline.inference import engines
 from pipeline.inference.engines import TINY_WEIGHTS, box_unit_of, choose_engine, pick_engine
 from pipeline.inference.vllm import VLLM_PYTHON
-from pipeline.plan import Model, Plan
+from pipeline.plan import Model, Plan, describe_boxes
 from tests.chat.server import ChatServer, running_chat
 
 REVISION = "0123456789abcdef"  # `synth serve` appends it to the name

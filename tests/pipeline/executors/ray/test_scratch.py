@@ -10,10 +10,9 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
-from pipeline.digests import digest
 from pipeline.errors import ClusterError
 from pipeline.executors.ray import workers
-from pipeline.executors.ray.shards import ShardedRun, named_files, scratch_root
+from pipeline.executors.ray.shards import ShardedRun, files_digest, scratch_root
 from pipeline.executors.ray.workers import FILLED, ShardWorker, save_journal, scratch_folder, scratch_shard
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
@@ -34,7 +33,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedRun]
     home = parse_dataset_path(f"memory://{uuid4().hex}")
     config = resolve(source="scenes")
     plan = plan_of(home, config)
-    yield ShardedRun(plan, tmp_path, 4, {"default": "embedded"}, digest(named_files(plan)))
+    yield ShardedRun(plan, tmp_path, 4, {"default": "embedded"}, files_digest(plan))
     remove(home)
 
 

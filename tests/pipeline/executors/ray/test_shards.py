@@ -9,14 +9,14 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.digests import digest
 from pipeline.errors import ClusterError
-from pipeline.executors.ray.shards import ShardedRun, named_files
+from pipeline.executors.ray.shards import ShardedRun, files_digest
 from pipeline.storage.object_store import parse_dataset_path
 from tests.step_runs import plan_of
 
 
 def run_in(folder: Path, shards: int) -> ShardedRun:
     plan = plan_of(folder)
-    return ShardedRun(plan, folder, shards, {"default": "embedded"}, digest(named_files(plan)))
+    return ShardedRun(plan, folder, shards, {"default": "embedded"}, files_digest(plan))
 
 
 @pytest.mark.parametrize("shards", [1, 3, 16, 1000])
@@ -46,8 +46,8 @@ def test_node_with_a_different_prompt_is_refused(tmp_path: Path) -> None:
     generate = {"prompt_dir": tmp_path / "prompts"}
     config = resolve(source="folder:x", tasks=["caption"], generate=generate)
     plan = plan_of(parse_dataset_path("memory://b"), config)
-    run = ShardedRun(plan, tmp_path / "elsewhere", 1, {"default": "embedded"}, digest(named_files(plan)))
-    assert "Describe it." in str(named_files(plan)["prompts"])
+    run = ShardedRun(plan, tmp_path / "elsewhere", 1, {"default": "embedded"}, files_digest(plan))
+    assert run.files != files_digest(plan_of(tmp_path, resolve(source="folder:x", tasks=["caption"])))
     run.enter()
     run.enter()
     with pytest.raises(
