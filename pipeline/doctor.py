@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pipeline.config import LARGE, TINY, Config
 from pipeline.inference.engines import HOW_TO_CHOOSE, pick_engine
-from pipeline.inference.memory import GIB, QWEN_3B, memory_table, needed_gib
+from pipeline.inference.memory import GIB, QWEN_3B, needed_gib
 from pipeline.inference.model_licenses import license_of
-from pipeline.inference.vllm import MAX_TOKENS, VLLM_PYTHON, gpu_memory_gib, visible_gpus, vllm_python
+from pipeline.inference.vllm import VLLM_PYTHON, gpu_memory_gib, visible_gpus, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
 from pipeline.tasks.base import MAX_PIXELS
@@ -41,14 +41,11 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Run all checks, in the order in which to fix failures."""
-    title = f"GiB that {LARGE} takes on GPUs of several sizes, estimated from its shape"
-    memory = [title, *memory_table(QWEN_3B, MAX_PIXELS, MAX_TOKENS)]
     return [
         Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),
         *(_extra(name) for name in EXTRAS),
         _vllm(),
         _gpu(),
-        Finding("memory", True, f"\n{' ' * 18}".join(memory)),
         _engine("scenes"),
         _engine("folder:PATH"),
         _hub(),
@@ -93,7 +90,7 @@ def _gpu() -> Finding:
     total_gib, free_gib = max(sizes, key=itemgetter(1))
     summary = f"{len(gpus)} visible; the best has {free_gib:.0f} of {total_gib:.0f} GiB free"
     is_enough = free_gib >= LARGE_GIB
-    hint = f"{LARGE} needs {LARGE_GIB:g} GiB of free GPU memory: end other programs that use the GPU"
+    hint = f"{LARGE} needs {LARGE_GIB:g} GiB of free GPU memory: end other programs, or use AWQ weights"
     return Finding("gpu", is_enough, summary, "" if is_enough else hint)
 
 

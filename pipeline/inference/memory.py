@@ -11,7 +11,6 @@ from math import ceil, floor
 from typing import Any, NamedTuple
 
 GIB = 2**30
-CARDS_GIB = (8, 12, 16, 24, 40, 80)
 MAX_UTILIZATION = 0.92
 FREE_GIB = 0.5  # left to other programs
 GRAPHS_GIB = 1.0  # CUDA graphs, CUDA's context, and buffers of libraries
@@ -20,8 +19,6 @@ BATCHED_TOKENS = (16_384, 8192, 4096, 2048)  # more tokens per step are faster, 
 MIN_SEQS, MAX_SEQS = 16, 512
 PROMPT_TOKENS = 512  # assumed for the text of a prompt and its reply
 MIN_CONTEXT = 4096
-# Quantized variants of a model, with the bits of a weight in the linear layers of the text model.
-VARIANTS = {"FP8": 8.0, "AWQ": 4.25}
 # Model types whose processor accepts `max_pixels`.
 QWEN_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -30,7 +27,6 @@ class ModelShape(NamedTuple):
     """The sizes of a model that decide how much memory it needs."""
 
     weights_bytes: int
-    linear_weights: int  # number of weights that quantized variants store with fewer bits
     hidden: int
     intermediate: int
     kv_token_bytes: int
@@ -49,23 +45,17 @@ class ModelShape(NamedTuple):
         hidden, intermediate, layers = (text[name] for name in names)
         heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
         head = text.get("head_dim") or hidden // heads
-        linear = layers * hidden * (2 * heads * head + 2 * kv_heads * head + 3 * intermediate)
         vision_hidden = vision.get("hidden_size") or vision["embed_dim"]
         vision_intermediate = vision.get("intermediate_size") or 4 * vision_hidden
         return cls(
-            weights_bytes, linear, hidden, intermediate, layers * 2 * kv_heads * head * 2, text["vocab_size"],
+            weights_bytes, hidden, intermediate, layers * 2 * kv_heads * head * 2, text["vocab_size"],
             vision_hidden, vision_intermediate, vision["patch_size"] * vision.get("spatial_merge_size", 2),
         )  # fmt: skip
 
-    def quantized(self, bits: float) -> "ModelShape":
-        """Return the shape with this number of bits per weight in the linear layers of the text model."""
-        saved_bytes = self.linear_weights * (16 - bits) / 8
-        return self._replace(weights_bytes=int(self.weights_bytes - saved_bytes))
-
 
 QWEN_3B = ModelShape(  # Qwen2.5-VL-3B-Instruct, the default model
-    weights_bytes=7_509_245_952, linear_weights=2_774_532_096, hidden=2048, intermediate=11_008,
-    kv_token_bytes=36_864, vocab=151_936, vision_hidden=1280, vision_intermediate=3420, token_px=28,
+    weights_bytes=7_509_245_952, hidden=2048, intermediate=11_008, kv_token_bytes=36_864,
+    vocab=151_936, vision_hidden=1280, vision_intermediate=3420, token_px=28,
 )  # fmt: skip
 
 
@@ -128,18 +118,3 @@ def needed_gib(shape: ModelShape, max_pixels: int) -> float:
     """Return the GPU memory that must be free for a model to run, in steps of a quarter GiB."""
     sizes = (number / 4 for number in count(1))
     return next(gib for gib in sizes if plan_memory(shape, gib, gib, max_pixels, MIN_CONTEXT).fits)
-
-
-def memory_table(shape: ModelShape, max_pixels: int, context: int) -> list[str]:
-    """Return the lines of a table of the memory that a model takes on each of CARDS_GIB, in GiB."""
-    lines = ["card  weights  vision step  text step  graphs  KV cache  cached tokens"]
-    for card in CARDS_GIB:
-        plan = plan_memory(shape, card, card, max_pixels, context)
-        cache = f"{plan.kv_gib:8.1f}  {plan.kv_tokens:13,}" if plan.fits else "does not fit"
-        steps = f"{plan.vision_gib:11.1f}  {plan.text_gib:9.1f}"
-        lines.append(f"{card:4}  {plan.weights_gib:7.1f}  {steps}  {GRAPHS_GIB:6.1f}  {cache}")
-    for variant, bits in VARIANTS.items():
-        smaller = shape.quantized(bits)
-        weights_gib, least_gib = smaller.weights_bytes / GIB, needed_gib(smaller, max_pixels)
-        lines.append(f"{variant}: {weights_gib:.1f} GiB of weights, needs {least_gib:g} GiB of free memory")
-    return lines

@@ -43,7 +43,7 @@ VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Pyth
 # Advice by pattern in vLLM's log.
 ADVICE = {
     "out of memory|no available memory for the cache|kv cache is needed|less than desired gpu memory": (
-        "end other programs on the GPU, or use a smaller or quantized model (`synth doctor`); "
+        "end other programs on the GPU, or use a smaller or quantized model; "
     ),
     "execute_model timed out": (
         "send fewer or smaller images at once: -- --max-num-batched-tokens 512 --max-num-seqs 4; "
