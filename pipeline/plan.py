@@ -22,10 +22,10 @@ from pipeline.images.decode import PATCH_PX
 from pipeline.inference.engines import EngineChoice, box_unit_of, choose_engine
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.request_checks import check_requests
-from pipeline.inference.requests import RequestPlan, ladders_of
+from pipeline.inference.requests import RequestPlan
 from pipeline.inference.vllm import vllm_python
 from pipeline.progress import Progress
-from pipeline.sources import find_source, holds_decks, open_source, with_source_defaults
+from pipeline.sources import find_source, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.source_files import skip_digests
 from pipeline.storage.files import read_json, translate_disk_errors
@@ -47,8 +47,8 @@ class Model(NamedTuple):
 class Plan:
     """Everything that a run needs to know. Pickling leaves out the open source and the engines.
 
-    `config` includes the defaults of the source. With `has_decks`, samples are documents of several pages.
-    `models` and `engines` have the models of the run by their names in the settings.
+    `config` includes the defaults of the source. `models` and `engines` have the models of the run by their
+    names in the settings.
     """
 
     config: Config
@@ -56,7 +56,6 @@ class Plan:
     spec: SourceSpec
     tasks: Tasks
     requests: RequestPlan
-    has_decks: bool
     models: Mapping[str, Model] = field(default_factory=dict)
     source: Source | None = None
     engines: Mapping[str, EngineChoice] = field(default_factory=dict)
@@ -67,16 +66,10 @@ class Plan:
     ) -> "Plan":
         """Resolve all names in the settings without access to the source or a server."""
         config = with_source_defaults(config)
-        spec, has_decks = find_source(config.source), holds_decks(config)
-        tasks = Tasks(config.tasks, config.custom_tasks)
+        spec, tasks = find_source(config.source), Tasks(config.tasks, config.custom_tasks)
         revisions = {name: model.revision for name, model in (models or {}).items()}
-        requests = replace(
-            RequestPlan.of(config, tasks, revisions.get(config.default_model, "")),
-            default_model=config.default_model,
-            ladders=ladders_of(config, tasks),
-            revisions=tuple(revisions.items()),
-        )
-        return cls(config, dataset, spec, tasks, requests, has_decks, models or {})
+        requests = RequestPlan.of(config, tasks, revisions)
+        return cls(config, dataset, spec, tasks, requests, models or {})
 
     @classmethod
     def open(
@@ -187,7 +180,7 @@ class Plan:
     @property
     def needs_clip(self) -> bool:
         """Whether captions are compared with their images."""
-        return "alignment" in self.config.verify.checks and not self.has_decks
+        return "alignment" in self.config.verify.checks and not self.requests.has_decks
 
 
 def _base_name(model: str) -> str:
@@ -209,7 +202,8 @@ def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
     config, dataset = plan.config, plan.dataset
     of_model, log = config.of_model(name), dataset.path / "vllm.log"
     try:
-        return choose_engine(of_model, log if of_model is config else log.with_stem(f"vllm-{name}"), progress)
+        log = log if of_model is config else log.with_stem(f"vllm-{name}")
+        return choose_engine(of_model, plan.requests, log, progress)
     except EngineError as error:
         last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)
         record = read_record(dataset, *last)
@@ -297,7 +291,7 @@ def describe_requests(plan: Plan) -> str:
         for check in verify.checks
     )
     checks += captions * verify.repair + (captions + questions) * bool(verify.judge)
-    unit = "deck" if plan.has_decks else "image"
+    unit = "deck" if requests.has_decks else "image"
     more = f", and up to {checks:,} to check the texts (`synth estimate` counts them)" if checks else ""
     count = requests.count(requests.pairs)
     return f"; {count:,} request{'s' if count > 1 else ''} per {unit}{more}"

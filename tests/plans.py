@@ -1,19 +1,26 @@
 """Plans of what is asked, from settings, and runs of them without steps."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.config import Config
+from pipeline.inference.engines import EngineChoice, choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_in_rounds, read_annotations
 from pipeline.inference.requests import RequestPlan
+from pipeline.progress import NullProgress
 from pipeline.tasks import Tasks
 from pipeline.types import Engine, SampleBatch, SampleInfo
 
 
 def request_plan(config: Config, revision: str = "r") -> RequestPlan:
-    return RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), revision)
+    return RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), {config.default_model: revision})
+
+
+def engine_of(config: Config) -> EngineChoice:
+    return choose_engine(config, request_plan(config), Path("vllm.log"), NullProgress())
 
 
 def ask(

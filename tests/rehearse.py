@@ -88,7 +88,8 @@ def report_tokens(folder: Path, model: Path) -> None:
     os.chdir(folder)
     own = {"tasks": ["caption", "qa"], "custom_tasks": [Path(f"{name}.yaml") for name in TASKS]}
     config = with_source_defaults(resolve(Path("settings.yaml"), source="folder:photos", **own))
-    plan = RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), weights_revision(model))
+    revisions = {config.default_model: weights_revision(model)}
+    plan = RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), revisions)
     print("size        task          computed  server")
     with Journal(DatasetDir(Path("d")).journal) as journal:
         for width, height in SIZES:

@@ -16,9 +16,8 @@ from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.requests import RequestPlan
 from pipeline.inference.vllm import VllmCommand, has_gpu, plan_servers, vllm_python
 from pipeline.install import install_command
-from pipeline.progress import NullProgress, Progress
-from pipeline.sources import find_source, holds_decks
-from pipeline.tasks import Tasks
+from pipeline.progress import Progress
+from pipeline.sources import find_source
 from pipeline.tasks.base import MAX_DETAIL_PIXELS
 from pipeline.types import Engine
 
@@ -66,17 +65,14 @@ class EngineChoice(NamedTuple):
     urls: tuple[str, ...] = ()
 
 
-def choose_engine(
-    config: Config, log: Path = Path("vllm.log"), progress: Progress | None = None
-) -> EngineChoice:
-    """Choose the engine. `log` is the log file of a server that synth starts.
+def choose_engine(config: Config, requests: RequestPlan, log: Path, progress: Progress) -> EngineChoice:
+    """Choose the engine that answers requests. `log` is the log file of a server that synth starts.
 
     Raises ConfigError if settings cannot be combined, and EngineError if this machine cannot run the
     model, or if the servers of --base-url do not answer.
     """
     if not config.asks_model:
         return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, _no_engine)
-    progress = progress or NullProgress()
     name, reason = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
         problem = "there are flags for vLLM (after -- or in the settings), but synth starts no server"
@@ -85,7 +81,7 @@ def choose_engine(
         from pipeline.inference.probing import find_model
 
         served, revision = find_model(config.base_url, config.model, config.server)
-        make = partial(_make_client, config, served, config.server, progress, urls=config.base_url)
+        make = partial(_make_client, served, config.server, requests, progress, urls=config.base_url)
         return EngineChoice(name, served, revision, make, config.base_url)
     model = config.model or find_source(config.source).model
     if model == TINY:
@@ -94,11 +90,11 @@ def choose_engine(
         if model != TINY:
             why = "--engine embedded runs only the tiny model" if config.engine == "embedded" else reason
             raise EngineError(f"{model} needs a server: {why}", hint=HOW_TO_CHOOSE)
-        folder = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
+        folder = TINY_DECK_WEIGHTS if requests.has_decks else TINY_WEIGHTS
         return EngineChoice(name, model, weights_revision(folder), partial(_embedded, folder))
-    revision, find_folder = _find_weights(model, progress, decks=holds_decks(config))
+    revision, find_folder = _find_weights(model, progress, decks=requests.has_decks)
     revision += _output_affecting_flags(config.server.flags)
-    start = partial(_start_vllm, model, find_folder, revision, config, log, progress)
+    start = partial(_start_vllm, model, find_folder, revision, config.server, requests, log, progress)
     return EngineChoice(name, model, revision, start)
 
 
@@ -198,25 +194,22 @@ def _embedded(folder: Path) -> Engine:
 
 
 def _start_vllm(
-    model: str, find_folder: Callable[[], Path], revision: str, config: Config, log: Path, progress: Progress
-) -> Engine:
-    server = config.server.model_copy(update={"enforced_schema": True})
-    pixels, decks = _request_plan(config).largest_pixels, holds_decks(config)
+    model: str, find_folder: Callable[[], Path], revision: str, server: ServerConfig, requests: RequestPlan,
+    log: Path, progress: Progress,
+) -> Engine:  # fmt: skip
+    server, pixels = server.model_copy(update={"enforced_schema": True}), requests.largest_pixels
+    decks = requests.has_decks
     launches = plan_servers(model, find_folder, revision, server, log, max_pixels=pixels, decks=decks)
-    return _make_client(config, model, server, progress, launches=launches)
+    return _make_client(model, server, requests, progress, launches=launches)
 
 
 def _make_client(
-    config: Config, model: str, server: ServerConfig, progress: Progress, **servers: Any
+    model: str, server: ServerConfig, requests: RequestPlan, progress: Progress, **servers: Any
 ) -> Engine:
     from pipeline.inference.client import Client
 
-    max_tokens, logprobs = _request_plan(config).largest_max_tokens, config.generate.wants_logprobs
+    max_tokens, logprobs = requests.largest_max_tokens, requests.generate.wants_logprobs
     return Client(model, server, max_tokens, progress=progress, wants_logprobs=logprobs, **servers)
-
-
-def _request_plan(config: Config) -> RequestPlan:
-    return RequestPlan.of(config, Tasks(config.tasks, config.custom_tasks), "")
 
 
 def plan_server(model: str, server: ServerConfig, progress: Progress) -> VllmCommand:

@@ -13,7 +13,7 @@ from pipeline.config import JUDGE_MODEL, Config
 from pipeline.config.sections import ANY_LANGUAGE, GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError
-from pipeline.sources import find_source
+from pipeline.sources import find_source, holds_decks
 from pipeline.tasks import TASKS, Tasks, wire_schema
 from pipeline.tasks.base import MAX_DETAIL_PIXELS, MAX_PIXELS, Task
 from pipeline.tasks.caption import STYLE_TOKENS
@@ -47,20 +47,23 @@ class RequestPlan:
     language: str | None
     seed: int
     is_filling: bool  # whether built-in tasks are asked only about images without human texts
-    revision: str  # digest or commit of the default model
-    shows_detail: bool = False  # whether the images are pages
-    default_model: str = DEFAULT_MODEL
-    ladders: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names of the models of tasks, in order, by task
-    revisions: tuple[tuple[str, str], ...] = ()  # revisions of models by name
+    has_decks: bool  # whether samples are documents of several pages
+    shows_detail: bool  # whether the images are pages
+    default_model: str
+    ladders: tuple[tuple[str, tuple[str, ...]], ...]  # names of the models of tasks, in order, by task
+    revisions: tuple[tuple[str, str], ...]  # digests or commits of models, by name
     rung: int = 0  # position of the model to ask in each ladder
 
     @classmethod
-    def of(cls, config: Config, tasks: Tasks, revision: str) -> "RequestPlan":
-        """Return the plan for the settings of a run."""
-        fill = config.human_texts == "fill"
-        language, context, seed = config.filter.language, config.context, config.seed
-        pages = find_source(config.source).image_kind == "graphics"
-        return cls(tasks, config.generate, config.prompt_dirs, context, language, seed, fill, revision, pages)
+    def of(cls, config: Config, tasks: Tasks, revisions: Mapping[str, str]) -> "RequestPlan":
+        """Return the plan for the settings of a run. Raises ConfigError for invalid models of tasks."""
+        return cls(
+            tasks, config.generate, config.prompt_dirs, config.context, config.filter.language, config.seed,
+            is_filling=config.human_texts == "fill", has_decks=holds_decks(config),
+            shows_detail=find_source(config.source).image_kind == "graphics",
+            default_model=config.default_model, ladders=_ladders_of(config, tasks),
+            revisions=tuple(revisions.items()),
+        )  # fmt: skip
 
     def models_of(self, task: str) -> tuple[str, ...]:
         """Return the names of the models of a task. Each model is asked where the previous one failed."""
@@ -72,8 +75,8 @@ class RequestPlan:
         return models[min(self.rung, len(models) - 1)]
 
     def revision_of(self, task: str) -> str:
-        """Return the revision of the model to ask."""
-        return dict(self.revisions).get(self.model_of(task), self.revision)
+        """Return the revision of the model to ask, or "" before it is known."""
+        return dict(self.revisions).get(self.model_of(task), "")
 
     @cached_property
     def num_rungs(self) -> int:
@@ -210,7 +213,7 @@ class RequestPlan:
         return _shared_fields(self, task, temperature, max_tokens or self.generate.max_tokens, **values)
 
 
-def ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return the names of the models of each task that does not use the default model.
 
     Raises ConfigError for a task or a model that is unknown, and for a check with several models.

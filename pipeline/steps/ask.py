@@ -30,17 +30,16 @@ class AskSettings:
 
     requests: RequestPlan
     keeps_human_texts: bool
-    has_decks: bool
     servers: Servers
 
     @classmethod
     def of(cls, plan: Plan) -> "AskSettings":
         """Resolve the settings of a run."""
-        return cls(plan.requests, plan.config.keeps_human_texts, plan.has_decks, plan.config.servers)
+        return cls(plan.requests, plan.config.keeps_human_texts, plan.config.servers)
 
     def describe(self) -> list[Any]:
         """Return everything that the annotations depend on, except the samples."""
-        return [self.requests.describe(), self.keeps_human_texts, self.has_decks]
+        return [self.requests.describe(), self.keeps_human_texts, self.requests.has_decks]
 
     def source_texts(self, row: Mapping[str, Any]) -> SourceTexts:
         """Return the inputs of the requests about a sample (a row of tables.SAMPLE)."""
@@ -59,7 +58,7 @@ class AskSettings:
         """Return the properties of a sample (tables.LISTED_SAMPLE) that its annotations depend on."""
         pages, human = row[NUM_PAGES], tuple[dict[str, Any], ...]()
         if self.keeps_human_texts:
-            deck = pages if self.has_decks else None
+            deck = pages if self.requests.has_decks else None
             human = human_annotations(row["sample_id"], row["references"], row["reference_qa"] or (), deck)
         return SampleInfo(row["sample_id"], pages, row["split"], row["width_px"], row["height_px"], human)
 

@@ -127,7 +127,8 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         run = self.run
         config = run.plan.config.of_model(name).model_copy(update={"engine": run.engines[name]})
         log = run.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}-{name}.log"
-        choice, expected = choose_engine(config, log, NullProgress()), run.plan.models[name]
+        expected = run.plan.models[name]
+        choice = choose_engine(config, run.plan.requests, log, NullProgress())
         if choice.revision != expected.revision:
             revisions = f"{choice.revision[:12]}, but the command has {expected.revision[:12]}"
             problem = f"a worker has {choice.model} {revisions}"

@@ -11,12 +11,13 @@ from pipeline.config import DECKS
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
 from pipeline.inference.embedded import BATCH_IMAGES, batch_requests
-from pipeline.inference.engines import TINY_DECK_WEIGHTS, choose_engine
+from pipeline.inference.engines import TINY_DECK_WEIGHTS
 from pipeline.sources.scenes import draw_sample
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Engine, Reply, Request, Sampling
 from tests.media import encoded
+from tests.plans import engine_of
 from tests.scene_data import (
     batch_of,
     requests_to_send,
@@ -32,12 +33,12 @@ SCENES = 40
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return choose_engine(resolve(source="scenes")).make()
+    return engine_of(resolve(source="scenes")).make()
 
 
 def requests(count: int, seed: int = SEED) -> list[Request]:
     config = resolve(source="scenes")
-    revision = choose_engine(config).revision
+    revision = engine_of(config).revision
     return requests_to_send(batch_of(scene_samples(count, seed)), config, revision)
 
 
@@ -64,7 +65,7 @@ def test_teacher_is_accurate_on_unseen_scenes(engine: Engine) -> None:
 
 def test_deck_teacher_is_accurate_and_finds_the_evidence_pages() -> None:
     config = resolve(source="scenes-deck", tasks=["deck_qa"], engine="embedded")
-    choice = choose_engine(config)
+    choice = engine_of(config)
     assert choice.revision == weights_revision(TINY_DECK_WEIGHTS)
     decks = [draw_sample(SEED, index, DECKS) for index in range(12)]
     batch = requests_to_send(batch_of(decks), config, choice.revision)

@@ -11,10 +11,11 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
 from pipeline.errors import ConfigError, EngineError, SynthError
 from pipeline.inference import engines
-from pipeline.inference.engines import TINY_WEIGHTS, box_unit_of, choose_engine, pick_engine
+from pipeline.inference.engines import TINY_WEIGHTS, box_unit_of, pick_engine
 from pipeline.inference.vllm import VLLM_PYTHON
 from pipeline.plan import Model, Plan, describe_boxes
 from tests.chat.server import ChatServer, running_chat
+from tests.plans import engine_of
 
 REVISION = "0123456789abcdef"  # `synth serve` appends it to the name
 
@@ -28,10 +29,10 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_engine_chooses_given_server_or_vllm_or_embedded(
     monkeypatch: pytest.MonkeyPatch, no_gpu: None
 ) -> None:
-    choice = choose_engine(resolve(source="scenes"))
+    choice = engine_of(resolve(source="scenes"))
     assert choice[:3] == ("embedded", "tiny", weights_revision(TINY_WEIGHTS))
     with running_chat(ChatServer(model=f"m@{REVISION}")) as chat:
-        choice = choose_engine(resolve(source="folder:x", base_url=[chat.url]))
+        choice = engine_of(resolve(source="folder:x", base_url=[chat.url]))
     assert choice[:3] == ("vllm", f"m@{REVISION}", REVISION)
     monkeypatch.setattr(engines, "has_gpu", lambda: True)
     monkeypatch.setenv(VLLM_PYTHON, "/opt/vllm/python")
@@ -52,19 +53,19 @@ def test_auto_engine_chooses_given_server_or_vllm_or_embedded(
 )
 def test_settings_without_engine_are_refused(settings: dict[str, Any], problem: str, no_gpu: None) -> None:
     with pytest.raises(SynthError, match=problem) as caught:
-        choose_engine(resolve(**{"source": "scenes", **settings}))
+        engine_of(resolve(**{"source": "scenes", **settings}))
     # Another machine may have a server. The other mistakes are in the settings alone.
     assert type(caught.value) is (EngineError if "needs a server" in problem else ConfigError)
 
 
 def test_revision_of_a_hub_model_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda api, name: SimpleNamespace(sha=f"{name}1"))
-    assert choose_engine(resolve(source="folder:x", engine="vllm", model="me/a")).revision == "me/a1"
+    assert engine_of(resolve(source="folder:x", engine="vllm", model="me/a")).revision == "me/a1"
 
 
 def test_flags_that_may_change_replies_change_the_revision(no_gpu: None) -> None:
     def revision(*flags: str) -> str:
-        return choose_engine(resolve(source="scenes", engine="vllm", server={"flags": flags})).revision
+        return engine_of(resolve(source="scenes", engine="vllm", server={"flags": flags})).revision
 
     neutral = ("--max-num-seqs", "7", "--block-size=16", "--max_model_len", "4096", "-tp", "2", "-pp=2")
     assert revision(*neutral) == revision() == weights_revision(TINY_WEIGHTS)
@@ -76,7 +77,7 @@ def test_flags_that_may_change_replies_change_the_revision(no_gpu: None) -> None
 
 
 def test_missing_vllm_error_has_three_hints(no_gpu: None) -> None:
-    choice = choose_engine(resolve(source="scenes", engine="vllm"))
+    choice = engine_of(resolve(source="scenes", engine="vllm"))
     with pytest.raises(EngineError, match="vLLM is not installed here") as caught:
         choice.make()
     assert all(way in caught.value.hint for way in ("pip install vllm", VLLM_PYTHON, "--base-url"))
