@@ -14,7 +14,7 @@ from pipeline.digests import digest, weights_revision
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.requests import RequestPlan
-from pipeline.inference.vllm import VllmCommand, has_gpu, plan_servers, vllm_python
+from pipeline.inference.vllm import VllmCommand, has_gpu, parse_flags, plan_servers, vllm_python
 from pipeline.install import install_command
 from pipeline.progress import Progress
 from pipeline.sources import find_source
@@ -37,10 +37,6 @@ OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but 
         "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
     )
 )  # fmt: skip
-SHORT_FLAGS = {
-    "-asc": "--api-server-count", "-pp": "--pipeline-parallel-size", "-tp": "--tensor-parallel-size",
-}  # fmt: skip
-_FLAG = re.compile(r"--|-[a-zA-Z]")  # the beginning of a flag, but not of a negative number
 
 # The unit of bounding boxes by a regular expression for lower-case model names. Source: model cards.
 BOX_UNITS: dict[str, BoxUnit] = {
@@ -100,11 +96,8 @@ def choose_engine(config: Config, requests: RequestPlan, log: Path, progress: Pr
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:
     """Return a suffix for the revision if flags may change the replies, such as --quantization."""
-    affecting, is_neutral = [], False
-    for word in " ".join(flags).replace("=", " ").split():
-        if _FLAG.match(word):
-            is_neutral = SHORT_FLAGS.get(word, word.replace("_", "-")) in OUTPUT_NEUTRAL_FLAGS
-        affecting += [] if is_neutral else [word]
+    words_by_flag = parse_flags(flags).items()
+    affecting = [word for name, words in words_by_flag if name not in OUTPUT_NEUTRAL_FLAGS for word in words]
     return f"+{digest(affecting)[:8]}" if affecting else ""
 
 

