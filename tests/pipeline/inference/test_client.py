@@ -1,5 +1,6 @@
 """Client against a scripted server over real sockets: each request ends in one stored reply."""
 
+import asyncio
 import io
 import json
 import logging
@@ -21,8 +22,10 @@ from PIL import Image
 from pipeline.errors import EngineError
 from pipeline.images.decode import PATCH_PX
 from pipeline.inference import client, endpoints, protocol
-from pipeline.inference.client import Client
+from pipeline.inference.client import FIRST_REQUESTS, MAX_REQUESTS, Client, Concurrency
+from pipeline.inference.endpoints import Endpoint
 from pipeline.inference.journal import Journal
+from pipeline.inference.protocol import MAX_LONG_WAITS, RetryState
 from pipeline.inference.queue import RequestStats
 from pipeline.inference.requests import build_requests
 from pipeline.progress import Progress
@@ -432,3 +435,102 @@ def test_proxy_is_used_only_for_remote_servers(tmp_path: Path, monkeypatch: pyte
         assert "NO_PROXY" in caught.value.hint and "secret" not in str(caught.value)
     with running_chat(ChatServer()) as here:  # the proxy does not run any more
         run(tmp_path / "l", here.url)
+
+
+def add_batch(concurrency: Concurrency, seconds: float) -> int:
+    """Count the replies after which the limit may change. Return the new limit."""
+    for _ in range(4 * concurrency.limit):
+        concurrency.add_reply(seconds)
+    return concurrency.limit
+
+
+def test_limit_is_lowered_by_busy_answers_and_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BUSY_SECONDS", -1)
+    concurrency = Concurrency(20, 20)
+    limits = []
+    for _ in range(2):
+        concurrency.slow_down()
+        limits.append(concurrency.limit)
+    limits += [add_batch(concurrency, seconds=9.0) for _ in range(2)]
+    assert limits == [15, 11, 16, 20]
+
+
+def test_limit_grows_while_replies_take_less_than_twice_the_fastest_time() -> None:
+    concurrency = Concurrency(FIRST_REQUESTS, MAX_REQUESTS)
+    seconds = (6.0, 4.0, 7.0, 8.0, 9.0)
+    assert [add_batch(concurrency, value) for value in seconds] == [36, 40, 45, 45, 45]
+    limits = [add_batch(concurrency, seconds=4.0) for _ in range(12)]
+    assert limits == sorted(limits) and limits[-1] == MAX_REQUESTS
+
+
+def test_simultaneous_busy_answers_lower_the_limit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 5000.0)
+    concurrency = Concurrency(12, 12)
+    concurrency.slow_down()
+    concurrency.slow_down()
+    assert concurrency.limit == 9
+
+
+@pytest.mark.parametrize(
+    ("stated_s", "waits"),
+    [
+        (4.0, 2),  # busy for longer than the patience
+        (1800.0, MAX_LONG_WAITS + 1),  # a wait that is longer than the patience extends it
+    ],
+)
+def test_request_is_abandoned_if_its_server_stays_busy(
+    stated_s: float, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(protocol, "monotonic", lambda: now[0])
+    state, waits_s = RetryState(patience_s=10), list[float]()
+    while (wait_s := state.after_busy(stated_s)) is not None:
+        waits_s.append(wait_s)
+        now[0] += wait_s + 1
+    assert len(waits_s) == waits and stated_s <= min(waits_s) <= max(waits_s) <= 1.2 * stated_s
+
+
+def test_request_is_abandoned_after_the_fifth_fault_or_the_third_crash() -> None:
+    state = RetryState(patience_s=10)
+    assert [state.after_fault() is None for _ in range(5)] == [False] * 4 + [True]
+    assert [state.after_crash() for _ in range(3)] == [0.0, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("health", "models", "is_healthy"),
+    [
+        (200, None, True), (503, 200, False), (None, 200, False), (404, 200, True), (404, 503, False),
+        (302, 404, True),
+    ],
+)  # fmt: skip
+def test_server_is_healthy_if_health_page_succeeds_or_in_its_absence_model_list_answers(
+    health: int | None, models: int | None, is_healthy: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def status_of(url: str, *_: object, **__: object) -> int | None:
+        return health if url.endswith("/health") else models
+
+    monkeypatch.setattr(endpoints, "status_of", status_of)
+    assert asyncio.run(endpoints.Endpoint("http://127.0.0.1:9/v1", {}).is_healthy()) == is_healthy
+
+
+@pytest.mark.parametrize(
+    ("url", "no_proxy", "proxy"),
+    [
+        ("https://api.example.com/v1", "", "http://proxy:3128"),
+        ("https://api.example.com/v1", "example.com,other.org", None),
+        ("https://api.notexample.com/v1", "example.com,ample.com", "http://proxy:3128"),
+        ("https://10.1.2.3:8000/v1", "", None),
+        ("https://[::1]:8000/v1", "", None),
+        ("https://localhost:8000/v1", "", None),
+        ("https://vllm-7:8000/v1", "", None),
+        ("http://api.example.com/v1", "", None),  # the environment names no proxy for http
+    ],
+)
+def test_proxy_is_used_only_for_public_addresses(
+    url: str, no_proxy: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "no_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "proxy:3128")
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    assert Endpoint(url, {}).proxy == proxy

@@ -1,5 +1,7 @@
-"""Engine choice: by the settings and by the hardware of this machine."""
+"""Engine choice by the settings and the hardware, licenses of models, and download before a server starts."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +14,11 @@ from pipeline.digests import weights_revision
 from pipeline.errors import ConfigError, EngineError, SynthError
 from pipeline.inference import engines
 from pipeline.inference.engines import TINY_WEIGHTS, box_unit_of, pick_engine
+from pipeline.inference.model_licenses import UNKNOWN_LICENSE, license_of
 from pipeline.inference.vllm import VLLM_PYTHON
 from pipeline.plan import Model, Plan, describe_boxes
 from tests.chat.server import ChatServer, running_chat
+from tests.hub.server import running_hub
 from tests.plans import engine_of
 
 REVISION = "0123456789abcdef"  # `synth serve` appends it to the name
@@ -112,3 +116,86 @@ def test_model_whose_box_unit_differs_from_the_task_is_reported() -> None:
     ladder = {"task_models": {"things": ["default", "small"]}}
     assert len(notes(qwen2, qwen3, custom_tasks=[task], **ladder)) == 1
     assert not notes(qwen3, qwen2, custom_tasks=[task], task_models={"things": "small"})
+
+
+COMMAND = """
+import shutil, sys
+from huggingface_hub import HfApi
+from pipeline.errors import EngineError
+from pipeline.inference import engines
+from tests.notes import Notes
+folder, is_full = sys.argv[1], sys.argv[2] == "full"
+api = HfApi()
+api.create_repo("me/model", exist_ok=True)
+commit = api.upload_folder(repo_id="me/model", folder_path=folder).oid
+if is_full:
+    engines.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)
+for attempt in range(2):
+    notes = Notes()
+    try:
+        found = engines.download_model("me/model", commit, notes)
+        print(*sorted(path.name for path in found.iterdir()), *notes.texts)
+    except EngineError as error:
+        print(error, error.hint)
+"""
+
+
+def download_twice(model: Path, tmp_path: Path, disk: str = "free") -> list[str]:
+    with running_hub(tmp_path / "hub") as hub:
+        command = [sys.executable, "-c", COMMAND, str(model), disk]
+        env = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "model-q4.gguf"):
+        (folder / name).write_bytes(name.encode() * 1000)
+    return folder
+
+
+@pytest.mark.parametrize("disk", ["free", "full"])
+def test_model_is_downloaded_once_without_copies_of_weights(disk: str, model: Path, tmp_path: Path) -> None:
+    first, second = download_twice(model, tmp_path, disk)
+    if disk == "full":
+        assert "me/model needs 0.0 GB in" in first and "set HF_HOME" in first
+        assert second == first
+        return
+    assert second == ".gitattributes config.json model.safetensors"
+    assert first.startswith(f"{second} downloading me/model: 3 files, 0.0 GB, to ")
+
+
+def test_model_without_safetensors_is_refused(model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").unlink()
+    first, second = download_twice(model, tmp_path)
+    assert first == second and first.startswith("me/model has no weights in safetensors files")
+
+
+RESEARCH = "Qwen Research License: no commercial use"
+
+
+@pytest.mark.parametrize(
+    ("model", "stated"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", RESEARCH),
+        ("/models/Qwen2.5-VL-3B-Instruct/", RESEARCH),
+        ("Qwen2.5-VL-3B-Instruct@c0ffee", RESEARCH),
+        ("qwen2.5vl:3b", RESEARCH),
+        ("someone/my-Qwen2.5-VL-3B-medical", RESEARCH),
+        ("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "Apache-2.0"),
+        ("qwen2.5vl:7b-q4_K_M", "Apache-2.0"),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct-FP8", "Apache-2.0"),
+        ("tiny", "Apache-2.0"),
+        ("Qwen/Qwen2.5-VL-72B-Instruct", UNKNOWN_LICENSE),
+        # A fine-tuned copy may have other terms than its base model.
+        ("someone/Qwen2.5-VL-7B-medical", UNKNOWN_LICENSE),
+        ("/data/qwen3-vl/llama", UNKNOWN_LICENSE),
+        ("gpt-5", UNKNOWN_LICENSE),
+    ],
+)
+def test_license_follows_the_name_of_the_model(model: str, stated: str) -> None:
+    assert license_of(model) == stated
