@@ -33,7 +33,7 @@ from pipeline.storage.object_store import is_remote
 from pipeline.tasks import Tasks
 from pipeline.tasks.base import MAX_QA_PAIRS
 from pipeline.tasks.checks import MAX_CLAIMS, PHRASINGS, REPAIR
-from pipeline.types import Engine, Source
+from pipeline.types import DEFAULT_MODEL, Engine, Source
 
 
 class Model(NamedTuple):
@@ -153,7 +153,7 @@ class Plan:
 
     def record_models(self) -> dict[str, Any]:
         """Return the models with digests of their settings, for the record of a step."""
-        settings = {name: _settings_digest(self, name) for name in self.models}
+        settings = {name: _settings_digest(self.config.of_model(name)) for name in self.models}
         return {"models": self.describe_models(), "model_settings": settings}
 
     def refuse_equal_models(self) -> None:
@@ -188,9 +188,8 @@ def _base_name(model: str) -> str:
     return model.partition("@")[0].rpartition("/")[2]
 
 
-def _settings_digest(plan: Plan, name: str) -> str:
+def _settings_digest(config: Config) -> str:
     """Return a digest of the settings that choose a model."""
-    config = plan.config.of_model(name)
     return digest([config.model, config.base_url, config.engine, config.server.flags])
 
 
@@ -199,15 +198,14 @@ def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
 
     A run with only new thresholds or splits sends no request. Any request raises the original error.
     """
-    config, dataset = plan.config, plan.dataset
-    of_model, log = config.of_model(name), dataset.path / "vllm.log"
+    config = plan.config.of_model(name)
+    log = plan.dataset.path / ("vllm.log" if name == DEFAULT_MODEL else f"vllm-{name}.log")
     try:
-        log = log if of_model is config else log.with_stem(f"vllm-{name}")
-        return choose_engine(of_model, plan.requests, log, progress)
+        return choose_engine(config, plan.requests, log, progress)
     except EngineError as error:
         last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)
-        record = read_record(dataset, *last)
-        if record.get("model_settings", {}).get(name) != _settings_digest(plan, name):
+        record = read_record(plan.dataset, *last)
+        if record.get("model_settings", {}).get(name) != _settings_digest(config):
             raise
         model, problem = record["models"][name], error
 
@@ -215,7 +213,7 @@ def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
         raise problem
 
     progress.warn(f"{problem}: the run uses the stored replies, and stops at the first new request")
-    return EngineChoice("vllm", model["name"], model["revision"], fail, of_model.base_url)
+    return EngineChoice("vllm", model["name"], model["revision"], fail, config.base_url)
 
 
 def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
