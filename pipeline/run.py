@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +64,10 @@ def run(
     steps = steps_of(plan)
     names = [step.name for step in steps]
     todo = list(zip(["", *names], steps[:-1], strict=False))[names.index(first) :]
-    for shard in (plan.dataset, *executor.shards):
-        _forget_other_steps(shard, names)
+    for shard, step in product((plan.dataset, *executor.shards), STEPS):
+        # The report would show the files of a step that only an earlier run had.
+        if step not in steps and not is_remote(shard.path):
+            remove(shard.step_file(step.name).parent)
     write_json(plan.dataset.run_file, plan.config.model_dump(mode="json"))
     work = Work(plan, executor, progress)
     if first == read.STEP.name and plan.requests.num_rungs > 1:
@@ -94,15 +96,6 @@ def run_steps(work: Work, todo: Sequence[tuple[str, Step]]) -> None:
         step.run(work, before)
         if isinstance(step, RowStep):
             work.progress("curate", row_steps.index(step) + 1, len(row_steps), {"last": step.name})
-
-
-def _forget_other_steps(shard: DatasetDir, names: Sequence[str]) -> None:
-    """Remove the files of steps that only an earlier run had, since the report would show them."""
-    folder = shard.step_file(names[0]).parent.parent
-    if not is_remote(folder) and folder.exists():
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink() and path.name not in names:
-                remove(path)
 
 
 def steps_of(plan: Plan) -> list[Step]:
