@@ -60,16 +60,12 @@ QWEN_3B = ModelShape(  # Qwen2.5-VL-3B-Instruct, the default model
 
 
 class MemoryPlan(NamedTuple):
-    """Limits for vLLM, and the memory in GiB that each part takes."""
+    """Limits for vLLM, and the number of tokens in the KV cache."""
 
     utilization: float
     batched_tokens: int
     num_seqs: int
     model_len: int
-    weights_gib: float
-    vision_gib: float
-    text_gib: float
-    kv_gib: float
     kv_tokens: int
 
     @property
@@ -91,8 +87,7 @@ def plan_memory(
     Chooses the most tokens per step that leave MIN_KV_FRAC of the remaining memory to the KV cache.
     """
     utilization = choose_utilization(total_gib, free_gib)
-    weights_gib = shape.weights_bytes / GIB
-    room_gib = utilization * total_gib - weights_gib - GRAPHS_GIB
+    room_gib = utilization * total_gib - shape.weights_bytes / GIB - GRAPHS_GIB
     image_tokens = ceil(max_pixels / shape.token_px**2)
     sequences = room_gib * MIN_KV_FRAC * GIB / shape.kv_token_bytes / (image_tokens + PROMPT_TOKENS)
     num_seqs = MIN_SEQS
@@ -109,9 +104,7 @@ def plan_memory(
             break
     kv_tokens = max(0, int(kv_gib * GIB / shape.kv_token_bytes))
     model_len = min(context, kv_tokens) if kv_tokens >= MIN_CONTEXT else context
-    return MemoryPlan(
-        utilization, batched_tokens, num_seqs, model_len, weights_gib, vision_gib, text_gib, kv_gib, kv_tokens
-    )
+    return MemoryPlan(utilization, batched_tokens, num_seqs, model_len, kv_tokens)
 
 
 def needed_gib(shape: ModelShape, max_pixels: int) -> float:
