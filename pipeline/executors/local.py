@@ -30,7 +30,7 @@ class LocalExecutor:
         self.shards = [plan.dataset]
         self._engine = ExitStack()
         engine = self._engine.enter_context(open_engines(plan.engines.__getitem__))
-        self._services = Services(plan.dataset, engine, stats, progress)
+        self._services = Services(plan.dataset, engine, plan.config.servers, stats, progress)
 
     def __enter__(self) -> "LocalExecutor":
         # Cluster runs store replies in the shards of the same dataset folder.

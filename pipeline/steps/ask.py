@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipeline.config.sections import Servers
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.digests import digest
@@ -26,16 +25,15 @@ NAME = "ask"
 
 @dataclass(frozen=True, slots=True)
 class AskSettings:
-    """The settings of the ask step. `servers` do not affect the replies, so they are not part of the key."""
+    """The settings of the ask step."""
 
     requests: RequestPlan
     keeps_human_texts: bool
-    servers: Servers
 
     @classmethod
     def of(cls, plan: Plan) -> "AskSettings":
         """Resolve the settings of a run."""
-        return cls(plan.requests, plan.config.keeps_human_texts, plan.config.servers)
+        return cls(plan.requests, plan.config.keeps_human_texts)
 
     def describe(self) -> list[Any]:
         """Return everything that the annotations depend on, except the samples."""
@@ -105,9 +103,9 @@ def _send_requests(
         for rung, of_rung in enumerate(texts):
             plan, batches = replace(settings.requests, rung=rung), partial(sample_batches, shard)
             for engine in ask_in_rounds(
-                batches, plan, settings.servers, start_engine, journal, stats, of_rung
+                batches, plan, services.servers, start_engine, journal, stats, of_rung
             ):
-                metrics = engine.metrics() | stats.metrics(settings.servers)
+                metrics = engine.metrics() | stats.metrics(services.servers)
                 progress("ask", int(stats.done / per_sample), samples, metrics)
         progress("ask", samples, samples)
 

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config.sections import Servers
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.records import (
@@ -73,11 +74,12 @@ class StepFile(NamedTuple):
 class Services:
     """The models, request counters and progress display for `prepare`. `dataset` is the folder of the run.
 
-    `engine` returns the engine of a model by its name.
+    `engine` returns the engine of a model by its name. `servers` has budgets and prices.
     """
 
     dataset: DatasetDir
     engine: Callable[[str], Engine]
+    servers: Servers
     stats: RequestStats
     progress: Progress
 

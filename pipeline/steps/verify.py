@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import duckdb
 import pyarrow as pa
 
-from pipeline.config.sections import FilterConfig, Servers, VerifyConfig
+from pipeline.config.sections import FilterConfig, VerifyConfig
 from pipeline.dataset.calibration import (
     CLAIMS,
     FINDINGS,
@@ -113,7 +113,7 @@ TOO_MANY_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class VerifySettings:
-    """The settings of the verify step. `servers` do not affect the replies, so they are not part of the key.
+    """The settings of the verify step.
 
     `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
     `clip_model` is None if captions are not compared with images. `seed` and `samples`, a digest of the list
@@ -125,7 +125,6 @@ class VerifySettings:
     requests: RequestPlan
     splits_claims: bool
     clip_model: str | None
-    servers: Servers
     seed: int
     samples: str
 
@@ -139,7 +138,6 @@ class VerifySettings:
             requests=plan.requests,
             splits_claims=config.splits_claims,
             clip_model=plan.clip_model if plan.needs_clip else None,
-            servers=config.servers,
             seed=config.seed,
             samples=read_record(plan.dataset, "read").get("files", {}).get("kept", {}).get("sha256", ""),
         )
@@ -452,7 +450,7 @@ class AnnotationChecker:
         start = partial(self.services.engine, self.plan.model_of(task.name))
         with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
             before, journal.counted = stats.done, self._counted
-            for ready in ask_all(requests, self.plan, self.settings.servers, start, journal, stats):
+            for ready in ask_all(requests, self.plan, self.services.servers, start, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:
                 # Lines are printed at intervals, so the last update may be missing.

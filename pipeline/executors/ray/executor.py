@@ -180,7 +180,7 @@ def _open_run(plan: Plan, shard_count: int, engines: dict[str, str]) -> ShardedR
 
 def _apply_to_shard(run: ShardedRun, works: Sequence[ShardWork], index: int) -> None:
     with exclusive_shard(run, index) as shard:
-        services = Services(shard, _no_engine, RequestStats(), NullProgress())
+        services = Services(shard, _no_engine, {}, RequestStats(), NullProgress())
         for work in works:
             work(shard, services)
 

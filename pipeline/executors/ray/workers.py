@@ -113,7 +113,8 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
                 is_far = is_remote(local_journal)
                 with local_copy(local_journal) if is_far else nullcontext(local_journal) as path:
                     journal.import_replies(path, *run.id_range(index))
-        services = Services(run.plan.dataset, self._engine, stats, NullProgress())
+        servers = run.plan.config.servers
+        services = Services(run.plan.dataset, self._engine, servers, stats, NullProgress())
         for work in self.works:
             work(shard, services)
         cost = read_json(shard.cost) if shard.cost.exists() else {}
