@@ -64,10 +64,7 @@ def run(
     steps = steps_of(plan)
     names = [step.name for step in steps]
     todo = list(zip(["", *names], steps[:-1], strict=False))[names.index(first) :]
-    for shard, step in product((plan.dataset, *executor.shards), STEPS):
-        # The report would show the files of a step that only an earlier run had.
-        if step not in steps and not is_remote(shard.path):
-            remove(shard.step_file(step.name).parent)
+    _remove_other_steps((plan.dataset, *executor.shards), steps)
     write_json(plan.dataset.run_file, plan.config.model_dump(mode="json"))
     work = Work(plan, executor, progress)
     if first == read.STEP.name and plan.requests.num_rungs > 1:
@@ -96,6 +93,13 @@ def run_steps(work: Work, todo: Sequence[tuple[str, Step]]) -> None:
         step.run(work, before)
         if isinstance(step, RowStep):
             work.progress("curate", row_steps.index(step) + 1, len(row_steps), {"last": step.name})
+
+
+def _remove_other_steps(shards: Sequence[DatasetDir], steps: Sequence[Step]) -> None:
+    """Remove the files of steps that only an earlier run had, since the report would show them."""
+    for shard, step in product(shards, STEPS):
+        if step not in steps and not is_remote(shard.path):
+            remove(shard.step_file(step.name).parent)
 
 
 def steps_of(plan: Plan) -> list[Step]:
