@@ -81,7 +81,9 @@ class Plan:
         is_trial: bool = False,
         in_cluster: bool = False,
     ) -> "Plan":
-        """Resolve the settings, open the source and choose the models. Raises SynthError on failure.
+        """Resolve the settings, open the source and choose the models, and report them on one line.
+
+        Raises SynthError on failure.
 
         `out` is the dataset folder, by default `data/SOURCE`. Only a cluster can write to an object store.
         A trial does not hash the source files.
