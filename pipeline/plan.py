@@ -83,10 +83,8 @@ class Plan:
     ) -> "Plan":
         """Resolve the settings, open the source and choose the models, and report them on one line.
 
-        Raises SynthError on failure.
-
         `out` is the dataset folder, by default `data/SOURCE`. Only a cluster can write to an object store.
-        A trial does not hash the source files.
+        A trial does not hash the source files. Raises SynthError on failure.
         """
         dataset = DatasetDir(out or dataset_folder(config.source))
         require_utf8_path(dataset.path)
