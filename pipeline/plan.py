@@ -18,11 +18,11 @@ from pipeline.dataset.records import DONE, PREPARED, read_record
 from pipeline.dataset.version import dataset_folder
 from pipeline.digests import digest, public_name
 from pipeline.errors import ConfigError, EngineError
-from pipeline.inference.engines import EngineChoice, choose_engine
+from pipeline.inference.engines import EngineChoice, choose_engine, starts_vllm
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.request_checks import check_requests
 from pipeline.inference.requests import RequestPlan, ladders_of
-from pipeline.inference.vllm import vllm_python
+from pipeline.inference.vllm import require_vllm
 from pipeline.progress import Progress
 from pipeline.sources import find_source, holds_decks, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
@@ -106,12 +106,8 @@ class Plan:
             source = open_source(plan.config)
         for text in source.messages:
             progress.message(text)
-        engines = {name: _choose_engine(plan, name, progress) for name in plan.model_names}
-        starts_vllm = any(one.name == "vllm" and not one.urls for one in engines.values())
-        # A new dataset has no stored replies, so its run needs the server.
-        if starts_vllm and not vllm_python() and not (in_cluster or dataset.path.exists()):
-            hint = "`synth doctor` shows how to install it; or pass a running server: --base-url"
-            raise EngineError("vLLM is not installed here", hint=hint)
+        names = plan.model_names
+        engines = {name: _choose_engine(plan, name, progress, in_cluster=in_cluster) for name in names}
         models = {name: Model(public_name(one.model), one.revision) for name, one in engines.items()}
         plan = replace(cls.resolve(plan.config, dataset, models), source=source, engines=engines)
         plan.refuse_equal_models()
@@ -198,19 +194,23 @@ def _settings_digest(plan: Plan, name: str) -> str:
     return digest([config.model, config.base_url, config.engine, config.server.flags])
 
 
-def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
+def _choose_engine(plan: Plan, name: str, progress: Progress, *, in_cluster: bool) -> EngineChoice:
     """Choose a model's engine. If that fails, use the model of the last run if its settings are equal.
 
     A run with only new thresholds or splits sends no request. Any request raises the original error.
     """
     config, dataset = plan.config, plan.dataset
     of_model, log = config.of_model(name), dataset.path / "vllm.log"
+    last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)
+    record = read_record(dataset, *last)
+    has_replies = record.get("model_settings", {}).get(name) == _settings_digest(plan, name)
     try:
+        # Without replies, the run needs the server. The Hub is asked only after this check.
+        if not (has_replies or in_cluster) and starts_vllm(of_model):
+            require_vllm()
         return choose_engine(of_model, log if of_model is config else log.with_stem(f"vllm-{name}"), progress)
     except EngineError as error:
-        last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)
-        record = read_record(dataset, *last)
-        if record.get("model_settings", {}).get(name) != _settings_digest(plan, name):
+        if not has_replies:
             raise
         model, problem = record["models"][name], error
 

@@ -66,8 +66,8 @@ MISTAKES = (
         "the path: KIND:slides.pdf", add("slides.pdf x"),
     ),
     Mistake(
-        "no network", f"{PHOTOS} --engine vllm --model Qwen/Nope", "127.0.0.1:9 does not answer",
-        "--base-url",
+        "no vLLM and no network", f"{PHOTOS} --engine vllm --model Qwen/Nope", "vLLM is not installed here",
+        "pip install vllm",
     ),
     Mistake(
         "no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://",
