@@ -96,6 +96,13 @@ MISTAKES = (
         add("data/photos/run.json {}"),
     ),
     Mistake(
+        "dataset in place of a command", "review data/photos", "No such command 'data/photos'",
+        "synth review sample", code=2,
+    ),
+    Mistake(
+        "folder without a dataset", "review sample photos", "no dataset at photos", "`synth generate` makes",
+    ),
+    Mistake(
         "check misspelled", f"{PHOTOS} --verify claim", "('claim'; did you mean claims?)", "verify.checks",
     ),
     Mistake(

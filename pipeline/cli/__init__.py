@@ -80,6 +80,13 @@ class Group(TyperGroup):
         with _printable_errors():
             return super().invoke(ctx)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """See click.Group. For a group in this group, the error about an unknown name lists all commands."""
+        if ctx.parent and args[0] not in self.commands:
+            names = " or ".join(f"`{ctx.command_path} {name}`" for name in self.commands)
+            ctx.fail(f"No such command {args[0]!r}: use {names}.")
+        return super().resolve_command(ctx, args)
+
 
 @contextmanager
 def _printable_errors() -> Iterator[None]:
@@ -97,9 +104,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-versions = typer.Typer(no_args_is_help=True, help="List versions, or delete files to free disk space.")
+versions = typer.Typer(
+    cls=Group, no_args_is_help=True, help="List versions, or delete files to free disk space."
+)
 review = typer.Typer(
-    no_args_is_help=True, help="Draw texts to judge, and make a new version from exported reviews."
+    cls=Group, no_args_is_help=True, help="Draw texts to judge, and make a new version from exported reviews."
 )
 
 

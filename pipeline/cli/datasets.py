@@ -164,13 +164,12 @@ def review_sample(
 
     `synth review apply` reads the exported verdicts, and the next version states the share of wrong texts.
     """
-    from pipeline.dataset.directory import DatasetDir, split_version
+    from pipeline.dataset.directory import DatasetDir, open_dataset
     from pipeline.report.audit_sample import write_audit
     from pipeline.storage.files import translate_disk_errors
 
-    folder, name = split_version(dataset_path(data))
-    dataset = DatasetDir(folder)
-    version = dataset.version(name, previews=False)
+    version = open_dataset(dataset_path(data), previews=False)
+    dataset = DatasetDir(version.dataset_dir)
     with translate_disk_errors(dataset.path):
         path, drawn = write_audit(version, dataset, texts, seed, tool)
     fewer = "" if drawn == texts else " (at most one of each image)"
