@@ -69,6 +69,7 @@ MISTAKES = (
         "no vLLM and no network", f"{PHOTOS} --engine vllm --model Qwen/Nope", "vLLM is not installed here",
         "pip install vllm",
     ),
+    Mistake("server without vLLM and network", "serve", "vLLM is not installed here", "pip install vllm"),
     Mistake(
         "no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://",
         "base_url",
