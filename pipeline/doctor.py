@@ -31,10 +31,10 @@ _VLLM_VERSION = "import vllm, torch; print(vllm.__version__, 'on torch', torch._
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one check."""
+    """The result of one check. `is_ok` is None if the result is information only."""
 
     name: str
-    is_ok: bool
+    is_ok: bool | None
     result: str
     hint: str = ""
 
@@ -48,7 +48,7 @@ def examine() -> list[Finding]:
         *(_extra(name) for name in EXTRAS),
         _vllm(),
         _gpu(),
-        Finding("memory", True, f"\n{' ' * 18}".join(memory)),
+        Finding("memory", None, f"\n{' ' * 18}".join(memory)),
         _engine("scenes"),
         _engine("folder:PATH"),
         _hub(),
