@@ -74,7 +74,9 @@ class Endpoint:
         """Warn about the first failure of a kind: the part of `failure`, such as "429: slow down", before `:`."""
         kind = failure.partition(":")[0]
         if kind not in self.reported:
-            warn(f"{self.url} fails ({failure[:MAX_SHOWN_CHARACTERS]}): {reason}; failed requests are retried")
+            warn(
+                f"{self.url} fails ({failure[:MAX_SHOWN_CHARACTERS]}): {reason}; failed requests are retried"
+            )
         self.reported.add(kind)
 
     def rest(self, stated_s: float | None = None) -> None:

@@ -100,6 +100,12 @@ def test_estimate_counts_verification_retries_rejections_and_cost(photos: Path, 
     assert predicted["retries"] == 1
     assert predicted["verify_requests"] > 0
     assert predicted["asked"] == 25 + predicted["verify_requests"]
+    totals = (predicted["total_hours"] * 3600, predicted["total_cost"])
+    assert totals == pytest.approx((predicted["sampled_seconds"], predicted["sampled_cost"]), abs=0.01)
+    total = f", {predicted['total_tokens']:,} tokens, cost {predicted['total_cost']:,.4g}"
+    assert any(
+        line.startswith("whole run: 12 images") and line.endswith(total) for line in done.stderr.splitlines()
+    )
     assert predicted["sampled_cost"] > 2 * 40 * predicted["asked"] / 1e6 and predicted["cost"] == 0
     assert predicted["lost_by"]["filter: too_short"] == 6
     assert "6 too short" in done.stderr or "6 filter: too short" in done.stderr
@@ -118,7 +124,7 @@ def test_estimate_counts_verification_retries_rejections_and_cost(photos: Path, 
     shown = run(photos, "estimate", *options).stdout.splitlines()
     assert shown[0].startswith("sample: 12 images, 0 requests")
     assert shown[1].startswith("still to do: 0 images, about 0 requests, 0 s, cost 0 (")
-    assert shown[2].startswith("all 12 images: about 24 requests and ")
+    assert shown[2].startswith("whole run: 12 images, about 24 requests and ") and "cost" not in shown[2]
 
 
 @pytest.mark.parametrize(("options", "warns"), [((), True), (("--limit", "33"), False)])

@@ -104,7 +104,9 @@ def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, 
         server = {"request_timeout_s": timeout_s}
         counts, errors = run(tmp_path / "j", chat.url, server=server, progress=notes)
     (warning,) = notes.texts  # one for each kind of failure
-    assert warning.startswith(f"warning: {chat.url} fails (") and warning.endswith("; failed requests are retried")
+    assert warning.startswith(f"warning: {chat.url} fails (") and warning.endswith(
+        "; failed requests are retried"
+    )
     assert errors == {None: ASKED}
     assert counts.attempts == {1: ASKED}
     assert len(chat.bodies) == ASKED + len(SAMPLES)
