@@ -119,7 +119,8 @@ def export(
         choices |= {"absolute": absolute, "trigger": trigger, "opening": opening}
         done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
-    say(f"wrote {done.images:,} images{without_text}")
+    found = "wrote" if done.is_new else f"nothing to do: {folder} already has"
+    say(f"{found} {done.images:,} images{without_text}")
     if opening and not done.has_opening:
         say(f"note: no caption begins with {opening.strip()!r}", WARNING)
     for phrase, share in done.phrases.items():

@@ -4,24 +4,28 @@ An export is written to a hidden folder next to its destination, and renamed whe
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from pipeline.dataset.content import frequent_phrases
 from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
-from pipeline.digests import file_digest
-from pipeline.errors import ConfigError
+from pipeline.digests import digest, file_digest
+from pipeline.errors import ConfigError, SynthError
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
 from pipeline.formats.items import ALL, choose_texts, read_items, remove_opening
 from pipeline.progress import NullProgress, Progress
-from pipeline.storage.files import remove, write_text
+from pipeline.storage.files import read_json, remove, write_json, write_text
 from pipeline.storage.lock import hold_lock
 from pipeline.storage.sidecars import OWN_LINES
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
+RECORD = ".synth-export"  # the result of an export, and the digest of its version and settings
 MAX_COUNTED = 1000  # captions in which phrases are counted
 
 
@@ -34,6 +38,7 @@ class Exported:
     without_text: int  # number of images that were left out, since they have no text
     phrases: Mapping[str, float]  # phrases in most captions for a LoRA, with their shares
     has_opening: bool  # whether a caption had the opening to remove
+    is_new: bool = True  # False if an earlier call wrote the same export
 
 
 def export_version(
@@ -49,15 +54,19 @@ def export_version(
     opening: str = "",
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version to a new folder, as PARQUET or in one of FORMATS. `style` selects captions.
+    """Write a version to a folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
     `source_names` names files as in the source (`read_items`). `absolute` writes absolute paths of images.
     `trigger` begins each caption, for a LoRA. `opening` is removed from the beginning of each caption.
-    Raises ConfigError if the folder exists or is in use, the format is unknown, or there is nothing to write.
+    If the folder already has this export, nothing is written. Raises ConfigError if it has anything else or
+    is in use, the format is unknown, or there is nothing to write.
     """
     report, splits, opening = progress or NullProgress(), tuple(splits), opening.strip()
+    image_root = f"{out.absolute().as_posix()}/" if absolute else ""
+    settings = digest([version.manifest, kind, style, splits, source_names, image_root, trigger, opening])
     # This also refuses names such as `.`, for which no lock file can be created.
-    _require_new(out)
+    if done := _finished_export(out, settings):
+        return done
     if kind not in (known := [PARQUET, *FORMATS]):
         raise ConfigError(f"no format {kind}", unknown=kind, known=known, hint=f"formats: {', '.join(known)}")
     if (source_names or absolute) and kind in TABLES:
@@ -66,7 +75,8 @@ def export_version(
     busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
-        _require_new(out)
+        if done := _finished_export(out, settings):
+            return done
         num_rows = _check_export(version, kind, style, trigger or opening, splits)
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
@@ -76,7 +86,6 @@ def export_version(
             write_self_contained(version, draft, splits)
         else:
             choices: dict[str, Any] = {"style": style, "trigger": trigger, "opening": opening}
-            image_root = f"{out.absolute().as_posix()}/" if absolute else ""
             writer, written = FORMATS[kind](draft, image_root), 0
             items = read_items(version, splits, source_names=source_names)
             for number, original in enumerate(items, start=1):
@@ -101,13 +110,25 @@ def export_version(
         files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
+        done = Exported(out, written, num_rows - written, frequent_phrases(captions), has_opening)
+        write_json(draft / RECORD, {"settings": settings, "result": asdict(done) | {"folder": "."}})
         draft.rename(out)
-    return Exported(out, written, num_rows - written, frequent_phrases(captions), has_opening)
+    return done
 
 
-def _require_new(out: Path) -> None:
-    if out.exists():
-        raise ConfigError(f"{out} already exists", hint="choose another folder: --out DIR")
+def _finished_export(out: Path, settings: str) -> Exported | None:
+    """Return the result of the export in a folder, or None if there is no folder.
+
+    Raises ConfigError unless `settings` is the digest of its version and settings.
+    """
+    if not out.exists():
+        return None
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError, SynthError):
+        record = read_json(out / RECORD)
+        if record["settings"] == settings:
+            return TypeAdapter(Exported).validate_python(record["result"] | {"folder": out, "is_new": False})
+    problem = f"{out} already exists, and is not an export of this version with these settings"
+    raise ConfigError(problem, hint="choose another folder: --out DIR")
 
 
 def _check_export(version: Version, kind: str, style: str | None, edit: str, splits: tuple[str, ...]) -> int:

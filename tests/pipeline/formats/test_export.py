@@ -24,7 +24,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
 from pipeline.formats import formats
-from pipeline.formats.export import CHECKSUMS, export_version
+from pipeline.formats.export import CHECKSUMS, RECORD, export_version
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
 from pipeline.formats.items import Item, choose_texts, read_items
 from pipeline.progress import NullProgress
@@ -425,6 +425,25 @@ def test_dpo_rows_have_better_and_worse_caption(version: Version, exported: Expo
     none = tmp_path / "none"
     with pytest.raises(ConfigError, match="has a text for dpo"):
         export_version(version, "dpo", none, style="detailed")
+
+
+def test_repeated_export_is_reported_as_done_and_another_export_is_refused(
+    version: Version, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
+    assert again == replace(done, is_new=False)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
+    other = replace(version, manifest=version.manifest | {"digest": "0" * 64})
+    for made, style in ((version, "brief"), (other, "all")):
+        with pytest.raises(ConfigError, match="not an export of this version with these settings"):
+            export_version(made, "sidecar", out, style=style, trigger="sks", opening="a photo")
+    for text in ("{}", "[" * 100_000, json.dumps({"settings": []}), ""):
+        (out / RECORD).write_text(text)
+        with pytest.raises(ConfigError, match="already exists"):
+            export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
 
 
 def test_unsupported_export_is_refused(version: Version, samples: list[Sample], tmp_path: Path) -> None:
