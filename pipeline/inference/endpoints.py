@@ -71,7 +71,7 @@ class Endpoint:
         return protocol.error_message(answer, self.keys)
 
     def report(self, failure: str, reason: str, warn: Callable[[str], None]) -> None:
-        """Warn about the first failure of a kind: the part of `failure`, such as "429: slow down", before `:`."""
+        """Warn about the first failure of each kind. In "429: slow down", the kind is 429."""
         kind = failure.partition(":")[0]
         if kind not in self.reported:
             warn(
