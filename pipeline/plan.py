@@ -18,7 +18,7 @@ from pipeline.dataset.records import DONE, PREPARED, read_record
 from pipeline.dataset.version import dataset_folder
 from pipeline.digests import digest, public_name
 from pipeline.errors import ConfigError, EngineError
-from pipeline.inference.engines import EngineChoice, choose_engine, starts_vllm
+from pipeline.inference.engines import EngineChoice, choose_engine, pick_engine
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.request_checks import check_requests
 from pipeline.inference.requests import RequestPlan, ladders_of
@@ -206,7 +206,8 @@ def _choose_engine(plan: Plan, name: str, progress: Progress, *, in_cluster: boo
     has_replies = record.get("model_settings", {}).get(name) == _settings_digest(plan, name)
     try:
         # Without replies, the run needs the server. The Hub is asked only after this check.
-        if not (has_replies or in_cluster) and starts_vllm(of_model):
+        starts_server = of_model.asks_model and not of_model.base_url and pick_engine(of_model)[0] == "vllm"
+        if starts_server and not (has_replies or in_cluster):
             require_vllm()
         return choose_engine(of_model, log if of_model is config else log.with_stem(f"vllm-{name}"), progress)
     except EngineError as error:

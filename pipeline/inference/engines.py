@@ -123,11 +123,6 @@ def pick_engine(config: Config) -> tuple[str, str]:
     return "embedded", f"no --base-url, and {'vLLM is not installed' if has_gpu() else 'no GPU'}"
 
 
-def starts_vllm(config: Config) -> bool:
-    """Return whether a run starts a vLLM server on this machine."""
-    return config.asks_model and not config.base_url and pick_engine(config)[0] == "vllm"
-
-
 def _no_engine() -> Engine:
     raise EngineError("internal error: a run without a model sends a request", hint="please report this bug")
 
