@@ -119,12 +119,10 @@ def export(
         choices |= {"absolute": absolute, "trigger": trigger, "opening": opening}
         done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
-    found = "wrote" if done.is_new else f"nothing to do: {folder} already has"
-    say(f"{found} {done.images:,} images{without_text}")
+    outcome = "wrote" if done.is_new else f"nothing to do: {folder} already has these"
+    say(f"{outcome} {done.images:,} images{without_text}")
     if opening and not done.has_opening:
         say(f"note: no caption begins with {opening.strip()!r}", WARNING)
-    for phrase, share in done.phrases.items():
-        say(f"note: {100 * share:.0f} % of the captions have {phrase!r}, which a LoRA learns with {trigger}")
     values = {"path": str(done.folder), "images": done.images, "without_text": done.without_text}
     show(values, as_json, "path")
 

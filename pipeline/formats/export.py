@@ -3,7 +3,7 @@
 An export is written to a hidden folder next to its destination, and renamed when it is complete.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.dataset.content import frequent_phrases
 from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import digest, file_digest
@@ -26,7 +25,6 @@ from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
 RECORD = ".synth-export"  # the result of an export, and the digest of its version and settings
-MAX_COUNTED = 1000  # captions in which phrases are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,6 @@ class Exported:
     folder: Path
     images: int  # number of exported images
     without_text: int  # number of images that were left out, since they have no text
-    phrases: Mapping[str, float]  # phrases in most captions for a LoRA, with their shares
     has_opening: bool  # whether a caption had the opening to remove
     is_new: bool = True  # False if an earlier call wrote the same export
 
@@ -81,7 +78,7 @@ def export_version(
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
         draft.mkdir(parents=True)
-        written, captions, has_opening = num_rows, list[str](), False
+        written, has_opening = num_rows, False
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
@@ -96,8 +93,6 @@ def export_version(
                     for name, text in original.captions
                     if style in (None, ALL, name)
                 )
-                if trigger and len(captions) < MAX_COUNTED:
-                    captions += [text.removeprefix(f"{trigger}, ") for _, text in item.captions]
                 report("export", number, num_rows)
             writer.close()
         if not written:
@@ -110,7 +105,7 @@ def export_version(
         files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
-        done = Exported(out, written, num_rows - written, frequent_phrases(captions), has_opening)
+        done = Exported(out, written, num_rows - written, has_opening)
         write_json(draft / RECORD, {"settings": settings, "result": asdict(done) | {"folder": "."}})
         draft.rename(out)
     return done
