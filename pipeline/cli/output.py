@@ -105,8 +105,8 @@ def print_preview(preview: "Preview") -> None:
         say(prompt)
     for name, texts in preview.images.items():
         say(f"\n{name}", "dim")
-        for text, reason in texts:
-            say(f"  {text}")
+        for text, reason, kind in texts:
+            say(f"  {text}{f' ({kind})' if kind else ''}")
             if reason:
                 say(f"    rejected by {reason}", LOSS)
 

@@ -54,10 +54,11 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     described = json.loads(run(photos, *command, "--json").stdout)
     images = described["images"]
     assert {*images} == {"05b.jpg", *(f"{number:02}.jpg" for number in range(7))}
-    assert images["05b.jpg"] == [["unknown image format", "read: unreadable image"]]
+    assert images["05b.jpg"] == [["unknown image format", "read: unreadable image", ""]]
     texts = [text for name, texts in images.items() if name != "05b.jpg" for text in texts]
     assert len(texts) == 14
-    assert {reason for _, reason in texts} == {
+    assert {kind for _, reason, kind in texts if reason is None} == {"plain", "detailed"}
+    assert {reason for _, reason, _ in texts} == {
         None,
         "filter: too few words",
         "filter: markup, code or coordinates in the text",
@@ -66,7 +67,7 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     num_requests = len(server.bodies)
     done = run(photos, *command)
     assert len(server.bodies) == num_requests  # the replies are reused
-    assert "rejected by filter: too few words" in done.stderr
+    assert "rejected by filter: too few words" in done.stderr and " (detailed)\n" in done.stderr
     asks = f"asks caption of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); 2 requests per image"
     assert asks in done.stderr
     assert done.stdout.strip() == "data/folder-photos/preview.html"
