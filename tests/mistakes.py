@@ -58,6 +58,9 @@ MISTAKES = (
         "one source, but 2 are given: folder:photos, scenes", "--out",
     ),
     Mistake(
+        "folder misspelled", "generate --source folder:photo", "not a folder: photo", "did you mean photos?",
+    ),
+    Mistake(
         "folder without folder:", "generate --source photos", "unknown source: photos",
         "did you mean folder:photos?",
     ),
