@@ -104,12 +104,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-versions = typer.Typer(
-    cls=Group, no_args_is_help=True, help="List versions, or delete files to free disk space."
-)
-review = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Draw texts to judge, and make a new version from exported reviews."
-)
+versions = typer.Typer(cls=Group, no_args_is_help=True, help="List versions, or free disk space.")
+review = typer.Typer(cls=Group, no_args_is_help=True, help="Draw texts to judge, and apply reviews.")
 
 
 def add(group: str, *commands: Callable[..., None], **more: Any) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from typer import Argument, BadParameter, Exit, Option
 
@@ -21,7 +21,7 @@ from pipeline.cli.options import (
     path_option,
 )
 from pipeline.cli.output import echo, print_run_result, say, show
-from pipeline.errors import StoreError, did_you_mean
+from pipeline.errors import StoreError
 from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
@@ -31,13 +31,11 @@ REVIEWS = Argument(
     metavar="[DATASET] FILE...",
     help=f"Review files exported from a report of the dataset ({LAST_MADE}). Later files take precedence.",
 )
-FORMAT = Option(
-    "--format",
-    metavar="FORMAT",
-    help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, messages, paligemma, "
-    "vlmevalkit, coco, csv, cauldron or dpo.",
-    show_default="imagefolder",
-)
+Format = Literal[
+    "parquet", "imagefolder", "sidecar", "webdataset", "llava", "sharegpt", "messages", "paligemma",
+    "vlmevalkit", "coco", "csv", "cauldron", "dpo",
+]  # fmt: skip
+FORMAT = Option("--format", metavar="FORMAT", help=f"Format: {', '.join(get_args(Format))}.")
 
 
 def check(
@@ -85,7 +83,7 @@ def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
 
 def export(
     data: AnyDataset = None,
-    kind: Annotated[str | None, FORMAT] = None,
+    kind: Annotated[Format, FORMAT] = "imagefolder",
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     style: Annotated[
         str | None, option("Caption style, or all (one line each).", "all, or the first of plain, brief, ...")
@@ -102,15 +100,9 @@ def export(
 ) -> None:
     """Convert a version to another format."""
     from pipeline.formats.export import export_version
-    from pipeline.formats.formats import FORMATS, PARQUET
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 
-    if data is not None and (Path(data) / "train.json").exists():
-        raise BadParameter("a captioner needs no export: transformers loads its folder", param_hint="DATASET")
-    if (kind := kind or "imagefolder") not in (known := [PARQUET, *FORMATS]):
-        hint = did_you_mean(kind, known, f"formats: {', '.join(known)}")
-        raise BadParameter(f"no format {kind}; {hint}", param_hint="--format")
     version = open_data(data, images)
     folder = out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
     with show_progress() as progress, translate_disk_errors(folder):
@@ -119,8 +111,8 @@ def export(
         choices |= {"absolute": absolute, "trigger": trigger, "opening": opening}
         done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
-    outcome = "wrote" if done.is_new else f"nothing to do: {folder} already has these"
-    say(f"{outcome} {done.images:,} images{without_text}")
+    wrote = f"wrote {done.images:,} images{without_text}"
+    say(wrote if done.is_new else f"nothing to do: {folder} already has this export")
     if opening and not done.has_opening:
         say(f"note: no caption begins with {opening.strip()!r}", WARNING)
     values = {"path": str(done.folder), "images": done.images, "without_text": done.without_text}

@@ -4,38 +4,35 @@ An export is written to a hidden folder next to its destination, and renamed whe
 """
 
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter
 
 from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import digest, file_digest
-from pipeline.errors import ConfigError, SynthError
+from pipeline.errors import ConfigError
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
 from pipeline.formats.items import ALL, choose_texts, read_items, remove_opening
 from pipeline.progress import NullProgress, Progress
-from pipeline.storage.files import read_json, remove, write_json, write_text
+from pipeline.storage.files import remove, write_text
 from pipeline.storage.lock import hold_lock
 from pipeline.storage.sidecars import OWN_LINES
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
-RECORD = ".synth-export"  # the result of an export, and the digest of its version and settings
+RECORD = ".synth-export"  # the digest of the version and the settings of an export
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The folder of an export with facts about it."""
+    """The folder of an export with facts about it. Without `is_new`, the folder had this export already."""
 
     folder: Path
-    images: int  # number of exported images
+    images: int  # number of images written
     without_text: int  # number of images that were left out, since they have no text
     has_opening: bool  # whether a caption had the opening to remove
-    is_new: bool = True  # False if an earlier call wrote the same export
+    is_new: bool = True
 
 
 def export_version(
@@ -62,8 +59,8 @@ def export_version(
     image_root = f"{out.absolute().as_posix()}/" if absolute else ""
     settings = digest([version.manifest, kind, style, splits, source_names, image_root, trigger, opening])
     # This also refuses names such as `.`, for which no lock file can be created.
-    if done := _finished_export(out, settings):
-        return done
+    if _has_export(out, settings):
+        return Exported(out, 0, 0, has_opening=True, is_new=False)
     if kind not in (known := [PARQUET, *FORMATS]):
         raise ConfigError(f"no format {kind}", unknown=kind, known=known, hint=f"formats: {', '.join(known)}")
     if (source_names or absolute) and kind in TABLES:
@@ -72,8 +69,8 @@ def export_version(
     busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
-        if done := _finished_export(out, settings):
-            return done
+        if _has_export(out, settings):
+            return Exported(out, 0, 0, has_opening=True, is_new=False)
         num_rows = _check_export(version, kind, style, trigger or opening, splits)
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
@@ -105,23 +102,18 @@ def export_version(
         files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
-        done = Exported(out, written, num_rows - written, has_opening)
-        write_json(draft / RECORD, {"settings": settings, "result": asdict(done) | {"folder": "."}})
+        write_text(draft / RECORD, settings)
         draft.rename(out)
-    return done
+    return Exported(out, written, num_rows - written, has_opening)
 
 
-def _finished_export(out: Path, settings: str) -> Exported | None:
-    """Return the result of the export in a folder, or None if there is no folder.
-
-    Raises ConfigError unless `settings` is the digest of its version and settings.
-    """
+def _has_export(out: Path, settings: str) -> bool:
+    """Return whether a folder exists. Raises ConfigError unless it has the export with these settings."""
     if not out.exists():
-        return None
-    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError, SynthError):
-        record = read_json(out / RECORD)
-        if record["settings"] == settings:
-            return TypeAdapter(Exported).validate_python(record["result"] | {"folder": out, "is_new": False})
+        return False
+    record = out / RECORD
+    if record.is_file() and record.read_text(errors="replace") == settings:
+        return True
     problem = f"{out} already exists, and is not an export of this version with these settings"
     raise ConfigError(problem, hint="choose another folder: --out DIR")
 

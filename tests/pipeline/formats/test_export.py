@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from datasets import load_dataset
 from PIL import Image
 from pycocotools.coco import COCO
 
+from pipeline.cli.datasets import Format
 from pipeline.config.files import resolve
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
@@ -434,16 +435,20 @@ def test_repeated_export_is_reported_as_done_and_another_export_is_refused(
     done = export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
     files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
-    assert again == replace(done, is_new=False)
+    assert done.is_new and done.images and (again.folder, again.is_new, again.images) == (out, False, 0)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
     other = replace(version, manifest=version.manifest | {"digest": "0" * 64})
     for made, style in ((version, "brief"), (other, "all")):
         with pytest.raises(ConfigError, match="not an export of this version with these settings"):
             export_version(made, "sidecar", out, style=style, trigger="sks", opening="a photo")
-    for text in ("{}", "[" * 100_000, json.dumps({"settings": []}), ""):
+    for text in ("0" * 64, ""):
         (out / RECORD).write_text(text)
         with pytest.raises(ConfigError, match="already exists"):
             export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
+
+
+def test_command_accepts_all_formats() -> None:
+    assert [*get_args(Format)] == [PARQUET, *FORMATS]
 
 
 def test_unsupported_export_is_refused(version: Version, samples: list[Sample], tmp_path: Path) -> None:
