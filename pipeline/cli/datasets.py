@@ -21,7 +21,6 @@ from pipeline.cli.options import (
     path_option,
 )
 from pipeline.cli.output import echo, print_run_result, say, show
-from pipeline.errors import StoreError
 from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ def check(
 
     Exits with 1 if anything is damaged.
     """
+    from pipeline.dataset.directory import no_dataset
+
     results = []
     for result in _check_all(data, repair=repair):
         results.append(result)
@@ -55,8 +56,7 @@ def check(
             if result.hint:
                 echo(f"      {result.hint}")
     if not results:
-        hint = "`check` reads datasets, not captioners: `synth versions list` shows the last dataset"
-        raise StoreError(f"no dataset at {data}", hint=hint)
+        raise no_dataset(dataset_path(data))
     if as_json:
         echo(json.dumps([asdict(result) for result in results]))
     if not all(result.is_ok for result in results):
