@@ -13,7 +13,7 @@ from pipeline.dataset.version import Version
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ConfigError
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
-from pipeline.formats.items import ALL, choose_texts, read_items, remove_opening
+from pipeline.formats.items import ALL, choose_texts, read_items
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.lock import hold_lock
@@ -79,17 +79,13 @@ def export_version(
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
-            choices: dict[str, Any] = {"style": style, "trigger": trigger, "opening": opening}
+            choices: dict[str, Any] = {"style": style, "trigger": trigger, "only_one": kind == "sidecar"}
             writer, written = FORMATS[kind](draft, image_root), 0
             items = read_items(version, splits, source_names=source_names)
             for number, original in enumerate(items, start=1):
-                item = choose_texts(original, **choices, only_one=kind == "sidecar")
+                item = choose_texts(original, **choices, opening=opening)
                 written += writer.add(item)
-                has_opening = has_opening or any(
-                    remove_opening(text, opening) != text
-                    for name, text in original.captions
-                    if style in (None, ALL, name)
-                )
+                has_opening |= item.captions != choose_texts(original, **choices, opening="").captions
                 report("export", number, num_rows)
             writer.close()
         if not written:
