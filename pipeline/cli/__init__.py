@@ -50,7 +50,6 @@ EXAMPLES = {
         "synth generate --source folder:photos --captions captions_val2017.json --no-model",
     ),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
-    "estimate": ("synth estimate --config synth.yaml",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
     "export": (
         "synth export data/folder-photos --format webdataset",
@@ -63,7 +62,6 @@ EXAMPLES = {
         "synth caption ORG/NAME photos --out txt",
     ),
     "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
-    "init": ("synth init my-captions",),
 }
 
 

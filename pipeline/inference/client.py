@@ -296,8 +296,7 @@ class Client:
                 except ServerBusyError as busy:
                     problem, pause_s = str(busy), self._after_busy(endpoint, busy.wait_s, failures)
                 except ServerFaultError as fault:
-                    problem = str(fault)
-                    pause_s = await self._after_fault(endpoint, failures, problem)
+                    problem, pause_s = str(fault), await self._after_fault(endpoint, failures, fault)
                     log.info("%s failed at request %s: %s", endpoint.url, request.id, fault)
                 finally:
                     endpoint.outstanding -= 1
@@ -308,13 +307,13 @@ class Client:
                 raise in_flight.error
             await asyncio.sleep(pause_s)
 
-    async def _after_fault(self, endpoint: Endpoint, failures: RetryState, problem: str) -> float | None:
+    async def _after_fault(self, endpoint: Endpoint, failures: RetryState, fault: Exception) -> float | None:
         """Return the seconds to wait after a failure, or None to give up."""
         if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
             if self._endpoints.mark_down(endpoint):
                 self.progress.warn(f"{endpoint.url} does not answer: waiting for it (Ctrl-C is safe)")
             return failures.after_crash()
-        endpoint.report(problem, "see the log of the server", self.progress.warn)
+        endpoint.report(str(fault), "see the log of the server", self.progress.warn)
         endpoint.rest()
         pause_s = failures.after_fault()
         return 0.0 if pause_s and self._endpoints.has_free else pause_s
