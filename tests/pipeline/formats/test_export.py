@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,6 @@ from datasets import load_dataset
 from PIL import Image
 from pycocotools.coco import COCO
 
-from pipeline.cli.datasets import Format
 from pipeline.config.files import resolve
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
@@ -445,10 +444,6 @@ def test_repeated_export_is_reported_as_done_and_another_export_is_refused(
         (out / RECORD).write_text(text)
         with pytest.raises(ConfigError, match="already exists"):
             export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
-
-
-def test_command_accepts_all_formats() -> None:
-    assert [*get_args(Format)] == [PARQUET, *FORMATS]
 
 
 def test_unsupported_export_is_refused(version: Version, samples: list[Sample], tmp_path: Path) -> None:
