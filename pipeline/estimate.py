@@ -37,8 +37,9 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Return the likely hours, requests, tokens, money, bytes and kept rows of a run.
 
     `sampled_*` were spent on the sample, whose replies the run reuses. `remaining_*`, hours, tokens and
-    `cost` are for the rest. Replies in the journal cannot be timed, so images with such replies come last in
-    the sample. Raises SynthError as `generate_dataset` does.
+    `cost` are for the rest, and `total_*` for all images. Replies in the journal cannot be timed, so images
+    with such replies come last in the sample, and without other images `total_*` are 0. Raises SynthError as
+    `generate_dataset` does.
     """
     config, folder, source = plan.config, plan.dataset, plan.source
     assert source is not None
@@ -156,6 +157,7 @@ def _scale_counts(
     # The requests about the sample are already paid for.
     remaining = max(0, round(max(0, images - sample.answered) * unanswered_frac) - sample.new)
     remaining_scale = remaining / sample.new if sample.new else 0.0
+    total_scale = images * unanswered_frac / sample.new if sample.new else 0.0
     cost = stats.cost(config.servers)
     losses = [summary for summary in funnel if summary.step not in choices]
     not_chosen = sum(summary.input - summary.kept for summary in funnel if summary.step in choices)
@@ -179,6 +181,9 @@ def _scale_counts(
         "prompt_tokens": round(stats.prompt_tokens * remaining_scale),
         "reply_tokens": round(stats.reply_tokens * remaining_scale),
         "cost": None if cost is None else cost * remaining_scale,
+        "total_hours": round(stats.asking_s * total_scale / 3600, 6),
+        "total_tokens": round((stats.prompt_tokens + stats.reply_tokens) * total_scale),
+        "total_cost": None if cost is None else cost * total_scale,
         "bytes": round((image_bytes + BYTES_PER_TOKEN * stats.reply_tokens) * scale),
         "annotations": round(annotations * scale),
         "kept_annotations": round(kept * scale),

@@ -19,11 +19,11 @@ from pipeline.dataset.version import dataset_folder
 from pipeline.digests import digest, public_name
 from pipeline.errors import ConfigError, EngineError
 from pipeline.images.decode import PATCH_PX
-from pipeline.inference.engines import EngineChoice, box_unit_of, choose_engine
+from pipeline.inference.engines import EngineChoice, box_unit_of, choose_engine, pick_engine
 from pipeline.inference.model_licenses import license_of
 from pipeline.inference.request_checks import check_requests
 from pipeline.inference.requests import RequestPlan
-from pipeline.inference.vllm import vllm_python
+from pipeline.inference.vllm import require_vllm
 from pipeline.progress import Progress
 from pipeline.sources import find_source, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
@@ -101,12 +101,8 @@ class Plan:
             source = open_source(plan.config)
         for text in source.messages:
             progress.message(text)
-        engines = {name: _choose_engine(plan, name, progress) for name in plan.model_names}
-        starts_vllm = any(one.name == "vllm" and not one.urls for one in engines.values())
-        # A new dataset has no stored replies, so its run needs the server.
-        if starts_vllm and not vllm_python() and not (in_cluster or dataset.path.exists()):
-            hint = "`synth doctor` shows how to install it; or pass a running server: --base-url"
-            raise EngineError("vLLM is not installed here", hint=hint)
+        names = plan.model_names
+        engines = {name: _choose_engine(plan, name, progress, in_cluster=in_cluster) for name in names}
         models = {name: Model(public_name(one.model), one.revision) for name, one in engines.items()}
         plan = replace(cls.resolve(plan.config, dataset, models), source=source, engines=engines)
         plan.refuse_equal_models()
@@ -193,19 +189,24 @@ def _settings_digest(config: Config) -> str:
     return digest([config.model, config.base_url, config.engine, config.server.flags])
 
 
-def _choose_engine(plan: Plan, name: str, progress: Progress) -> EngineChoice:
+def _choose_engine(plan: Plan, name: str, progress: Progress, *, in_cluster: bool) -> EngineChoice:
     """Choose a model's engine. If that fails, use the model of the last run if its settings are equal.
 
     A run with only new thresholds or splits sends no request. Any request raises the original error.
     """
     config = plan.config.of_model(name)
     log = plan.dataset.path / ("vllm.log" if name == DEFAULT_MODEL else f"vllm-{name}.log")
+    last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)
+    record = read_record(plan.dataset, *last)
+    has_replies = record.get("model_settings", {}).get(name) == _settings_digest(config)
     try:
+        # Without replies, the run needs the server. The Hub is asked only after this check.
+        starts_server = config.asks_model and not config.base_url and pick_engine(config)[0] == "vllm"
+        if starts_server and not (has_replies or in_cluster):
+            require_vllm()
         return choose_engine(config, plan.requests, log, progress)
     except EngineError as error:
-        last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)
-        record = read_record(plan.dataset, *last)
-        if record.get("model_settings", {}).get(name) != _settings_digest(config):
+        if not has_replies:
             raise
         model, problem = record["models"][name], error
 

@@ -20,12 +20,12 @@ from pipeline.types import Rejected, Sample
 
 @dataclass(slots=True)
 class Preview:
-    """The texts of a few images by image name. Each rejected text has its reason, other texts have None.
+    """The texts of a few images by image name, each with the reason if it was rejected, and its style.
 
     `prompts` maps "task style" to a prompt. `page` is the report page, or None if no text is left.
     """
 
-    images: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
+    images: dict[str, list[tuple[str, str | None, str]]] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
     page: Path | None = None
 
@@ -57,12 +57,13 @@ def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
             preview.page = folder.path / "preview.html"
             write_report(trial.version, trial.plan.dataset.path).replace(preview.page)
             for shown in chain.from_iterable(read_rows(trial.version, SPLITS, None, number)):
-                texts = (" ".join(filter(None, map(text.get, TEXT_FIELDS))) for text in shown["texts"])
-                preview.images.setdefault(shown["from"], []).extend((text, None) for text in texts)
+                for text in shown["texts"]:
+                    words = " ".join(filter(None, map(text.get, TEXT_FIELDS)))
+                    preview.images.setdefault(shown["from"], []).append((words, None, text["kind"]))
         for loss in read_rejected(trial.plan.dataset.path):
             if loss["what"]:
                 reason = f"{loss['step']}: {loss['reason']}"
-                preview.images.setdefault(loss["where"], []).append((loss["what"], reason))
+                preview.images.setdefault(loss["where"], []).append((loss["what"], reason, ""))
         settings = AskSettings.of(trial.plan)
         with Journal(folder.journal) as journal:
             for sample in rows:

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import DatasetDir, no_dataset
 from pipeline.dataset.records import read_record
 from pipeline.dataset.reviews import AppliedReviews, Review, format_lines, merge_lines, read_lines, text_name
 from pipeline.errors import ConfigError
@@ -86,8 +86,7 @@ def require_records(shards: Sequence[DatasetDir], plan: Plan) -> None:
 
 def _recorded_settings(dataset: DatasetDir) -> Config:
     if not dataset.run_file.exists():
-        problem = f"{dataset.path} is not a dataset folder written by `synth generate`"
-        raise ConfigError(problem, hint="pass a dataset folder")
+        raise no_dataset(dataset.path)
     try:
         return Config.model_validate(read_json(dataset.run_file))
     except (ValidationError, ValueError):

@@ -58,6 +58,9 @@ MISTAKES = (
         "one source, but 2 are given: folder:photos, scenes", "--out",
     ),
     Mistake(
+        "folder misspelled", "generate --source folder:photo", "not a folder: photo", "did you mean photos?",
+    ),
+    Mistake(
         "folder without folder:", "generate --source photos", "unknown source: photos",
         "did you mean folder:photos?",
     ),
@@ -66,9 +69,10 @@ MISTAKES = (
         "the path: KIND:slides.pdf", add("slides.pdf x"),
     ),
     Mistake(
-        "no network", f"{PHOTOS} --engine vllm --model Qwen/Nope", "127.0.0.1:9 does not answer",
-        "--base-url",
+        "no vLLM and no network", f"{PHOTOS} --engine vllm --model Qwen/Nope", "vLLM is not installed here",
+        "pip install vllm",
     ),
+    Mistake("server without vLLM and network", "serve", "vLLM is not installed here", "pip install vllm"),
     Mistake(
         "no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://",
         "base_url",
@@ -94,6 +98,13 @@ MISTAKES = (
     Mistake(
         "dataset misspelled", "report data/foto", "no dataset at data/foto", "did you mean data/photos?",
         add("data/photos/run.json {}"),
+    ),
+    Mistake(
+        "dataset in place of a command", "review data/photos", "No such command 'data/photos'",
+        "synth review sample", code=2,
+    ),
+    Mistake(
+        "folder without a dataset", "review sample photos", "no dataset at photos", "`synth generate` makes",
     ),
     Mistake(
         "check misspelled", f"{PHOTOS} --verify claim", "('claim'; did you mean claims?)", "verify.checks",

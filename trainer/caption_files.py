@@ -1,7 +1,7 @@
 """Find image files, caption them, and write the captions. An interrupted run can be resumed.
 
 Captions are written to a .jsonl file or to one text file next to each image. A .jsonl file has a temporary
-name until it is complete.
+name until it is complete. Its settings are kept in a hidden file next to it.
 """
 
 import glob
@@ -67,24 +67,22 @@ def require_caption_file(path: Path) -> None:
 def open_captions(
     path: Path, settings: dict[str, Any]
 ) -> Iterator[tuple[set[str], Callable[[list[Row]], None]]]:
-    """Yield the images that an interrupted run captioned, and a function that adds the rows of an image.
+    """Yield the images that an earlier run captioned, and a function that adds the rows of an image.
 
-    The file `path` is written at the end. Raises ConfigError if the file exists, or if the interrupted run
-    had other settings.
+    The file `path` is written at the end. Raises ConfigError if the file was not written with these settings,
+    or if an interrupted run had other settings.
     """
     require_caption_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.unfinished")
+    header: Row = {"settings": settings}
+    draft, record = (path.with_name(f".{path.name}.{suffix}") for suffix in ("unfinished", "settings"))
     busy = ConfigError(f"another process is writing {path.name}", hint="wait, or choose another --out")
     with hold_lock(path.with_name(f".{path.name}.lock"), busy):
-        if path.exists():
-            # A run that is killed in its last moment leaves the finished file and its draft.
-            if draft.exists() and _read(draft).partition(b"\n")[2] == _read(path):
-                draft.unlink()
-            hint = "remove it, or choose another --out; for more images, pass only the new images"
-            raise ConfigError(f"{path} already exists", hint=hint)
-        rows = _read_draft(draft, path, settings) if draft.exists() else []
-        write_text(draft, _lines([{"settings": settings}, *rows]))
+        if path.exists() and not (record.exists() and _read(record) == _lines([header]).encode()):
+            problem = f"{path} already exists, and is not from this captioner with these settings"
+            raise ConfigError(problem, hint="remove it, or choose another --out")
+        rows = _read_rows(path, draft, settings)
+        write_text(draft, _lines([header, *rows]))
         with draft.open("a", encoding="utf-8") as file:
 
             def add(image_rows: list[Row]) -> None:
@@ -94,30 +92,34 @@ def open_captions(
 
             yield {row["image"] for row in rows}, add
         if rows:
+            write_text(record, _lines([header]))
             write_captions(path, rows)
         draft.unlink()
 
 
-def _read_draft(draft: Path, path: Path, settings: dict[str, Any]) -> list[Row]:
-    """Return the rows of an interrupted run. Raises ConfigError if it had other settings.
+def _read_rows(path: Path, draft: Path, settings: dict[str, Any]) -> list[Row]:
+    """Return the rows of an earlier run. Raises ConfigError if they are damaged or had other settings.
 
-    The rows of the last image are dropped, because some may be missing.
+    The rows of the last image in a draft are dropped, because some may be missing.
     """
-    text = _read(draft).decode("utf-8", "replace")
+    file = draft if draft.exists() else path
     # Not splitlines(): a caption may contain other line separators.
-    header, *lines = text.split("\n")[:-1] or [""]
+    lines = _read(file).decode("utf-8", "replace").split("\n") if file.exists() else [""]
+    header, lines = (lines[0], lines[1:-1]) if file == draft else ("", [*filter(None, lines)])
     if not lines:
         return []
     try:
         rows = [json.loads(line) for line in lines]
         if not all(isinstance(value, str) for row in rows for value in (row["image"], *row.values())):
             raise ValueError("a value is not a string")
+        if file == path:
+            return rows
         if json.loads(header)["settings"] == settings:
             return [row for row in rows if row["image"] != rows[-1]["image"]]
         problem = f"{path} was started with a different captioner or different settings"
     except JSON_ERRORS as error:
-        problem = f"{draft} is damaged: {error}"
-    raise ConfigError(problem, hint=f"remove {draft}, or choose another --out")
+        problem = f"{file} is damaged: {error}"
+    raise ConfigError(problem, hint=f"remove {file}, or choose another --out")
 
 
 def _read(path: Path) -> bytes:
@@ -166,7 +168,10 @@ class CaptionTask:
         """Call `write` with each image and its texts, one per style. `write` returns how many it added."""
         result, pairs = CaptionedImages(), ((path, path) for path in images)
         styles = [style or None for style in self.styles]
-        progress("caption", 0, len(images))
+        if num_kept := len(self.images) - len(images):
+            progress.message(f"kept the existing texts of {num_kept:,} images")
+        if images:
+            progress("caption", 0, len(images))
         stream = self.captioner.stream(pairs, styles, self.question, self.batch_size, self.num_beams)
         for count, (path, texts) in enumerate(stream, start=1):
             if isinstance(texts, ImageError):
@@ -184,8 +189,8 @@ def caption_images(
 ) -> CaptionedImages:
     """Write captions to the file `out`, or to text files next to the images if `out` is SIDECARS.
 
-    If `out` is None, rows are passed to `show`. The draft of an interrupted run is continued, and existing
-    text files are kept. Raises ConfigError if the file `out` exists, or if the draft has other settings.
+    If `out` is None, rows are passed to `show`. Texts of an earlier run with these settings, and existing
+    text files, are kept. Raises ConfigError if the file `out` or its draft has other settings.
     """
 
     def show_rows(path: Path, texts: list[str]) -> int:
@@ -196,10 +201,7 @@ def caption_images(
     if out is None:
         return task.run(task.images, show_rows, progress)
     if out == SIDECARS:
-        images = images_without_text(task.images)
-        if num_kept := len(task.images) - len(images):
-            progress.message(f"kept the existing text files of {num_kept:,} images")
-        return task.run(images, write_sidecar, progress)
+        return task.run(images_without_text(task.images), write_sidecar, progress)
     files = [file_digest(checkpoint / name) for name in ("config.json", "model.safetensors")]
     settings = {"captioner": digest(files), "question": task.question, "styles": [*task.styles]}
     with open_captions(out, settings | {"num_beams": task.num_beams}) as (done, add):

@@ -215,7 +215,6 @@ class CaptionServer:
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/models", self.models),
-                Route("/v1/models/{name:path}", self.models),
             ],
             exception_handlers=dict.fromkeys((HTTPException, ClientDisconnect, Exception), _error_response),
         )
@@ -231,12 +230,10 @@ class CaptionServer:
         return uvicorn.Server(config)
 
     async def models(self, request: Request) -> Response:
-        """List the served model, or describe it if the path names it."""
+        """List the served model."""
         self._check(request)
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "synth"}
-        if (name := request.path_params.get("name")) not in (None, self.name):
-            raise HTTPException(404, "unknown model")
-        return JSONResponse(model if name else {"object": "list", "data": [model]}, headers=HEADERS)
+        return JSONResponse({"object": "list", "data": [model]}, headers=HEADERS)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request (see `read_request`)."""

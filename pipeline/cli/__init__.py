@@ -50,7 +50,6 @@ EXAMPLES = {
         "synth generate --source folder:photos --captions captions_val2017.json --no-model",
     ),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
-    "estimate": ("synth estimate --config synth.yaml",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
     "export": (
         "synth export data/folder-photos --format webdataset",
@@ -63,7 +62,6 @@ EXAMPLES = {
         "synth caption ORG/NAME photos --out txt",
     ),
     "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
-    "init": ("synth init my-captions",),
 }
 
 
@@ -79,6 +77,13 @@ class Group(TyperGroup):
         """See click.Command."""
         with _printable_errors():
             return super().invoke(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """See click.Group. For a group in this group, the error about an unknown name lists all commands."""
+        if ctx.parent and args[0] not in self.commands:
+            names = " or ".join(f"`{ctx.command_path} {name}`" for name in self.commands)
+            ctx.fail(f"No such command {args[0]!r}: use {names}.")
+        return super().resolve_command(ctx, args)
 
 
 @contextmanager
@@ -97,10 +102,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-versions = typer.Typer(no_args_is_help=True, help="List versions, or delete files to free disk space.")
-review = typer.Typer(
-    no_args_is_help=True, help="Draw texts to judge, and make a new version from exported reviews."
-)
+versions = typer.Typer(cls=Group, no_args_is_help=True, help="List versions, or free disk space.")
+review = typer.Typer(cls=Group, no_args_is_help=True, help="Draw texts to judge, and apply reviews.")
 
 
 def add(group: str, *commands: Callable[..., None], **more: Any) -> None:

@@ -29,7 +29,7 @@ def caption(
 ) -> None:
     """Write a caption for each image, or the answer to a question.
 
-    With --out, the same command resumes after an interruption. Existing text files are kept.
+    With --out, the same command resumes after an interruption, and captions only new images after that.
     """
     from pipeline.storage.files import translate_disk_errors
     from trainer.caption_files import SIDECARS, find_images, require_caption_file

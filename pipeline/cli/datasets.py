@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from typer import Argument, BadParameter, Exit, Option
 
@@ -21,7 +21,6 @@ from pipeline.cli.options import (
     path_option,
 )
 from pipeline.cli.output import echo, print_run_result, say, show
-from pipeline.errors import StoreError, did_you_mean
 from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
@@ -31,13 +30,11 @@ REVIEWS = Argument(
     metavar="[DATASET] FILE...",
     help=f"Review files exported from a report of the dataset ({LAST_MADE}). Later files take precedence.",
 )
-FORMAT = Option(
-    "--format",
-    metavar="FORMAT",
-    help="Format: parquet, imagefolder, sidecar, webdataset, llava, sharegpt, messages, paligemma, "
-    "vlmevalkit, coco, csv, cauldron or dpo.",
-    show_default="imagefolder",
-)
+Format = Literal[
+    "parquet", "imagefolder", "sidecar", "webdataset", "llava", "sharegpt", "messages", "paligemma",
+    "vlmevalkit", "coco", "csv", "cauldron", "dpo",
+]  # fmt: skip
+FORMAT = Option("--format", metavar="FORMAT", help=f"Format: {', '.join(get_args(Format))}.")
 
 
 def check(
@@ -49,6 +46,8 @@ def check(
 
     Exits with 1 if anything is damaged.
     """
+    from pipeline.dataset.directory import no_dataset
+
     results = []
     for result in _check_all(data, repair=repair):
         results.append(result)
@@ -57,8 +56,7 @@ def check(
             if result.hint:
                 echo(f"      {result.hint}")
     if not results:
-        hint = "`check` reads datasets, not captioners: `synth versions list` shows the last dataset"
-        raise StoreError(f"no dataset at {data}", hint=hint)
+        raise no_dataset(dataset_path(data))
     if as_json:
         echo(json.dumps([asdict(result) for result in results]))
     if not all(result.is_ok for result in results):
@@ -85,7 +83,7 @@ def _check_all(data: str | None, *, repair: bool) -> Iterator["Checked"]:
 
 def export(
     data: AnyDataset = None,
-    kind: Annotated[str | None, FORMAT] = None,
+    kind: Annotated[Format, FORMAT] = "imagefolder",
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     style: Annotated[
         str | None, option("Caption style, or all (one line each).", "all, or the first of plain, brief, ...")
@@ -102,15 +100,9 @@ def export(
 ) -> None:
     """Convert a version to another format."""
     from pipeline.formats.export import export_version
-    from pipeline.formats.formats import FORMATS, PARQUET
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 
-    if data is not None and (Path(data) / "train.json").exists():
-        raise BadParameter("a captioner needs no export: transformers loads its folder", param_hint="DATASET")
-    if (kind := kind or "imagefolder") not in (known := [PARQUET, *FORMATS]):
-        hint = did_you_mean(kind, known, f"formats: {', '.join(known)}")
-        raise BadParameter(f"no format {kind}; {hint}", param_hint="--format")
     version = open_data(data, images)
     folder = out or version.dataset_dir / "exports" / f"{version.name}-{kind}"
     with show_progress() as progress, translate_disk_errors(folder):
@@ -119,11 +111,10 @@ def export(
         choices |= {"absolute": absolute, "trigger": trigger, "opening": opening}
         done = export_version(version, kind, folder, **choices, progress=progress)
     without_text = f"; skipped {done.without_text:,} images without a text" if done.without_text else ""
-    say(f"wrote {done.images:,} images{without_text}")
+    wrote = f"wrote {done.images:,} images{without_text}"
+    say(wrote if done.is_new else f"nothing to do: {folder} already has this export")
     if opening and not done.has_opening:
         say(f"note: no caption begins with {opening.strip()!r}", WARNING)
-    for phrase, share in done.phrases.items():
-        say(f"note: {100 * share:.0f} % of the captions have {phrase!r}, which a LoRA learns with {trigger}")
     values = {"path": str(done.folder), "images": done.images, "without_text": done.without_text}
     show(values, as_json, "path")
 
@@ -164,13 +155,12 @@ def review_sample(
 
     `synth review apply` reads the exported verdicts, and the next version states the share of wrong texts.
     """
-    from pipeline.dataset.directory import DatasetDir, split_version
+    from pipeline.dataset.directory import DatasetDir, open_dataset
     from pipeline.report.audit_sample import write_audit
     from pipeline.storage.files import translate_disk_errors
 
-    folder, name = split_version(dataset_path(data))
-    dataset = DatasetDir(folder)
-    version = dataset.version(name, previews=False)
+    version = open_dataset(dataset_path(data), previews=False)
+    dataset = DatasetDir(version.dataset_dir)
     with translate_disk_errors(dataset.path):
         path, drawn = write_audit(version, dataset, texts, seed, tool)
     fewer = "" if drawn == texts else " (at most one of each image)"

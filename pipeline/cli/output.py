@@ -63,7 +63,8 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
     """Print the cost of the sample, and the estimates. With `as_json`, also print JSON to stdout."""
     e, show_line = estimate, say if as_json else echo
     tokens = f"{e['prompt_tokens']:,} tokens read, {e['reply_tokens']:,} written"
-    paid, cost = (f", cost {e[key]:,.4g}" if e[key] is not None else "" for key in ("sampled_cost", "cost"))
+    costs = (e["sampled_cost"], e["cost"], e["total_cost"])
+    paid, cost, total_cost = (f", cost {value:,.4g}" if value is not None else "" for value in costs)
     spent = f"{duration(e['sampled_seconds'])}{paid}"
     show_line(f"sample: {e['sampled_images']:,} images, {e['asked']:,} requests, {spent}")
     show_line(
@@ -72,7 +73,9 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
     )
     verify = f" and {e['verify_requests']:,} of --verify" if e["verify_requests"] else ""
     retries = f" and {e['retries']:,} retries" if e["retries"] else ""
-    show_line(f"all {e['images']:,} images: about {e['requests']:,} requests{verify}{retries}")
+    total = f", {duration(3600 * e['total_hours'])}, {e['total_tokens']:,} tokens{total_cost}"
+    requests = f"{e['requests']:,} requests{verify}{retries}{total if e['total_tokens'] else ''}"
+    show_line(f"whole run: {e['images']:,} images, about {requests}")
     low, high = e["lost_share"]
     show_line(
         f"kept: {e['kept_images']:,} images, {e['kept_annotations']:,} of {e['annotations']:,} annotations; "
@@ -102,8 +105,8 @@ def print_preview(preview: "Preview") -> None:
         say(prompt)
     for name, texts in preview.images.items():
         say(f"\n{name}", "dim")
-        for text, reason in texts:
-            say(f"  {text}")
+        for text, reason, kind in texts:
+            say(f"  {text}{f' ({kind})' if kind else ''}")
             if reason:
                 say(f"    rejected by {reason}", LOSS)
 

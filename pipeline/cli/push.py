@@ -1,8 +1,6 @@
 """The command `push`: send a version or a captioner to the Hub."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Option
@@ -58,6 +56,7 @@ def push(
 
     from pipeline.dataset.directory import DatasetDir, split_version
     from pipeline.dataset.manifest import describe_data
+    from pipeline.hub.package import build_checkpoint_package, build_package
     from pipeline.hub.pull import open_or_download
     from pipeline.hub.push import check_repo_name
     from pipeline.storage.files import translate_disk_errors
@@ -67,7 +66,6 @@ def push(
         if images is not None or any((license_, license_link, title, language, acknowledge)):
             raise BadParameter(f"{data} is a captioner; only --private, --public, --dry-run and --json apply")
         say(f"captioner: {data}")
-        from pipeline.hub.package import build_checkpoint_package
         from trainer.config import DECODERS, ENCODERS
         from trainer.model.transformers_files import transformers_files
 
@@ -81,12 +79,10 @@ def push(
     _require_card_values(license_, license_link, language)
     chosen_version = open_or_download(data, previews=False)
     note_previews(chosen_version, data)
-    choices = {
-        "images": images,
-        "acknowledged": acknowledge or (),
-        "stated": describe_data(license_, title, language, license_link),
-    }
-    with _packed(chosen_version, repo, choices) as package:
+    stated = describe_data(license_, title, language, license_link)
+    choices: dict[str, Any] = {"images": images, "acknowledged": acknowledge or (), "stated": stated}
+    with build_package(chosen_version, repo, **choices) as package:
+        _print_licenses(package, chosen_version, images)
         pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
     if not pushed:
         return
@@ -113,23 +109,18 @@ def _require_card_values(license_: str | None, license_link: str | None, languag
             raise BadParameter(f"{value!r} is not {wanted[pattern]}", param_hint=name)
 
 
-@contextmanager
-def _packed(version: "Version", repo: str, choices: dict[str, Any]) -> Iterator["Package"]:
-    """Yield the package of a version. Print its rows and licenses."""
+def _print_licenses(package: "Package", version: "Version", with_images: bool | None) -> None:
     from pipeline.dataset.card import card_licenses
-    from pipeline.hub.package import build_package
     from pipeline.types import non_redistributable
 
     restricted = ", ".join(non_redistributable(version.manifest["licenses"]))
-    with build_package(version, repo, **choices) as package:
-        rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
-        say(f"version: {version.name}, {rows}")
-        say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
-        if package.manifest.get("acknowledged"):
-            say(f"note: images under {restricted} are pushed; the card says that you acknowledged the terms")
-        elif restricted and choices["images"] is None:
-            say(f"note: images under {restricted} may not be redistributed; only ids and texts are pushed")
-        yield package
+    rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
+    say(f"version: {version.name}, {rows}")
+    say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
+    if package.manifest.get("acknowledged"):
+        say(f"note: images under {restricted} are pushed; the card says that you acknowledged the terms")
+    elif restricted and with_images is None:
+        say(f"note: images under {restricted} may not be redistributed; only ids and texts are pushed")
 
 
 def send(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def _open_dataset(name: str | None, *, for_removal: bool = False) -> "DatasetDir":
     """Return a dataset. Raises StoreError if it does not exist, and BadParameter if `name` has a version."""
-    from pipeline.dataset.directory import DatasetDir, split_version
+    from pipeline.dataset.directory import DatasetDir, no_dataset, split_version
     from pipeline.dataset.version import MANIFEST, dataset_dir_of
 
     path = dataset_path(name, is_only=for_removal)
@@ -26,10 +26,10 @@ def _open_dataset(name: str | None, *, for_removal: bool = False) -> "DatasetDir
         raise StoreError(f"{path} is in an object store", hint=hint)
     folder, version = split_version(path)
     if not is_remote(folder) and not (folder / "versions").is_dir():
-        hint = "`synth generate` makes one; if it was interrupted, run it again"
         if (folder / MANIFEST).exists():
             hint = f"pass the dataset folder of this version: {dataset_dir_of(folder)}"
-        raise StoreError(f"no dataset at {folder}", hint=hint)
+            raise StoreError(f"no dataset at {folder}", hint=hint)
+        raise no_dataset(folder)
     if version is not None:
         raise BadParameter(f"pass the dataset without a version: {folder}", param_hint="DATASET")
     return DatasetDir(folder)

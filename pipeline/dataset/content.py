@@ -5,7 +5,6 @@ to a captioner. The counts of many shards can be added.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import pairwise
@@ -21,7 +20,6 @@ FREQUENT_OPENINGS = 20
 QUANTILES = (0.05, 0.5, 0.95)
 # Shares of distinct word pairs depend on the number of captions, so they are measured on at most this many.
 PAIR_CAPTIONS = 1000
-FREQUENT, PHRASE_WORDS = 0.8, range(2, 6)  # share of captions, and numbers of words
 _ALSO_VERBS = frozenset(("cross", "ring", "train", "book"))  # objects that captions use as verbs
 
 
@@ -84,17 +82,3 @@ class Content:
             "frequent_openings": round(frequent / total, 4),
             "distinct_pairs": round(len(set(pairs)) / max(1, len(pairs)), 4),
         } | (english if language in (None, "en") else {})
-
-
-def frequent_phrases(captions: Collection[str]) -> dict[str, float]:
-    """Return the share of captions with each phrase, if above FREQUENT. Skip parts of such phrases."""
-    counts = Counter[str]()
-    for words in map(words_of, captions):
-        spans = ((start, start + size) for size in PHRASE_WORDS for start in range(len(words) - size + 1))
-        counts.update({" ".join(words[start:end]) for start, end in spans})
-    shares = {phrase: n / len(captions) for phrase, n in counts.items() if n > FREQUENT * len(captions)}
-    return {
-        phrase: share
-        for phrase, share in sorted(shares.items())
-        if not any(f" {phrase} " in f" {other} " for other in shares if other != phrase)
-    }

@@ -160,10 +160,24 @@ def open_dataset(path: Path | None, *, previews: bool = True) -> Version:
             hint = "pass the dataset folder instead of a version"
             raise StoreError(f"{path} is the version {opened.name}, not {version}", hint=hint)
         return opened
-    if not is_remote(path) and not path.is_dir():
-        hint, known = "`synth generate` makes one", [str(folder) for folder in path.parent.glob("*/")]
-        raise StoreError(f"no dataset at {path}", unknown=str(path), known=known, hint=hint)
+    if not is_remote(path) and not (path / "versions").is_dir():
+        raise no_dataset(path)
     return DatasetDir(path).version(version, previews=previews)
+
+
+def no_dataset(path: Path) -> StoreError:
+    """Return the error to raise when a folder on disk holds no dataset. It lists the datasets in DATA."""
+    hint = "`synth generate` makes one; if it was interrupted, run it again"
+    if datasets := _list_datasets():
+        hint = f"datasets here: {', '.join(map(str, datasets[:8]))}; {hint}"
+    known = [str(folder) for folder in path.parent.glob("*/") if folder != path]
+    return StoreError(f"no dataset at {path}", unknown=str(path), known=known, hint=hint)
+
+
+def _list_datasets() -> list[Path]:
+    """Return the dataset folders in DATA. The folder with the newest version comes first."""
+    manifests = sorted(DATA.glob(f"*/versions/v*/{MANIFEST}"), key=lambda path: -path.stat().st_mtime_ns)
+    return [*dict.fromkeys(path.parents[2] for path in manifests)]
 
 
 def split_version(path: Path) -> tuple[Path, str | None]:
@@ -179,15 +193,13 @@ def newest_dataset(*, is_only: bool = False) -> Path:
 
     With `is_only`, raises StoreError if there are several datasets, instead of guessing.
     """
-    manifests = sorted(DATA.glob(f"*/versions/v*/{MANIFEST}"))
-    if not manifests:
+    if not (datasets := _list_datasets()):
         hint = "make one with `synth generate --source scenes`, or pass its folder"
         raise StoreError(f"no dataset under {DATA}/", hint=hint)
-    folders = dict.fromkeys(path.parents[2] for path in manifests)
-    if is_only and len(folders) > 1:
-        problem = f"{DATA}/ has {len(folders)} datasets"
-        raise StoreError(problem, hint=f"pass one: {', '.join(map(str, [*folders][:8]))}")
-    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parents[2]
+    if is_only and len(datasets) > 1:
+        hint = f"pass one: {', '.join(map(str, datasets[:8]))}"
+        raise StoreError(f"{DATA}/ has {len(datasets)} datasets", hint=hint)
+    return datasets[0]
 
 
 def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:

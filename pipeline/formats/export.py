@@ -3,18 +3,17 @@
 An export is written to a hidden folder next to its destination, and renamed when it is complete.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.content import frequent_phrases
 from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
-from pipeline.digests import file_digest
+from pipeline.digests import digest, file_digest
 from pipeline.errors import ConfigError
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
-from pipeline.formats.items import ALL, choose_texts, read_items, remove_opening
+from pipeline.formats.items import ALL, choose_texts, read_items
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.lock import hold_lock
@@ -22,18 +21,18 @@ from pipeline.storage.sidecars import OWN_LINES
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
-MAX_COUNTED = 1000  # captions in which phrases are counted
+RECORD = ".synth-export"  # the digest of the version and the settings of an export
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The folder of an export with facts about it."""
+    """The folder of an export with facts about it. Without `is_new`, the folder had this export already."""
 
     folder: Path
-    images: int  # number of exported images
+    images: int  # number of images written
     without_text: int  # number of images that were left out, since they have no text
-    phrases: Mapping[str, float]  # phrases in most captions for a LoRA, with their shares
     has_opening: bool  # whether a caption had the opening to remove
+    is_new: bool = True
 
 
 def export_version(
@@ -49,15 +48,19 @@ def export_version(
     opening: str = "",
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version to a new folder, as PARQUET or in one of FORMATS. `style` selects captions.
+    """Write a version to a folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
     `source_names` names files as in the source (`read_items`). `absolute` writes absolute paths of images.
     `trigger` begins each caption, for a LoRA. `opening` is removed from the beginning of each caption.
-    Raises ConfigError if the folder exists or is in use, the format is unknown, or there is nothing to write.
+    If the folder already has this export, nothing is written. Raises ConfigError if it has anything else or
+    is in use, the format is unknown, or there is nothing to write.
     """
     report, splits, opening = progress or NullProgress(), tuple(splits), opening.strip()
+    image_root = f"{out.absolute().as_posix()}/" if absolute else ""
+    settings = digest([version.manifest, kind, style, splits, source_names, image_root, trigger, opening])
     # This also refuses names such as `.`, for which no lock file can be created.
-    _require_new(out)
+    if _has_export(out, settings):
+        return Exported(out, 0, 0, has_opening=True, is_new=False)
     if kind not in (known := [PARQUET, *FORMATS]):
         raise ConfigError(f"no format {kind}", unknown=kind, known=known, hint=f"formats: {', '.join(known)}")
     if (source_names or absolute) and kind in TABLES:
@@ -66,29 +69,23 @@ def export_version(
     busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
-        _require_new(out)
+        if _has_export(out, settings):
+            return Exported(out, 0, 0, has_opening=True, is_new=False)
         num_rows = _check_export(version, kind, style, trigger or opening, splits)
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
         draft.mkdir(parents=True)
-        written, captions, has_opening = num_rows, list[str](), False
+        written, has_opening = num_rows, False
         if kind == PARQUET:
             write_self_contained(version, draft, splits)
         else:
-            choices: dict[str, Any] = {"style": style, "trigger": trigger, "opening": opening}
-            image_root = f"{out.absolute().as_posix()}/" if absolute else ""
+            choices: dict[str, Any] = {"style": style, "trigger": trigger, "only_one": kind == "sidecar"}
             writer, written = FORMATS[kind](draft, image_root), 0
             items = read_items(version, splits, source_names=source_names)
             for number, original in enumerate(items, start=1):
-                item = choose_texts(original, **choices, only_one=kind == "sidecar")
+                item = choose_texts(original, **choices, opening=opening)
                 written += writer.add(item)
-                has_opening = has_opening or any(
-                    remove_opening(text, opening) != text
-                    for name, text in original.captions
-                    if style in (None, ALL, name)
-                )
-                if trigger and len(captions) < MAX_COUNTED:
-                    captions += [text.removeprefix(f"{trigger}, ") for _, text in item.captions]
+                has_opening |= item.captions != choose_texts(original, **choices, opening="").captions
                 report("export", number, num_rows)
             writer.close()
         if not written:
@@ -101,13 +98,20 @@ def export_version(
         files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
+        write_text(draft / RECORD, settings)
         draft.rename(out)
-    return Exported(out, written, num_rows - written, frequent_phrases(captions), has_opening)
+    return Exported(out, written, num_rows - written, has_opening)
 
 
-def _require_new(out: Path) -> None:
-    if out.exists():
-        raise ConfigError(f"{out} already exists", hint="choose another folder: --out DIR")
+def _has_export(out: Path, settings: str) -> bool:
+    """Return whether a folder exists. Raises ConfigError unless it has the export with these settings."""
+    if not out.exists():
+        return False
+    record = out / RECORD
+    if record.is_file() and record.read_text(errors="replace") == settings:
+        return True
+    problem = f"{out} already exists, and is not an export of this version with these settings"
+    raise ConfigError(problem, hint="choose another folder: --out DIR")
 
 
 def _check_export(version: Version, kind: str, style: str | None, edit: str, splits: tuple[str, ...]) -> int:

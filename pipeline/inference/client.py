@@ -155,6 +155,7 @@ class Client:
     progress: Progress = field(default_factory=NullProgress)
     _servers: list[Server] = field(default_factory=list, init=False)
     _reply_tokens: int = field(default=0, init=False)
+    _num_failures: int = field(default=0, init=False)
     _suspects: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     def __enter__(self) -> "Client":
@@ -192,6 +193,7 @@ class Client:
             "tokens/s": f"{speed:,.0f}" if self._reply_tokens else "-",
             "in flight": f"{sum(endpoint.outstanding for endpoint in self._endpoints)} of {self._limit}",
             **({"servers": f"{up} of {len(self._endpoints)}"} if len(self._endpoints) > 1 else {}),
+            **({"server errors": f"{self._num_failures:,}"} if self._num_failures else {}),
         }
 
     # --- opening
@@ -294,22 +296,24 @@ class Client:
                 except ServerBusyError as busy:
                     problem, pause_s = str(busy), self._after_busy(endpoint, busy.wait_s, failures)
                 except ServerFaultError as fault:
-                    problem, pause_s = str(fault), await self._after_fault(endpoint, failures)
+                    problem, pause_s = str(fault), await self._after_fault(endpoint, failures, fault)
                     log.info("%s failed at request %s: %s", endpoint.url, request.id, fault)
                 finally:
                     endpoint.outstanding -= 1
+            self._num_failures += 1
             if pause_s is None:
                 return request.reply(problem, SERVER_ERROR)
             if in_flight.error:
                 raise in_flight.error
             await asyncio.sleep(pause_s)
 
-    async def _after_fault(self, endpoint: Endpoint, failures: RetryState) -> float | None:
+    async def _after_fault(self, endpoint: Endpoint, failures: RetryState, fault: Exception) -> float | None:
         """Return the seconds to wait after a failure, or None to give up."""
         if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
             if self._endpoints.mark_down(endpoint):
                 self.progress.warn(f"{endpoint.url} does not answer: waiting for it (Ctrl-C is safe)")
             return failures.after_crash()
+        endpoint.report(str(fault), "see the log of the server", self.progress.warn)
         endpoint.rest()
         pause_s = failures.after_fault()
         return 0.0 if pause_s and self._endpoints.has_free else pause_s
@@ -355,6 +359,7 @@ class Client:
         except protocol.CONNECTION_ERRORS as error:
             if isinstance(error, TimeoutError):
                 self._concurrency.slow_down()
+                raise ServerFaultError(f"no answer within {self.settings.request_timeout_s:g} s") from None
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
             in_flight.sent.discard(asyncio.current_task())
@@ -364,7 +369,7 @@ class Client:
         # A gateway may fail briefly while the server behind it is healthy.
         is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
         if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
-            endpoint.report_busy(answer.status, message, self.progress.warn)
+            endpoint.report(f"{answer.status}: {message}", protocol.BUSY, self.progress.warn)
             raise ServerBusyError(answer.headers.get("Retry-After", ""))
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")

@@ -46,7 +46,7 @@ class Endpoint:
     fault: str = ""  # why the server did not answer when the run started
     failures: int = 0  # consecutive
     rests_until: float = 0.0  # other servers are preferred until this time
-    is_busy_reported: bool = False
+    reported: set[str] = field(default_factory=set)  # kinds of failures
     context_tokens: int | None = None
     session: aiohttp.ClientSession | None = field(default=None, repr=False)
     outstanding: int = 0  # requests in flight
@@ -70,12 +70,14 @@ class Endpoint:
         """Return the message in the body of an error response, on one line and without API keys."""
         return protocol.error_message(answer, self.keys)
 
-    def report_busy(self, status: int, message: str, warn: Callable[[str], None]) -> None:
-        """Warn about the first busy answer."""
-        if not self.is_busy_reported:
-            reason = "it is overloaded or loading its model, or your quota is used up"
-            warn(f"{self.url} answers {status} ({message[:MAX_SHOWN_CHARACTERS]}): {reason}")
-        self.is_busy_reported = True
+    def report(self, failure: str, reason: str, warn: Callable[[str], None]) -> None:
+        """Warn about the first failure of each kind. In "429: slow down", the kind is 429."""
+        kind = failure.partition(":")[0]
+        if kind not in self.reported:
+            warn(
+                f"{self.url} fails ({failure[:MAX_SHOWN_CHARACTERS]}): {reason}; failed requests are retried"
+            )
+        self.reported.add(kind)
 
     def rest(self, stated_s: float | None = None) -> None:
         """Count a failure, and prefer other servers for `stated_s`, or for an exponential backoff time."""

@@ -14,7 +14,14 @@ from pipeline.digests import digest, weights_revision
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.requests import RequestPlan
-from pipeline.inference.vllm import VllmCommand, has_gpu, parse_flags, plan_servers, vllm_python
+from pipeline.inference.vllm import (
+    VllmCommand,
+    has_gpu,
+    parse_flags,
+    plan_servers,
+    require_vllm,
+    vllm_python,
+)
 from pipeline.install import install_command
 from pipeline.progress import Progress
 from pipeline.sources import find_source
@@ -207,6 +214,7 @@ def _make_client(
 
 def plan_server(model: str, server: ServerConfig, progress: Progress) -> VllmCommand:
     """Return the command of `synth serve`, for the first GPU or group of GPUs."""
+    require_vllm()  # reported before the Hub is asked
     revision, find_folder = _find_weights(model, progress)
     revision += _output_affecting_flags(server.flags)
     command, *others = plan_servers(

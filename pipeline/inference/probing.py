@@ -214,7 +214,8 @@ async def _probe(
             raise_for_access(answer, endpoint, text)
             if answer.status not in (*protocol.BUSY_STATUSES, *protocol.GATEWAY_STATUSES):
                 return answer.status, text
-            endpoint.report_busy(answer.status, endpoint.error_message(text), progress.warn)
+            failure = f"{answer.status}: {endpoint.error_message(text)}"
+            endpoint.report(failure, protocol.BUSY, progress.warn)
             pause_s, problem = failures.after_busy(None), f"answers {answer.status} to every request"
         except CONNECTION_ERRORS as error:
             timeout = f"no answer within {server.request_timeout_s:g} s (server.request_timeout_s)"

@@ -57,6 +57,7 @@ FINISH_REASONS = {  # maps other servers' finish reasons to OpenAI's
 REFUSED = "content_filter"  # finish reason for a message with a `refusal`
 REFUSED_STATUSES = (400, 422)  # a request field may be unsupported
 BUSY_STATUSES = (408, 409, 425, 429, 503)
+BUSY = "it is overloaded or loading its model, or your quota is used up"
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run

@@ -96,10 +96,7 @@ def plan_servers(
     servers replace vLLM's data parallelism, since each one restarts alone. Raises EngineError if vLLM is not
     installed, if groups would leave GPUs idle, if flags are not supported, or if the model does not fit.
     """
-    python = vllm_python()
-    if python is None:
-        hint = f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or use --base-url"
-        raise EngineError("vLLM is not installed here", hint=hint)
+    python = require_vllm()
     gpus, size = visible_gpus(), count_gpus(server.flags)
     if len(gpus) % size:
         problem = f"a server with these flags uses {size} GPUs, but {len(gpus)} are visible"
@@ -256,6 +253,14 @@ def count_gpus(flags: Sequence[str]) -> int:
 def vllm_python() -> str | None:
     """Return the Python interpreter in SYNTH_VLLM_PYTHON, or else this one if it has vLLM, or else None."""
     return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
+
+
+def require_vllm() -> str:
+    """Return the Python interpreter that has vLLM. Raises EngineError if there is none."""
+    if python := vllm_python():
+        return python
+    hint = f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or use --base-url"
+    raise EngineError("vLLM is not installed here", hint=hint)
 
 
 def cannot_run(python: str, error: OSError) -> EngineError:

@@ -92,7 +92,7 @@ def _open(kind: Kind, config: Config, path: str, *, decks: bool = False) -> Sour
         name=kind,
         revision=digest([*contents, *renderer]),
         read=lambda start: check_samples(islice(chain(unreadable, *map(read_file, files)), start, None)),
-        messages=tuple(describe_unread(content, others)),
+        messages=tuple(describe_unread(content, others, f"{kind} files")),
         decks=decks,
     )
 

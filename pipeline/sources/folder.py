@@ -231,7 +231,8 @@ def _open(config: Config, path: str) -> Source:
     refuse_roles(config, "a folder", "to use columns of metadata.csv in prompts: --columns context=A,B")
     root, license = Path(path).expanduser(), config.license or UNKNOWN
     if not root.is_dir():
-        raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
+        hint, known = "pass a folder of images: --source folder:PATH", map(str, root.parent.glob("*/"))
+        raise SourceError(f"not a folder: {root}", unknown=str(root), known=known, hint=hint)
     content = list_files(root)
     if not content.images:
         hint = f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read, also in subfolders"

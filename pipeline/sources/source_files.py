@@ -95,15 +95,15 @@ def list_files(root: Path) -> FolderContent:
     return content
 
 
-def describe_unread(content: FolderContent, others: Iterable[Path]) -> list[str]:
-    """Return messages about unreadable folders, links to folders, hidden files and other unread files."""
+def describe_unread(content: FolderContent, others: Iterable[Path], wanted: str = "images") -> list[str]:
+    """Return messages about unreadable folders, links to folders, hidden files and files of other types."""
     names_by_kind = {
         "unreadable folders": [row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER],
         "links to folders, which are not followed": [path.name for path in content.links],
         "hidden files and folders, which are not read": [
             path.name for path in content.hidden if path.name != OWN_LINES
         ],
-        "not read": [path.name for path in others],
+        f"files that are not {wanted}": [path.name for path in others],
     }
     return [
         f"{kind}: {len(names):,} ({first_names(sorted(names))})"

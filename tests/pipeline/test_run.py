@@ -53,12 +53,13 @@ def test_object_store_without_a_cluster_is_refused() -> None:
 def test_missing_vllm_is_an_error_before_a_run_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.plan.vllm_python", lambda: None)
-    config = resolve(source="scenes", engine="vllm")
-    with pytest.raises(EngineError, match="vLLM is not installed here"):
-        Plan.open(config, tmp_path / "new", NullProgress())
-    assert not (tmp_path / "new").exists()
-    Plan.open(config, tmp_path, NullProgress())
+    monkeypatch.setattr("pipeline.inference.vllm.vllm_python", lambda: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda api, name: pytest.fail("asked the Hub"))
+    config = resolve(source="scenes", engine="vllm", model="me/a")
+    with pytest.raises(EngineError, match="vLLM is not installed here") as caught:
+        Plan.open(config, tmp_path, NullProgress())
+    assert caught.value.hint.startswith("pip install vllm")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_error_names_the_condition_that_dropped_all_images(tmp_path: Path) -> None:

@@ -77,18 +77,38 @@ def test_resumed_run_writes_the_same_file(model: Path, photos: Path, tmp_path: P
     _, _, seen = run(model, [str(photos)], tmp_path / name)
     assert len(seen) == COUNT - (4 if cut_bytes else 5)  # the last complete image is captioned again
     assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [name]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [f".{name}.settings", name]
 
 
-def test_draft_of_a_finished_file_is_removed(model: Path, photos: Path, tmp_path: Path) -> None:
-    draft, out = tmp_path / ".c.jsonl.unfinished", tmp_path / "c.jsonl"
-    run(model, [str(photos)], out, stop=COUNT)
-    text = draft.read_text()
-    for rows, is_kept in (("other\n", True), (text.partition("\n")[2], False)):
-        out.write_text(rows)
-        with pytest.raises(ConfigError, match="already exists"):
-            run(model, [str(photos)], out)
-        assert draft.exists() == is_kept
+def test_repeated_run_captions_only_new_images(model: Path, photos: Path, tmp_path: Path) -> None:
+    out, last = tmp_path / "c.jsonl", photos / "0.png"
+    names = [str(path) for path in find_images([str(photos)]) if path != last]
+    run(model, names, out)
+    before = out.read_text()
+    assert run(model, names, out)[2] == [] and out.read_text() == before
+    out.write_text(before.rstrip("\n").replace('"caption": "', '"caption": "Edited '))
+    edited = read(out)
+    run(model, [str(photos)], out, stop=1)  # stopped before it is complete
+    assert read(out) == edited
+    assert run(model, [str(photos)], out)[2] == [last]
+    assert read(out)[:-1] == edited and read(out)[-1]["image"] == str(last)
+    for captioner, styles in (
+        (model, ("detailed",)),
+        (save_captioner(tmp_path / "other", seed=5), ("brief",)),
+    ):
+        with pytest.raises(ConfigError, match="already exists, and is not from this captioner"):
+            run(captioner, [str(photos)], out, styles=styles)
+
+
+def test_run_killed_after_the_last_write_is_finished_by_the_next_run(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c.jsonl"
+    run(model, [str(photos)], out)
+    whole, settings = out.read_text(), (tmp_path / ".c.jsonl.settings").read_text()
+    (tmp_path / ".c.jsonl.unfinished").write_text(settings + whole)
+    run(model, [str(photos)], out)
+    assert out.read_text() == whole and not (tmp_path / ".c.jsonl.unfinished").exists()
 
 
 def test_resuming_with_other_settings_is_refused(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -172,7 +192,7 @@ def test_second_run_with_the_same_captions_file_is_refused(model: Path, photos: 
         run(model, [str(photos)], tmp_path / "d.jsonl")
     assert (tmp_path / "secret").read_text() == "secret"
     assert len(read(tmp_path / "c.jsonl")) == 1
-    assert [path.name for path in tmp_path.glob("*c.jsonl*")] == ["c.jsonl"]
+    assert {path.name for path in tmp_path.glob("*c.jsonl*")} == {"c.jsonl", ".c.jsonl.settings"}
 
 
 def test_unreadable_images_are_listed_and_skipped(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -54,10 +54,11 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     described = json.loads(run(photos, *command, "--json").stdout)
     images = described["images"]
     assert {*images} == {"05b.jpg", *(f"{number:02}.jpg" for number in range(7))}
-    assert images["05b.jpg"] == [["unknown image format", "read: unreadable image"]]
+    assert images["05b.jpg"] == [["unknown image format", "read: unreadable image", ""]]
     texts = [text for name, texts in images.items() if name != "05b.jpg" for text in texts]
     assert len(texts) == 14
-    assert {reason for _, reason in texts} == {
+    assert {kind for _, reason, kind in texts if reason is None} == {"plain", "detailed"}
+    assert {reason for _, reason, _ in texts} == {
         None,
         "filter: too few words",
         "filter: markup, code or coordinates in the text",
@@ -66,7 +67,7 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     num_requests = len(server.bodies)
     done = run(photos, *command)
     assert len(server.bodies) == num_requests  # the replies are reused
-    assert "rejected by filter: too few words" in done.stderr
+    assert "rejected by filter: too few words" in done.stderr and " (detailed)\n" in done.stderr
     asks = f"asks caption of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); 2 requests per image"
     assert asks in done.stderr
     assert done.stdout.strip() == "data/folder-photos/preview.html"
@@ -100,6 +101,12 @@ def test_estimate_counts_verification_retries_rejections_and_cost(photos: Path, 
     assert predicted["retries"] == 1
     assert predicted["verify_requests"] > 0
     assert predicted["asked"] == 25 + predicted["verify_requests"]
+    totals = (predicted["total_hours"] * 3600, predicted["total_cost"])
+    assert totals == pytest.approx((predicted["sampled_seconds"], predicted["sampled_cost"]), abs=0.01)
+    total = f", {predicted['total_tokens']:,} tokens, cost {predicted['total_cost']:,.4g}"
+    assert any(
+        line.startswith("whole run: 12 images") and line.endswith(total) for line in done.stderr.splitlines()
+    )
     assert predicted["sampled_cost"] > 2 * 40 * predicted["asked"] / 1e6 and predicted["cost"] == 0
     assert predicted["lost_by"]["filter: too_short"] == 6
     assert "6 too short" in done.stderr or "6 filter: too short" in done.stderr
@@ -118,7 +125,7 @@ def test_estimate_counts_verification_retries_rejections_and_cost(photos: Path, 
     shown = run(photos, "estimate", *options).stdout.splitlines()
     assert shown[0].startswith("sample: 12 images, 0 requests")
     assert shown[1].startswith("still to do: 0 images, about 0 requests, 0 s, cost 0 (")
-    assert shown[2].startswith("all 12 images: about 24 requests and ")
+    assert shown[2].startswith("whole run: 12 images, about 24 requests and ") and "cost" not in shown[2]
 
 
 @pytest.mark.parametrize(("options", "warns"), [((), True), (("--limit", "33"), False)])

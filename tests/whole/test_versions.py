@@ -48,7 +48,7 @@ def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: 
     assert synth("report").returncode == 0
     assert "v1.1.1" in (tmp_path / "data" / "elsewhere" / "report.html").read_text()
     assert "ok  data/elsewhere/versions/v1.1.0" in synth("check", "data/elsewhere@v1.1.0").stdout
-    assert "`check` reads datasets, not captioners" in synth("check", str(photos)).stderr
+    assert f"no dataset at {photos}" in synth("check", str(photos)).stderr
     assert "newer" not in synth("push", "--repo", "ORG/NAME", "--dry-run", "v1.1.0").stderr
     assert "newer" not in synth("export", "data/elsewhere@v1.1.0", "--format", "csv").stderr
 

@@ -59,13 +59,16 @@ def test_name_without_folder_or_version_is_a_plain_path(name: str) -> None:
 
 
 def test_missing_dataset_or_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StoreError, match="no dataset at"):
-        open_dataset(tmp_path / "none")
-    with pytest.raises(StoreError, match="has no version"):
-        open_dataset(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StoreError, match="no dataset under data/"):
         open_dataset(None)
+    make_version(Path("data/scenes"), scene_samples(4))
+    for folder in ("none", "."):
+        with pytest.raises(StoreError, match="no dataset at") as error:
+            open_dataset(Path(folder))
+        assert error.value.hint.startswith("datasets here: data/scenes; `synth generate` makes one")
+    with pytest.raises(StoreError, match=r"has no version v7\.0\.0"):
+        open_dataset(Path("data/scenes@v7.0.0"))
 
 
 def test_linked_lock_file_is_refused_and_its_target_is_unchanged(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
 from pipeline.formats import formats
-from pipeline.formats.export import CHECKSUMS, export_version
+from pipeline.formats.export import CHECKSUMS, RECORD, export_version
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
 from pipeline.formats.items import Item, choose_texts, read_items
 from pipeline.progress import NullProgress
@@ -427,6 +427,25 @@ def test_dpo_rows_have_better_and_worse_caption(version: Version, exported: Expo
         export_version(version, "dpo", none, style="detailed")
 
 
+def test_repeated_export_is_reported_as_done_and_another_export_is_refused(
+    version: Version, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
+    assert done.is_new and done.images and (again.folder, again.is_new, again.images) == (out, False, 0)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
+    other = replace(version, manifest=version.manifest | {"digest": "0" * 64})
+    for made, style in ((version, "brief"), (other, "all")):
+        with pytest.raises(ConfigError, match="not an export of this version with these settings"):
+            export_version(made, "sidecar", out, style=style, trigger="sks", opening="a photo")
+    for text in ("0" * 64, ""):
+        (out / RECORD).write_text(text)
+        with pytest.raises(ConfigError, match="already exists"):
+            export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
+
+
 def test_unsupported_export_is_refused(version: Version, samples: list[Sample], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="already exists"):
@@ -537,25 +556,20 @@ def test_export_has_a_line_for_each_text_and_question(kind: str, version: Versio
     assert lines[0][1] == lines[1][1] and lines[1][2] == "Other."
 
 
-def test_lora_export_removes_an_opening_and_reports_frequent_phrases(tmp_path: Path) -> None:
+def test_lora_export_removes_an_opening(tmp_path: Path) -> None:
     samples = scene_samples(12)
     captions = true_captions(samples).to_pylist()
     for number, row in enumerate(captions):
         row["text"] = f"A photo of {'a cup' if number < 2 else 'a cat'} number {number}."
     table = pa.table({name: pa.array([row[name] for row in captions], STRING) for name in captions[0]})
     version, _ = publish_rows(tmp_path / "d", [table], sample_table(samples).to_batches())
-    done = export_version(version, "sidecar", tmp_path / "out", style="all", trigger="sks")
-    assert {phrase: round(share, 2) for phrase, share in done.phrases.items()} == {
-        "a photo of a cat": 0.92,
-        "photo of a cat number": 0.92,
-    }
     done = export_version(version, "csv", tmp_path / "short", trigger="sks", opening=" a photo of ")
-    assert [*done.phrases] == ["a cat number"] and done.has_opening
+    assert done.has_opening
     with (tmp_path / "short/train.csv").open(newline="") as file:
         titles = [row["title"] for row in csv.DictReader(file)]
     assert titles and all(title.startswith("sks, a c") for title in titles)
     done = export_version(version, "csv", tmp_path / "plain", opening="a pho")
-    assert not done.phrases and not done.has_opening
+    assert not done.has_opening
     assert "A photo of a c" in (tmp_path / "plain/train.csv").read_text()
 
 

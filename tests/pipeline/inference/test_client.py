@@ -103,8 +103,13 @@ def test_each_request_is_sent_once_with_its_image_between_system_text_and_task(t
 )  # fmt: skip
 def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, act: Act) -> None:
     with running_chat(ChatServer(always(act, times=1))) as chat:
-        timeout_s = 0.5 if act.seconds else 60
-        counts, errors = run(tmp_path / "j", chat.url, server={"request_timeout_s": timeout_s})
+        timeout_s, notes = 0.5 if act.seconds else 60, Notes()
+        server = {"request_timeout_s": timeout_s}
+        counts, errors = run(tmp_path / "j", chat.url, server=server, progress=notes)
+    (warning,) = notes.texts  # one for each kind of failure
+    assert warning.startswith(f"warning: {chat.url} fails (") and warning.endswith(
+        "; failed requests are retried"
+    )
     assert errors == {None: ASKED}
     assert counts.attempts == {1: ASKED}
     assert len(chat.bodies) == ASKED + len(SAMPLES)
@@ -143,7 +148,7 @@ def test_timeouts_lower_the_number_of_requests_in_flight(tmp_path: Path) -> None
         config = config_of(chat.url, server={"concurrency": 8, "request_timeout_s": 0.5})
         with client_of(config) as asking:
             ask(config, [batch_of(SAMPLES[:4])], lambda: asking, journal)
-            assert asking.metrics()["in flight"] == "0 of 6"
+            assert asking.metrics()["in flight"] == "0 of 6" and asking.metrics()["server errors"] == "4"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_long_document_becomes_several_decks(files: Path) -> None:
     assert source.decks and source.name == "pdf"
     hidden, others = source.messages
     assert hidden == "hidden files and folders, which are not read: 1 (._short.pdf)"
-    assert others.startswith("not read: 4 (") and "list.m3u8" in others
+    assert others.startswith("files that are not pdf files: 4 (") and "list.m3u8" in others
 
 
 def test_pdf_pages_are_single_images(files: Path) -> None:

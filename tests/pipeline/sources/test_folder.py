@@ -65,7 +65,7 @@ def test_unread_files_are_counted_and_named(tmp_path: Path) -> None:
     assert source.messages == (
         "links to folders, which are not followed: 1 (loop)",
         "hidden files and folders, which are not read: 3 (.DS_Store, ._a.JPG, .thumbnails)",
-        "not read: 3 (clip.mp4, notes.txt, other.mp4)",
+        "files that are not images: 3 (clip.mp4, notes.txt, other.mp4)",
     )
 
 
