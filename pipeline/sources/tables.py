@@ -142,11 +142,8 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
         require_columns(columns[CONTEXT], schema.names)
         for name in columns[CONTEXT]:
             kind = schema.field(name).type
-            if (
-                is_binary(kind)
-                or pa.types.is_struct(kind)
-                or (is_list(kind) and not is_text(kind.value_type))
-            ):
+            item = kind.value_type if is_list(kind) else kind
+            if is_binary(item) or pa.types.is_nested(item):
                 problem = f"the column {name} contains {kind}, which prompts cannot use"
                 raise SourceError(problem, hint="use columns of strings or numbers")
     if "image" not in columns and "pages" not in columns:
