@@ -349,7 +349,7 @@ def open_hub(name: str) -> Tables:
     files = _choose_files(repo, config, declared, paths)
     is_partial = any(PARTIAL_FILE.search(path) for split_paths in files.values() for path in split_paths)
     license = card.get("license")
-    license = ", ".join(license) if isinstance(license, list) else license or UNDECLARED
+    license = ", ".join(map(str, license if isinstance(license, list) else [license or UNDECLARED]))
     license = f"{GATED}, {license}" if info.gated else license
     filesystem = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
 
