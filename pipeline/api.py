@@ -23,7 +23,7 @@ from pipeline.progress import Progress
 from pipeline.run import RunResult, generate_dataset
 from pipeline.sources.join import find_joined
 from pipeline.storage.files import translate_disk_errors
-from pipeline.storage.object_store import parse_dataset_path
+from pipeline.storage.object_store import parse_dataset_path, parse_local_path
 from pipeline.tables import SPLITS
 
 if TYPE_CHECKING:
@@ -152,7 +152,9 @@ def export(
     Raises:
         SynthError: the format is unknown, the folder exists, or the version has no row that fits the format.
     """
-    return export_version(_open(version), format, Path(out), style=style, splits=splits, progress=progress)
+    folder = parse_local_path(str(out))
+    with translate_disk_errors(folder):
+        return export_version(_open(version), format, folder, style=style, splits=splits, progress=progress)
 
 
 def _open(version: Version | str | Path) -> Version:
