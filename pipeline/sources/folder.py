@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Config
+from pipeline.config import Config, expand_user
 from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES
@@ -229,7 +229,7 @@ def _open(config: Config, path: str) -> Source:
     published. Raises SourceError if the folder has no image, or if its texts cannot be read.
     """
     refuse_roles(config, "a folder", "to use columns of metadata.csv in prompts: --columns context=A,B")
-    root, license = Path(path).expanduser(), config.license or UNKNOWN
+    root, license = expand_user(path), config.license or UNKNOWN
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
     content = list_files(root)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
+from pipeline.config import expand_user
 from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
@@ -180,7 +181,7 @@ def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: boo
     """
     if "://" in path:
         return find_remote_files(path, suffixes)
-    root = Path(path).expanduser()
+    root = expand_user(path)
     content = list_files(root) if root.is_dir() else FolderContent(others=[root] if root.is_file() else [])
     base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)
     paths = sorted(path for path in content.others if path.name.lower().endswith(suffixes))
