@@ -29,8 +29,6 @@ from pipeline.tables import SPLITS
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-BATCH_ROWS = 64
-
 
 def generate(
     source: str | None = None,
@@ -183,5 +181,5 @@ def _load_split(version: Version, split: str) -> Any:
 
 def _rows(path: str, manifest: dict[str, Any], repo: str | None, of_split: str) -> Iterator[dict[str, Any]]:
     columns = manifest["columns"]
-    for _, batch in Version(Path(path), manifest, repo).batches(columns, BATCH_ROWS, [of_split]):
+    for _, batch in Version(Path(path), manifest, repo).batches(columns, splits=[of_split]):
         yield from batch.select(columns).to_pylist()
