@@ -169,12 +169,8 @@ def _load_split(version: Version, split: str) -> Any:
 
     features = {name: version.manifest["features"][name] for name in version.manifest["columns"]}
     # `datasets` derives its cache key from these arguments.
-    arguments = {
-        "path": str(version.path),
-        "manifest": version.manifest,
-        "repo": version.repo,
-        "of_split": split,
-    }
+    arguments = {"path": str(version.path), "manifest": version.manifest, "repo": version.repo}
+    arguments["of_split"] = split
     types = Features.from_dict(features)
     return Dataset.from_generator(_rows, features=types, gen_kwargs=arguments, split=split)
 
