@@ -23,13 +23,11 @@ from pipeline.progress import Progress
 from pipeline.run import RunResult, generate_dataset
 from pipeline.sources.join import find_joined
 from pipeline.storage.files import translate_disk_errors
-from pipeline.storage.object_store import parse_dataset_path
+from pipeline.storage.object_store import parse_dataset_path, parse_local_path
 from pipeline.tables import SPLITS
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-
-BATCH_ROWS = 64
 
 
 def generate(
@@ -152,7 +150,9 @@ def export(
     Raises:
         SynthError: the format is unknown, the folder exists, or the version has no row that fits the format.
     """
-    return export_version(_open(version), format, Path(out), style=style, splits=splits, progress=progress)
+    folder = parse_local_path(str(out))
+    with translate_disk_errors(folder):
+        return export_version(_open(version), format, folder, style=style, splits=splits, progress=progress)
 
 
 def _open(version: Version | str | Path) -> Version:
@@ -169,17 +169,13 @@ def _load_split(version: Version, split: str) -> Any:
 
     features = {name: version.manifest["features"][name] for name in version.manifest["columns"]}
     # `datasets` derives its cache key from these arguments.
-    arguments = {
-        "path": str(version.path),
-        "manifest": version.manifest,
-        "repo": version.repo,
-        "of_split": split,
-    }
+    arguments = {"path": str(version.path), "manifest": version.manifest, "repo": version.repo}
+    arguments["of_split"] = split
     types = Features.from_dict(features)
     return Dataset.from_generator(_rows, features=types, gen_kwargs=arguments, split=split)
 
 
 def _rows(path: str, manifest: dict[str, Any], repo: str | None, of_split: str) -> Iterator[dict[str, Any]]:
     columns = manifest["columns"]
-    for _, batch in Version(Path(path), manifest, repo).batches(columns, BATCH_ROWS, [of_split]):
+    for _, batch in Version(Path(path), manifest, repo).batches(columns, splits=[of_split]):
         yield from batch.select(columns).to_pylist()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config import NO_MODEL, Config
+from pipeline.config import NO_MODEL, Config, expand_user
 from pipeline.dataset.directory import DatasetDir, require_utf8_path
 from pipeline.dataset.manifest import asked_tasks
 from pipeline.dataset.records import DONE, PREPARED, read_record
@@ -235,7 +235,7 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
 def _source_place(source: str) -> tuple[str, str | Path]:
     """Return the kind and place of a source, such as ("folder", path). Local paths are resolved."""
     kind, _, place = source.partition(":")
-    return kind, place if not place or "://" in place else Path(place).expanduser().resolve()
+    return kind, place if not place or "://" in place else expand_user(place).resolve()
 
 
 # --- the opening line of a run

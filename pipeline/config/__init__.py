@@ -57,6 +57,11 @@ def _require_utf8(source: str) -> str:
     return source
 
 
+def expand_user(path: str | Path) -> Path:
+    """Replace `~` by the home folder. A name such as `~draft`, which is not the name of a user, is kept."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser() raises RuntimeError
+
+
 class Config(Section):
     """Everything that decides the content of a dataset. Saved as `run.json`."""
 
@@ -87,7 +92,7 @@ class Config(Section):
     """Seed of drawn scenes, sampled replies, balancing and splits."""
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()
     """Sources whose images and near-duplicates are rejected, such as `flickr30k#test`."""
-    captions: Distinct[Annotated[Path, AfterValidator(Path.expanduser)]] = ()
+    captions: Distinct[Annotated[Path, AfterValidator(expand_user)]] = ()
     """Files with human captions or questions about the images of a folder: COCO, Karpathy, JSON, JSON lines
     or CSV, also compressed (`.gz`).
     """

@@ -170,7 +170,8 @@ class Manifest(_Part):
     @model_validator(mode="after")
     def _check_columns(self) -> "Manifest":
         known, columns = {*ROW.names, *self.own_columns}, {*self.columns}
-        if unknown := columns - known or {*self.reader_columns} - {*READER_COLUMNS.names} & {*self.features}:
+        readers = {*READER_COLUMNS.names} & {*self.features}
+        if unknown := columns - known or {*self.reader_columns} - readers:
             raise ValueError(f"has an unknown column: {min(unknown)!r}")
         if len(columns) < len(self.columns) or "sample_id" not in columns:
             raise ValueError("has duplicate columns, or no column sample_id")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import READER_COLUMNS
-from pipeline.dataset.images import ImageStore, as_pixels
+from pipeline.dataset.images import BATCH_SAMPLES, ImageStore, as_pixels
 from pipeline.dataset.manifest_schema import check_manifest
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ConfigError, StoreError
@@ -40,7 +40,6 @@ DAMAGE_HINT = "move it away, and run `synth generate` again, which reuses all re
 # store of the dataset folder. JOINED: they are in a store that was filled from the user's files, in the
 # folder `joined`. LEFT_OUT: they were not published.
 STORED, JOINED, LEFT_OUT = "stored", "joined", "left out"
-IMAGE_BATCH_ROWS = 64
 DATA = Path("data")
 # Subfolders of a dataset folder for hidden states, and for the shards of a running push. Both can be made
 # again. A process that uses such a subfolder holds its lock file, LOCK.
@@ -131,14 +130,17 @@ class Version:
     ) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield splits with batches of their rows and images. `sample_ids` selects the rows of some samples.
 
-        Raises StoreError if any rows or images are missing or damaged.
+        Batches with images have at most BATCH_SAMPLES rows. Raises StoreError if any rows or images are
+        missing or damaged.
         """
         import pyarrow.compute as pc  # a slow import that most commands do not need
 
         pixels = [] if self.holds_pixels else [name for name in columns if name in PIXELS]
         stored = [name for name in columns if name not in pixels]
         if pixels:
-            stored, batch_rows = [*dict.fromkeys(["sample_id", *stored])], min(batch_rows, IMAGE_BATCH_ROWS)
+            stored = [*dict.fromkeys(["sample_id", *stored])]
+        if not {*PIXELS}.isdisjoint(columns):
+            batch_rows = min(batch_rows, BATCH_SAMPLES)
         store = self.store
         wanted = None if sample_ids is None else pa.array(sample_ids, pa.string())
         for split in splits:

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import MESSAGE, messages, turns
+from pipeline.dataset.images import BATCH_SAMPLES
 from pipeline.dataset.shards import SplitWriter
-from pipeline.formats.items import ITEM_BATCH, Item
+from pipeline.formats.items import Item
 from pipeline.storage.sidecars import as_line, note_own_lines
 from pipeline.tables import (
     ANSWERS,
@@ -368,7 +369,7 @@ class ParquetRows(Format):
         if self._writer is None or item.split != self._writer.split:
             self.close()
             self._writer = SplitWriter(self.folder, item.split, self._schema)
-        elif len(self._rows) >= ITEM_BATCH:
+        elif len(self._rows) >= BATCH_SAMPLES:
             self._flush(self._writer)
         rows = self._rows_of(item)
         self._rows += [{"sample_id": item.sample_id, **row, **item.origin} for row in rows]

@@ -15,7 +15,6 @@ from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import upright_file
 from pipeline.tables import BY_HUMAN, BY_MODEL, HUMAN_PROMPTS, REFERENCE_QA, SPLITS
 
-ITEM_BATCH = 64  # images in memory
 _ID = re.compile(r"[0-9a-f]{64}")
 MAX_NAME_BYTES = 200  # file systems allow 255, including the suffix
 # Matches "", names and characters that Windows reserves, hidden files, and names like options or ids.
@@ -135,7 +134,7 @@ def read_items(
     counts = Counter[str]()  # images by name in lower case, since some file systems ignore case
     for _, batch in version.batches(["source_row"]) if source_names else ():
         counts.update(file_name_of(row).casefold() for row in batch["source_row"].to_pylist())
-    for split, batch in version.batches(names, ITEM_BATCH, splits):
+    for split, batch in version.batches(names, splits=splits):
         for row in batch.to_pylist():
             name = file_name_of(row["source_row"]) if source_names else ""
             name = name if counts[name.casefold()] == 1 else ""

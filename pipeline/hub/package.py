@@ -1,11 +1,11 @@
 """Build the package that a push uploads: the files of a version or a model, the manifest, and the card."""
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card, render_model_card
@@ -16,7 +16,7 @@ from pipeline.dataset.version import LEFT_OUT, LOCK, PUSHED, REJECTIONS_FILE, Ve
 from pipeline.digests import digest, public_name, without_folders
 from pipeline.errors import PushError
 from pipeline.hub_errors import HUB_NAME
-from pipeline.storage.files import json_text, read_json
+from pipeline.storage.files import json_text, read_json, translate_disk_errors
 from pipeline.storage.lock import lock_file
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS
@@ -91,9 +91,10 @@ def build_package(
 def _scratch_folder(version: Version) -> Iterator[Path]:
     """Yield an empty folder for shards, on the same disk as the image store."""
     home = version.dataset_dir / PUSHED
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as name, lock_file(Path(name) / LOCK, lambda: None, PushError):
-        yield Path(name)
+    with translate_disk_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=home) as name, lock_file(Path(name) / LOCK, lambda: None, PushError):
+            yield Path(name)
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:

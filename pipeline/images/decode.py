@@ -39,7 +39,6 @@ JPEG_QUALITY = 95  # for images that are encoded again
 HASH_SIDE_PX = 64
 MIN_HASHED_SIDE_PX = 1024  # large JPEGs are decoded at reduced size for hashing, but not below this
 MIN_PDQ_QUALITY = 50  # out of 100, as PDQ's authors recommend
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 def image_id(data: bytes) -> str:

@@ -93,9 +93,9 @@ def open_source(config: Config) -> Source:
         raise ConfigError(problem, hint=f"for example: {spec.example}")
     try:
         source = spec.open(config, argument)
-    except PermissionError as error:
+    except OSError as error:
         problem = f"cannot read {error.filename or argument}: {error.strerror}"
-        raise SourceError(problem, hint="check its permissions") from None
+        raise SourceError(problem, hint="check the path and its permissions") from None
     tasks = with_source_defaults(config).tasks
     if tasks and (source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1)):
         content = "decks of pages" if source.decks else "single images"

@@ -36,13 +36,8 @@ FLICKR30K_REPO, VQAV2_REPO, SLIDEVQA_REPO = "nlphuji/flickr30k", "lmms-lab/VQAv2
 NUM_KARPATHY_SPLITS = 3
 _VQAV2_COLUMNS = ("image_id", "question", "answers", "answer_type")
 _SLIDEVQA_COLUMNS = (
-    "deck_name",
-    "question",
-    "answer",
-    "answer_type",
-    "evidence_pages",
-    "arithmetic_expression",
-)
+    "deck_name", "question", "answer", "answer_type", "evidence_pages", "arithmetic_expression",
+)  # fmt: skip
 
 
 # --- Flickr30k

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import Config, expand_user
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, render
@@ -52,7 +52,7 @@ def _open(kind: Kind, config: Config, path: str, *, decks: bool = False) -> Sour
     """
     if find_spec(PACKAGES[kind]) is None:
         raise ConfigError(f"{kind} files need the package {PACKAGES[kind]}", hint=install_command(kind))
-    suffixes, given = SUFFIXES[kind], Path(path).expanduser()
+    suffixes, given = SUFFIXES[kind], expand_user(path)
     root = given if given.is_dir() else given.parent
     content = list_files(given) if given.is_dir() else FolderContent(others=[given] if given.exists() else [])
     files = [file for file in content.others if file.suffix.lower() in suffixes]

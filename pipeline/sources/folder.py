@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Config
+from pipeline.config import Config, expand_user
 from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES
@@ -80,13 +80,13 @@ class FolderTexts:
         parents = {path.parent for path in images.values()}
         folders = {one for path in parents for one in (path, *path.parents) if one.is_relative_to(root)}
         for file in (folder / name for folder in sorted(folders) for name in METADATA_FILES):
-            if file.is_file() or file.is_symlink():
+            if file.is_symlink() or file.is_file():
                 self._add_metadata_file(file)
         self._add_sidecars()
         # A file name may state a split, such as captions_val2017.json.
         splits = splits_of_names({str(file): split_of_path(file.stem) or "" for file in caption_files})
-        known_files = {path.resolve() for path in self.files}
-        for file in (path for path in caption_files if path.resolve() not in known_files):
+        known_files = {*map(os.path.realpath, self.files)}  # Path.resolve() fails for a link to itself
+        for file in (path for path in caption_files if os.path.realpath(path) not in known_files):
             self._add_caption_file(file, splits.get(str(file)))
         self._add_splits_of_folders()
         require_columns(columns, sorted(self._known_columns), f"columns of {' and '.join(METADATA_FILES)}")
@@ -155,7 +155,7 @@ class FolderTexts:
         own_lines, unread = dict[Path, frozenset[str]](), list[str]()
         for name, path in sorted(self._images.items()):
             file, folder = path.with_suffix(".txt"), path.parent
-            if not file.is_file():
+            if not os.path.isfile(file):  # noqa: PTH113  # Path.is_file() fails if a link is too long
                 continue
             self.files |= {file, folder / OWN_LINES}
             try:
@@ -229,7 +229,7 @@ def _open(config: Config, path: str) -> Source:
     published. Raises SourceError if the folder has no image, or if its texts cannot be read.
     """
     refuse_roles(config, "a folder", "to use columns of metadata.csv in prompts: --columns context=A,B")
-    root, license = Path(path).expanduser(), config.license or UNKNOWN
+    root, license = expand_user(path), config.license or UNKNOWN
     if not root.is_dir():
         hint, known = "pass a folder of images: --source folder:PATH", map(str, root.parent.glob("*/"))
         raise SourceError(f"not a folder: {root}", unknown=str(root), known=known, hint=hint)
@@ -242,8 +242,8 @@ def _open(config: Config, path: str) -> Source:
     rows = sorted(all_rows.items())
     bound = None if config.follow_links else root
     texts = FolderTexts(root, images, bound, config.context, config.captions)
-    read_files = {file.resolve() for file in texts.files}
-    others = [file for file in content.others if file.resolve() not in read_files]
+    read_files = {*map(os.path.realpath, texts.files)}
+    others = [file for file in content.others if os.path.realpath(file) not in read_files]
 
     def read(row: tuple[str, Path | Rejected]) -> RawSample | Rejected:
         name, file = row

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.images import BATCH_SAMPLES
 from pipeline.dataset.version import JOINED, Version, extras_of
 from pipeline.errors import ConfigError, StoreError
 from pipeline.images.metadata import strip_metadata
@@ -14,7 +15,6 @@ from pipeline.sources import read_images
 from pipeline.storage.files import translate_disk_errors
 from pipeline.tables import PIXELS, SAMPLE_IMAGES, features, row_schema
 
-BATCH_ROWS = 64
 Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or all pages of a deck
 
 
@@ -69,6 +69,6 @@ def _with_pixel_columns(version: Version) -> Version:
 
 def _batches(images: Iterator[Images]) -> Iterator[pa.Table]:
     """Yield batches of images (tables.SAMPLE_IMAGES) whose metadata, such as Exif, is stripped."""
-    while batch := list(islice(images, BATCH_ROWS)):
+    while batch := list(islice(images, BATCH_SAMPLES)):
         rows = [{"sample_id": name, "images": [*map(strip_metadata, pages)]} for name, pages in batch]
         yield pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)

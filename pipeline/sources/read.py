@@ -73,14 +73,8 @@ READ_VERSION = 5  # increase it when a change makes the same source yield other 
 # Settings that determine which samples a source yields. Other settings belong to later steps, or enter the
 # key in another form.
 READ_SETTINGS = (
-    "source",
-    "source_split",
-    "license",
-    "columns",
-    "follow_links",
-    "frame_seconds",
-    "image_filter",
-)
+    "source", "source_split", "license", "columns", "follow_links", "frame_seconds", "image_filter",
+)  # fmt: skip
 _TEMPORARY = ("too_slow", "too_much_memory", "decoder_died")
 ADVICE = {  # rejection reason -> change that the user can make
     "image_not_embedded": f"if the table names its images: {NAMED_IMAGES_HINT}",

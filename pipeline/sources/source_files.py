@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
+from pipeline.config import expand_user
 from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
@@ -83,7 +84,8 @@ def list_files(root: Path) -> FolderContent:
             is_link = entry.is_symlink()
             if is_hidden(entry.name):
                 content.hidden.append(path)
-            elif path.is_dir() if is_link else entry.is_dir():  # entry.is_dir() fails for a link to itself
+            # The other functions raise OSError for a link to itself, or to a name that is too long.
+            elif os.path.isdir(path) if is_link else entry.is_dir():  # noqa: PTH112
                 (content.links if is_link else waiting).append(path)
             elif suffix in UNREAD_SUFFIXES:
                 detail = f"{suffix} files are not supported: convert them to JPEG or PNG"
@@ -179,10 +181,10 @@ def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: boo
     """
     if "://" in path:
         return find_remote_files(path, suffixes)
-    root = Path(path).expanduser()
+    root = expand_user(path)
     content = list_files(root) if root.is_dir() else FolderContent(others=[root] if root.is_file() else [])
     base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)
-    paths = sorted(path for path in content.others if path.name.lower().endswith(suffixes) and path.exists())
+    paths = sorted(path for path in content.others if path.name.lower().endswith(suffixes))
     path_of = {row_name(path, base): path for path in paths}
     contents = []
     translate = partial(translate_local_errors, root)

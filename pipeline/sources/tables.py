@@ -142,11 +142,8 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
         require_columns(columns[CONTEXT], schema.names)
         for name in columns[CONTEXT]:
             kind = schema.field(name).type
-            if (
-                is_binary(kind)
-                or pa.types.is_struct(kind)
-                or (is_list(kind) and not is_text(kind.value_type))
-            ):
+            item = kind.value_type if is_list(kind) else kind
+            if is_binary(item) or pa.types.is_nested(item):
                 problem = f"the column {name} contains {kind}, which prompts cannot use"
                 raise SourceError(problem, hint="use columns of strings or numbers")
     if "image" not in columns and "pages" not in columns:
@@ -352,7 +349,7 @@ def open_hub(name: str) -> Tables:
     files = _choose_files(repo, config, declared, paths)
     is_partial = any(PARTIAL_FILE.search(path) for split_paths in files.values() for path in split_paths)
     license = card.get("license")
-    license = ", ".join(license) if isinstance(license, list) else license or UNDECLARED
+    license = ", ".join(map(str, license if isinstance(license, list) else [license or UNDECLARED]))
     license = f"{GATED}, {license}" if info.gated else license
     filesystem = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
 

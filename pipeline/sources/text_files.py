@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
     Raises ValueError if a column name is repeated, a row has too many values, or a quote is not closed.
     """
     _require_few_values(text, "CSV")
-    delimiter = max(",;\t|", key=text.partition("\n")[0].count)
+    delimiter = max(",;\t|", key=re.split(r"[\r\n]", text, maxsplit=1)[0].count)
     read = partial(csv.reader, delimiter=delimiter, skipinitialspace=True)
     num_rows = sum(map(bool, read(io.StringIO(text, newline="")))) - 1  # below the header
     table = read(io.StringIO(text, newline=""))

@@ -76,7 +76,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             upload(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    # File systems allow 255 bytes in a name, which the name of a photo may use up.
+    temporary = path.with_name(os.fsdecode(os.fsencode(f".{path.name}")[:250]) + ".tmp")
     # The temporary file may be left from a killed run, or be a link to another file.
     temporary.unlink(missing_ok=True)
     try:

@@ -52,7 +52,9 @@ def parse_local_path(name: str) -> Path:
     if _URL.match(name):
         hint = "pass a local path; only dataset folders may be URLs, such as s3://BUCKET/NAME"
         raise ConfigError(f"{name} is a URL, not a local path", hint=hint)
-    return Path(name)
+    from pipeline.config import expand_user  # imports pydantic, which `synth --help` does not need
+
+    return expand_user(name)
 
 
 def is_remote(path: Path) -> bool:

@@ -133,6 +133,7 @@ DAMAGES: dict[str, Damage] = {
     "negative rows": manifest(lambda m: m["rows"].update(train=-5)),
     "unknown split": manifest(lambda m: m["rows"].update(evil=1)),
     "unknown columns": manifest(lambda m: m.update(columns=["sample_id", "evil"])),
+    "unknown reader columns": manifest(lambda m: m.update(reader_columns=["text", "evil"])),
     "columns twice": manifest(lambda m: m.update(columns=m["columns"] * 2)),
     "unknown task": manifest(lambda m: m["config"].update(tasks=["evil"])),
     "deep manifest": manifest(lambda m: m.update(evil=DEEP)),

@@ -76,6 +76,15 @@ def test_missing_package_is_an_error_with_a_hint(tmp_path: Path, monkeypatch: py
     assert "pip install" in raised.value.hint
 
 
+def test_export_to_a_url_or_below_a_file_is_an_error_with_a_hint(tmp_path: Path) -> None:
+    make_version(tmp_path / "d", SAMPLES[:4])
+    (tmp_path / "file").touch()
+    for out in ("s3://bucket/x", tmp_path / "file/x"):
+        with pytest.raises(pipeline.SynthError, match=r"is a URL|a file exists where") as raised:
+            pipeline.export(tmp_path / "d", "csv", out)
+        assert raised.value.hint
+
+
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LOADED = """

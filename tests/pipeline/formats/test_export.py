@@ -381,7 +381,7 @@ def test_export_after_interrupted_export_is_complete(
     with pytest.raises(KeyboardInterrupt):
         export_version(version, kind, tmp_path / "cut", progress=Stop())
     assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(formats, "ITEM_BATCH", 7)  # the size of batches does not change the files
+    monkeypatch.setattr(formats, "BATCH_SAMPLES", 7)  # the size of batches does not change the files
     export_version(version, kind, tmp_path / "cut")
     sums = (tmp_path / "cut" / CHECKSUMS).read_text()
     assert sums == (exported(kind) / CHECKSUMS).read_text()

@@ -133,6 +133,14 @@ def test_version_with_missing_or_changed_file_is_refused(tmp_path: Path, name: s
             pass
 
 
+def test_disk_error_while_packing_has_a_hint(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(5))
+    (tmp_path / ".push").touch()
+    with pytest.raises(StoreError, match=r"\.push: a file exists") as refused, build_package(version, REPO):
+        pass
+    assert refused.value.hint
+
+
 def pack_checkpoint(folder: Path, values: dict[str, Any]) -> Package:
     """Write the files of a captioner, with `values` by name, and return their package."""
     for name in CHECKPOINT_FILES:

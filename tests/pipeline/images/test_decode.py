@@ -65,6 +65,10 @@ def test_unusable_file_is_refused_with_a_reason(data: bytes, reason: str) -> Non
     assert "0x" not in str(caught.value)  # an address in memory
 
 
+def test_limit_of_pillow_is_unchanged_for_other_code_in_the_process() -> None:
+    assert Image.MAX_IMAGE_PIXELS == (1 << 30) // 4 // 3
+
+
 def distance(pdq_hash: bytes, other: bytes) -> int:
     return int(image_distances(as_hashes([pdq_hash]), as_hashes([other]), mirrored=False)[0, 0])
 

@@ -331,3 +331,6 @@ def test_linked_archive_is_refused_without_follow_links(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="outside of"):
         rows(tmp_path / "home")
     assert len(rows(tmp_path / "home", follow_links=True)) == 1
+    (tmp_path / "home/q.tar").symlink_to("deleted.tar")
+    with pytest.raises(SourceError, match=r"deleted.tar: No such file"):
+        rows(tmp_path / "home", follow_links=True)

@@ -206,11 +206,14 @@ def test_split_is_case_insensitive_and_unknown_split_is_refused(tmp_path: Path) 
         read_captions(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r", "\r\n"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_quoted_csv_values_are_read(tmp_path: Path, delimiter: str) -> None:
-    rows = [("a.jpg", 'A man said "hello"\nto a dog.'), ("b.jpg", "A cat, a; b."), ("c.jpg", "It's 6\" long")]
+def test_quoted_csv_values_are_read(tmp_path: Path, delimiter: str, line_end: str) -> None:
+    rows = [("a.jpg", ',,,, A man said "hello"\nto a dog.'), ("b.jpg", "A cat, a; b."), ("c.jpg", '6" long')]
     with (tmp_path / "a.csv").open("w", newline="") as file:
-        csv.writer(file, delimiter=delimiter).writerows([("file_name", "caption"), *rows])
+        csv.writer(file, delimiter=delimiter, lineterminator=line_end).writerows(
+            [("file_name", "caption"), *rows]
+        )
     captions = {name: texts.captions for name, texts in read_captions(tmp_path / "a.csv").items()}
     assert captions == {name: [text] for name, text in rows}
 

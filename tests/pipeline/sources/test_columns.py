@@ -95,9 +95,9 @@ def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
 
 
 def test_lists_and_numbers_of_a_table_become_context(tmp_path: Path) -> None:
-    table = {"title": ["Lamp"], "tags": [["a", "b"]], "stock": [7]}
-    row = first_row(tmp_path, table, context="title,tags,stock")
-    assert dict(row.context) == {"title": "Lamp", "tags": "a, b", "stock": "7"}
+    table = {"title": ["Lamp"], "tags": [["a", "b"]], "sizes": [[7, 8]], "stock": [7]}
+    row = first_row(tmp_path, table, context="title,tags,sizes,stock")
+    assert dict(row.context) == {"title": "Lamp", "tags": "a, b", "sizes": "7, 8", "stock": "7"}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,12 @@ def test_lists_and_numbers_of_a_table_become_context(tmp_path: Path) -> None:
 def test_bad_mapping_is_refused(tmp_path: Path, role: str, column: str, value: object, problem: str) -> None:
     with pytest.raises(SourceError, match=problem):
         open_table(tmp_path, {"fact1": [value], "fact2": [value]}, **{role: column})
+
+
+def test_map_column_is_refused_as_context(tmp_path: Path) -> None:
+    facts = pa.array([[("color", "red")]], pa.map_(pa.string(), pa.string()))
+    with pytest.raises(SourceError, match=r"contains map<.*>, which prompts cannot use"):
+        open_table(tmp_path, {"facts": facts}, context="facts")
 
 
 @pytest.mark.parametrize(

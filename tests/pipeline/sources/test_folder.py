@@ -18,7 +18,7 @@ from pipeline.sources import folder
 from pipeline.types import Rejected, Sample
 from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
-from tests.pipeline.sources.reading import open_folder, rejected_of, samples_of
+from tests.pipeline.sources.reading import open_folder, open_path, rejected_of, samples_of
 
 
 def fill(root: Path) -> None:
@@ -50,6 +50,26 @@ def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
         open_folder(tmp_path)
     with pytest.raises(SourceError, match="not a folder"):
         open_folder(tmp_path / "none")
+    with pytest.raises(SourceError, match=r"cannot read .*: File name too long"):
+        open_folder(tmp_path / ("x" * 300))
+
+
+def test_tilde_is_the_home_folder_unless_it_begins_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("home/photos", "~photos"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 6), "red").save(tmp_path / name / f"{name[:1]}.png")
+    (tmp_path / "~captions.jsonl").write_text('{"file_name": "~.png", "text": "A wall."}')
+    names = [row.source_row for name in ("~/photos", "~photos") for row in open_folder(Path(name)).rows]
+    assert names == ["h.png", "~.png"]
+    (row,) = samples_of(open_folder(Path("~photos"), captions=["~captions.jsonl"]))
+    assert row.references == ("A wall.",)
+    for kind in ("archive", "pdf"):
+        with pytest.raises(SourceError, match=f"no {kind}"):
+            open_path(kind, Path("~none"))
 
 
 def test_unread_files_are_counted_and_named(tmp_path: Path) -> None:
@@ -96,6 +116,20 @@ def test_outside_links_pipes_and_devices_are_rejected(tmp_path: Path) -> None:
         ("same.png", ()),
     ]
     assert any("text files that cannot be read: 1" in message for message in source.messages)
+
+
+@pytest.mark.parametrize("target", ["itself", "x" * 300])
+def test_unusable_links_are_reported_and_other_images_are_read(tmp_path: Path, target: str) -> None:
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    for name in ("a.txt", "b.png", "c.mp4"):
+        (tmp_path / name).symlink_to(name if target == "itself" else target)
+    source = open_folder(tmp_path)
+    assert [row.source_row for row in samples_of(source)] == ["a.png"]
+    assert [(row.source_row, row.reason) for row in rejected_of(source)] == [("b.png", "unreadable_file")]
+    assert source.messages == ("not read: 2 (a.txt, c.mp4)",)
+    (tmp_path / "metadata.csv").symlink_to("metadata.csv" if target == "itself" else target)
+    with pytest.raises(SourceError, match=r"cannot read .*metadata\.csv"):
+        open_folder(tmp_path)
 
 
 def test_outside_links_are_read_with_follow_links(tmp_path: Path) -> None:

@@ -190,6 +190,17 @@ def test_images_have_the_license_of_the_card(hub: RunningHub) -> None:
     ]
 
 
+@pytest.mark.parametrize(("declared", "license_name"), [("[mit, 2]", "mit, 2"), ("2.0", "2.0")])
+def test_license_that_is_not_a_text_is_read_as_text(
+    hub: RunningHub, declared: str, license_name: str
+) -> None:
+    table = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
+    files = {"train.parquet": table, "README.md": f"---\nlicense: {declared}\n---\n".encode()}
+    hub.hub.storage.seed("dataset", "me/odd", files)
+    (sample,), _ = read("hub:me/odd", columns={"image": "photo"})
+    assert sample.license == license_name
+
+
 def test_numbered_page_columns_become_decks(hub: RunningHub) -> None:
     datasets.seed_slidevqa(hub.hub.storage, repo="me/slides")
     hub.hub.granted.add("me/slides")

@@ -31,6 +31,7 @@ def home() -> Iterator[Path]:
 
 def test_dataset_name_becomes_local_path_and_url_becomes_remote_path() -> None:
     assert parse_dataset_path("data/x") == Path("data/x")
+    assert parse_dataset_path("~/x") == Path.home() / "x"
     assert is_remote(parse_dataset_path("memory://x")) and not is_remote(Path("data/x"))
     assert str(parse_dataset_path("s3://bucket/mine/") / "run.json") == "s3://bucket/mine/run.json"
 

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.sidecars import OWN_LINES, is_own_line, note_own_lines, read_own_lines
+from pipeline.storage.sidecars import (
+    OWN_LINES,
+    is_own_line,
+    note_own_lines,
+    read_own_lines,
+    write_sidecar,
+)
 from pipeline.storage.untrusted import UnsafeFileError
 
 
@@ -50,3 +56,9 @@ def test_own_lines_path_that_is_not_a_regular_file_is_an_error(kind: str, tmp_pa
         note_own_lines(tmp_path / "a.txt", ["A star."])
     if reader >= 0:
         os.close(reader)
+
+
+@pytest.mark.parametrize("stem", ["x" * 251, "ü" * 125, "図" * 83])
+def test_photo_with_a_name_of_maximum_length_gets_a_text_file(stem: str, tmp_path: Path) -> None:
+    assert write_sidecar(tmp_path / f"{stem}.png", ["A star."]) == 1
+    assert (tmp_path / f"{stem}.txt").read_text() == "A star.\n"
