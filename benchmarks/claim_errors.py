@@ -1,18 +1,20 @@
-"""Simulate the claims check with known truth: coverage of its intervals, and captions lost and found.
+"""Simulate the claims check with known truth: do its intervals hold, and which captions does it reject?
 
     python benchmarks/claim_errors.py [--rounds 300] [--texts 200] [--claims 8] [--seed 0] [--log-odds]
 
-In a share of the captions, one claim is false. The model gives a wrong answer with one probability, and
-answers "yes" to any question with another probability. Errors are independent. Each of 200 images has three
-known truths and three known falsehoods. A line states how often the 95 % interval of the corrected share of
-true claims contains the true share, the width of this interval, and the width of an interval without
-correction. It also states the shares of true captions kept and of false captions found, by this check and by
-a limit (1 or .8) on the share of claims that the first two questions confirm.
+The claims check asks a model about each claim of a caption, and rejects captions with a refuted claim. Here,
+some captions have one false claim. The simulated model sometimes answers wrongly, and sometimes "yes" to any
+question, independently. Each of 200 images has three claims known to be true and three known to be false.
 
-With --log-odds, this check is compared with two checks that use the probability of each answer: a limit on
-the sum of the log-odds, which loses at most 10 % of the true captions, and this check without the least sure
-quarter of the answers. The log-odds are a signal with normal noise, multiplied by log-normal noise. AUROC is
-the probability that a right answer is surer than a wrong one.
+Each output line is one setting. It shows how often the 95 % interval of the corrected share of true claims
+contains the true share, and the widths of this interval and of the uncorrected one. It also shows the shares
+of true captions kept and of false captions found, by the claims check and by a simpler rule: keep captions
+if the first two questions confirm all (or 80 %) of their claims.
+
+With --log-odds, the claims check is compared with two checks that use answer probabilities. One limits the
+sum of the log-odds, and loses at most 10 % of the true captions. The other is the claims check without the
+least certain quarter of the answers. The log-odds are a signal with normal noise, multiplied by log-normal
+noise. AUROC is the probability that a right answer has larger log-odds than a wrong one.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def ask(is_true: Array, wrong: float, always_yes: float, draw: np.random.Generat
 
 
 def evidence_of(answers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the evidence against each claim. The first pair may confirm the claim."""
+    """Return refuting minus confirming answers per claim. If the first two confirm it, only they count."""
     first = answers[..., :2].sum(-1)
     evidence: npt.NDArray[np.int64] = np.where(first > -2, answers.sum(-1), first)
     return evidence

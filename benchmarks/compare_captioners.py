@@ -5,7 +5,7 @@
 Each argument names an arm and its folders, one training per seed, all scored on the same test images. Prints
 the CIDEr-D of each arm and the difference of each later arm from the first. The interval is a two-level
 bootstrap: images are drawn with replacement, the same ones for both arms, and seeds separately for each arm.
-Deviations of seeds are widened for few seeds (Student's t).
+With few seeds, the deviations between seeds are widened by Student's t.
 
 Shapes: S seeds, I test images, R draws.
 """

@@ -125,7 +125,7 @@ def watch(
 
 
 def main() -> None:
-    """Run the import (optionally killed once), and again without changes. Prints time and memory of each."""
+    """Generate the version (after an optional kill), then again unchanged. Prints time and memory of each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

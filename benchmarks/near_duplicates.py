@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.images.near_duplicates import Hashes, near_hashes
 
-FLIPS = np.array([2**64 - 1, 2**64 - 1, 0, 0], np.uint64)  # mirrors an image
+FLIPS = np.array([2**64 - 1, 2**64 - 1, 0, 0], np.uint64)  # XOR gives the hash of the mirrored image
 BITS = (8, 20, 48, 56, 64, 70)
 
 

@@ -4,10 +4,10 @@
 
 JPEGs of 500 x 375 px, or your own photos, are read, decoded, checked and hashed as in every source. The
 baselines are a Pillow loop that only reads and decodes (`bare`), and one that also converts to RGB
-(`convert`). Two more steps measure the work of a client: the check whether bytes can be sent unchanged,
-and re-encoding. Rounds are interleaved, and the first one is a warm-up. Each step has its own process,
-because reused memory can halve the time of a step. CPU seconds include that process and its decoding
-workers.
+(`convert`). Two more steps measure the work before an image is sent to a model: the check whether its
+bytes can be sent unchanged, and re-encoding. Rounds are interleaved, and the first one is a warm-up. Each
+step has its own process, because reused memory can halve the time of a step. CPU seconds include that process
+and its decoding workers.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/readers.py [--nanovlm CHECKOUT] ...
 
-Scenes with texts from the tiny teacher are exported, and each loader must return every image and text. The
-loaders are those of open_clip (`pip install open_clip_torch`) for tables and tar shards, and of checkouts of
-huggingface/nanoVLM for The Cauldron's columns, haotian-liu/LLaVA, and kohya-ss/sd-scripts. The last two need
+Scenes with texts from the tiny teacher are exported, and each loader must return every image and text.
+open_clip (`pip install open_clip_torch`) reads tables and tar shards. The other loaders come from checkouts:
+huggingface/nanoVLM (The Cauldron's columns), haotian-liu/LLaVA and kohya-ss/sd-scripts. The last two need
 older packages, so each checkout needs its own `.venv` with its requirements. Prints counts, and the lines of
 code that each loader needs.
 """

@@ -1,6 +1,6 @@
 """Count the good texts that the text rules reject, the bad texts that they find, and unwanted phrases.
 
-Print also the CPU time of the filter for short and long captions.
+Also print the CPU time of the filter for short and long captions.
 
     python benchmarks/real_text.py FOLDER [--examples N]
 

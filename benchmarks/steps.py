@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python benchmarks/steps.py [--images 10000] [--peer FOLDER] [--rounds 3]
 
-Each checkout generates a dataset from a Parquet file with small images, whose human texts are captions in two
-styles and three questions from drawn scenes. `synth generate` is then repeated in new processes, alternating
-between this checkout and the peer. Each run has another value of `filter.max_caption_words`, so that only
-filter and later steps run again. Reports the CPU time and peak memory of the process, including file access.
+Each checkout generates a dataset from a Parquet file with small images. The human texts of each image, taken
+from drawn scenes, are captions in two styles and three questions. `synth generate` is then repeated in new
+processes, alternating between this checkout and the peer. Each run has another value of
+`filter.max_caption_words`, so that only filter and later steps run again. Reports the CPU time and peak
+memory of the process, including file access.
 The cost of start-up (a run on eight images) is subtracted.
 """
 

@@ -136,7 +136,7 @@ def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
 
 
 def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """Print the accuracy of answers and evidence pages. Adds a line for differences."""
+    """Print the accuracy of answers and evidence pages by type, and for questions about differences."""
     scenes = scenes_by_id(samples, DECKS)
     differences = [
         row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")

@@ -2,14 +2,14 @@
 
     python benchmarks/train_gpu.py [--cpu] [--states 50] [--rounds 20] [--json FILE]
 
-Needs no network and no weights, because models have their real shapes with random weights. A step consists of
+Needs no network or weight files: models have their real shapes, but random weights. A step consists of
 forward, backward, clipping and AdamW for 64 images with 5 captions each. States have the shape of CLIP
 ViT-B/32, or of ViT-B/16 with `--states 197`. `packed` means all captions of an image in one row, as in
 training, and `apart` means one row per caption with its own copy of the image. `of the floor` is the step
 time divided by the time for its (packed) matrix products at the speed of one large product on this machine.
 1.0 is optimal, and the inverse is the MFU. With `--cpu`, seconds are CPU time. Kernel launches and
-synchronizations are counted only on a GPU. The feature store is filled from JPEGs of 500 x 375 px as in
-training, compared with the bare encoder, and read as in a step.
+synchronizations are counted only on a GPU. For the feature store, hidden states of JPEGs (500 x 375 px) are
+stored and read as in training. The speed of storing is compared with the encoder alone.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
 def step_of(
     captioner: CaptionerModel, images: int, precision: Precision, *, packed: bool, states: int = STATES
 ) -> Callable[[], float]:
-    """Return a function that runs a training step. It returns the seconds of the final synchronization."""
+    """Return a function that runs one training step and returns the seconds it waited for the device."""
     device = next(captioner.connector.parameters()).device
     texts, states_BNV = text_batch(images), torch.randn(images, states, WIDTH)
     if not packed:

@@ -3,10 +3,11 @@
     python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--patch-px 32] [--rounds 5]
 
 With `--nanovlm`, the model and training step from that checkout (which needs `einops`) run at our sizes.
-Both have the same frozen vision tower, AdamW, and 20 tokens per caption. nanoVLM has 49 image tokens (ours:
-50), or 196 (197) with patches of 16 px. Each runs single-threaded in its own process, in interleaved rounds.
-Results are medians of CPU time. nanoVLM repeats the image prefix for each caption. Our step trains all five
-captions of an image after one shared prefix, from cached states.
+Both models have the same frozen vision tower, AdamW, and 20 tokens per caption. nanoVLM has 49 image tokens
+and our model has 50. With patches of 16 px, nanoVLM has 196 and ours 197. Each training step runs
+single-threaded in its own process, in interleaved rounds. Results are medians of CPU time. nanoVLM repeats
+the image prefix for each caption. Our step trains all five captions of an image after one shared prefix, from
+cached states.
 """
 
 import argparse

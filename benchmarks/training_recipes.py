@@ -3,14 +3,16 @@
     PYTHONPATH=.:benchmarks python benchmarks/training_recipes.py OUT stages --seeds 0 1 2 3 4
     PYTHONPATH=.:benchmarks python benchmarks/training_recipes.py OUT decoders --seeds 0 1 2
 
-`stages`: a teacher captions 1,200 scenes. 20 % of its phrases are false: purple is called blue, and some
-shapes are random. 100 of the scenes also have a true caption in another form. All arms train for 450 steps.
-The arm of two stages continues on the true captions for the last third.
+`stages` compares four recipes ("arms") of 450 steps. A simulated teacher captions 1,200 scenes with 20 %
+false phrases: it calls purple blue, and names some random shapes. 100 of the scenes also have a true caption
+with another wording. The arms train on the teacher's captions, on the true captions, on both together, or on
+the teacher's captions for 300 steps and then on the true captions.
 
-`decoders`: a prefix and cross-attention, both with dropout, learn true captions in equal time.
+`decoders` compares a decoder with an image prefix and one with cross-attention. Both have dropout, and learn
+true captions for an equal time.
 
 Prints scores on 250 other scenes: CIDEr-D against true captions, and the share of true phrases (size, color,
-shape), with the intervals of compare_captioners.py. Finished trainings are skipped.
+shape), with the intervals of compare_captioners.py. Finished training runs are skipped.
 """
 
 import argparse
@@ -37,14 +39,14 @@ from trainer.config import resolve
 from trainer.training import train_captioner
 
 TEST, VALIDATION, TAUGHT, TRUE, DECODER_SCENES = 250, 50, 1200, 100, (200, 600, 1800)
-FALSE = 0.2  # share of false phrases. 1 of 8 objects is purple
+FALSE = 0.2  # share of false phrases, including the purple objects (1 of 8), which are called blue
 FALSE_SHAPES = (FALSE - 1 / len(COLORS)) / (1 - 1 / len(COLORS))
 SHARED: dict[str, Any] = {
     "encoder": "tiny-clip", "encoder_states": "2x2", "text_weights": {"answer": 0},
     "evaluate_images": VALIDATION, "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4,
     "batch_size": 16, "connector_lr": 2e-3, "decoder_lr": 2e-3,
 }  # fmt: skip
-ARMS: dict[str, list[dict[str, Any]]] = {  # trainings of each arm. The second one continues the first
+ARMS: dict[str, list[dict[str, Any]]] = {  # training runs of each arm; each continues the previous one
     "two-stages": [{"text_source": "synthetic", "steps": 300}, {"text_source": "human", "steps": 150}],
     "teacher": [{"text_source": "synthetic", "steps": 450}],
     "true": [{"text_source": "human", "steps": 450}],
@@ -69,7 +71,7 @@ def caption_as_teacher(scene: Scene, draw: random.Random) -> str:
 
 
 def caption_truly(scene: Scene) -> str:
-    """Return a true caption in another form than the captions of the teacher."""
+    """Return a true caption whose wording differs from the captions of the teacher."""
     names = (f"a {thing.size} {thing.color} {thing.shape}" for thing in scene.objects)
     return f"On {scene.background} there is {', '.join(names)}."
 
@@ -98,7 +100,7 @@ def build_version(folder: Path, scenes: int, *, taught: bool) -> Version:
 
 
 def train(version: Version, folder: Path, seed: int, trainings: list[dict[str, Any]]) -> Path:
-    """Run the trainings of an arm that are not finished. Return the folder of the last captioner."""
+    """Run the unfinished training runs of an arm. Return the folder of the last captioner."""
     settings, out = dict(SHARED), folder
     for number, changes in enumerate(trainings):
         out = folder / f"{number}-{seed}"
@@ -124,7 +126,7 @@ def read_truth(version: Version, folders: list[Path]) -> Scores:
 
 
 def main() -> None:
-    """Train the missing captioners of an experiment, and print the scores of its arms."""
+    """Train the missing captioners of an experiment, and print the scores of each arm."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("experiment", choices=("stages", "decoders"))

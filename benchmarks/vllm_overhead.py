@@ -2,10 +2,10 @@
 
     PYTHONPATH=. SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py [--pairs 10]
 
-vLLM serves the tiny teacher. A bare aiohttp client and `synth` (with journal and validation) alternate in
-sending the same kinds of requests about new scenes. The result is the ratio of synth's requests per second to
-the bare client's. A second part measures how many image tokens the second task reuses from the prefix cache,
-with a randomly initialized model and images of 448 px (256 tokens).
+vLLM serves the tiny teacher. A bare aiohttp client and `synth` (with journal and validation) take
+turns, and send the same kinds of requests about new scenes. The result is the ratio of synth's requests per
+second to the bare client's. A second part measures how many image tokens the second task about an image
+reuses from the prefix cache, with a randomly initialized model and images of 448 px (256 tokens).
 """
 
 import argparse
@@ -46,7 +46,7 @@ SIDE_PX = 448
 REVISION = "benchmark"
 PORT = 8133
 
-# A model with random weights gives no usable replies.
+# Settings for a model with random weights, which gives no usable replies.
 UNUSABLE: dict[str, Any] = {
     "generate": {"max_tokens": 16, "attempts": 1},
     "server": {"flags": ["--block-size", "32"], "max_failure_frac": 1.0},

@@ -51,7 +51,8 @@ def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
 def _frequent_senses(folder: Path, part: str) -> set[tuple[str, str]]:
     """Return the words of a part of speech with the offsets of their frequent meanings.
 
-    These are the first meaning, and the next ones that are not much rarer in WordNet's tagged texts.
+    A word's first meaning is always included. Its second and third are included if they are not much rarer
+    in WordNet's tagged texts.
     """
     counts: dict[tuple[str, int], int] = {}
     for key, number, count in (line.split(" ") for line in _lines(folder / "cntlist.rev")):

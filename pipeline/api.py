@@ -78,7 +78,8 @@ def generate(
 def load(name: str | Path) -> "DatasetDict":
     """Return a version as a DatasetDict with its splits, columns and decoded images.
 
-    Image columns have the feature Image, and `pages` has List(Image). `datasets` caches the rows in HF_HOME.
+    The column `image` has the feature Image, and the column `pages` has List(Image). `datasets` caches the
+    rows in HF_HOME.
 
     Args:
         name: DIR, DIR@VERSION or DIR@TAG, on disk or in an object store, or ORG/NAME@VERSION on the Hub.
@@ -118,7 +119,7 @@ def push(
         license: the Hub identifier of the image license, if the source states no license.
 
     Raises:
-        SynthError: the version is damaged, the Hub refuses it, or the tag exists there with other rows.
+        SynthError: the version is damaged, the Hub refuses it, or its tag exists on the Hub with other rows.
     """
     check_repo_name(repo)
     version = _open(version)

@@ -16,7 +16,7 @@ from pipeline.storage.files import open_parquet, read_json
 from pipeline.storage.object_store import is_remote
 
 RUN_AGAIN = "run `synth generate` again"
-REWRITE = "run `synth generate` with the same settings: it writes the file from the replies in the journal"
+REWRITE = "run `synth generate` with the same settings: this writes the file again from stored replies"
 STEP_FILES = ("steps/*/*.parquet", "steps/read/*/*.parquet", "shards/*/steps/*/*.parquet", "ladder.parquet")
 
 
@@ -65,10 +65,11 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
 def check_version(version: Version, stored: Collection[str] | None = None) -> Checked:
     """Return the state of a version, after checking its files, its row digest and its images.
 
-    `stored` has the ids of all intact images in the store. By default, all images of the store are read.
+    `stored` has the ids of all intact images in the store. If it is None, all images in the store are read to
+    find these ids.
     """
     if damage := find_damage(version, stored):
-        hint = f"move {version.path} away and {RUN_AGAIN}: equal rows have the same digest"
+        hint = f"move {version.path} away and {RUN_AGAIN}: the same rows get the same digest"
         return Checked(str(version.path), "; ".join(damage), False, hint)
     summary = f"{version.num_rows:,} rows in {len(version.manifest['files'])} files match the digest"
     return Checked(str(version.path), summary)
@@ -87,12 +88,12 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
         return Checked(str(path), problem, False, hint)
     with dataset.lock(), Journal(path) as journal:
         kept = journal.remove_damaged()
-    hint = f"{RUN_AGAIN}: it requests the removed replies"
+    hint = f"{RUN_AGAIN}, to request the removed replies"
     return Checked(str(path), f"{problem}; removed them and kept {kept:,}", hint=hint)
 
 
 def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Checked:
-    """Return the output of `describe` for a file, or the damage. Raises FileNotFoundError if it is gone."""
+    """Return the state of a file, which `describe` reads. Raises FileNotFoundError if the file is gone."""
     try:
         return Checked(str(path), describe(path))
     except FileNotFoundError:

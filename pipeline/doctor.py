@@ -40,7 +40,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Run all checks, in the order in which to fix failures."""
+    """Run all checks. Failures should be fixed in the order of the returned findings."""
     return [
         Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),
         *(_extra(name) for name in EXTRAS),
@@ -83,7 +83,7 @@ def _vllm() -> Finding:
 def _gpu() -> Finding:
     gpus = visible_gpus()
     if not gpus:
-        return Finding("gpu", False, "none", "the default model needs a GPU, or a server: --base-url")
+        return Finding("gpu", False, "none", "the default model needs a GPU, or a server (--base-url)")
     sizes = [size for gpu in gpus if (size := gpu_memory_gib((gpu,)))]
     if not sizes:
         return Finding("gpu", False, "nvidia-smi reports no GPU memory", "check the NVIDIA driver")

@@ -29,7 +29,7 @@ SAMPLED_IMAGES = 32
 LADDER_IMAGES = 100
 # Stop after this many images that need no request.
 MAX_COMPLETE_IMAGES = 512
-# For English text.
+# typical of English text
 BYTES_PER_TOKEN = 4
 
 
@@ -108,11 +108,12 @@ def _sample_rows(
 
 
 def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: float) -> list[dict[str, Any]]:
-    """Return the requests and cost of each model alone and of the ladder, for each task with a ladder.
+    """Return the requests and cost of each ladder, and of each of its models if it were used alone.
 
-    `interval` is the 95 % interval of the share of a model's texts that pass all checks. Requests of checks
-    are not included. `ladder` has the counts of a sample (see `ladder.describe_ladder`). A model without
-    requests in the sample is left out.
+    A ladder lists models that are asked one after another until a text passes all checks. `ladder` has the
+    counts of a sample (see `ladder.describe_ladder`). A model without requests in the sample is left out.
+    Requests of checks are not included. `interval` is the 95 % interval of the share of a model's texts that
+    pass all checks.
     """
 
     def choice(*rungs: dict[str, Any], factor: float = scale) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: floa
     forecasts = []
     for task, group in groupby(ladder, itemgetter("task")):
         rungs = list(group)
-        # Without a ladder, each model gets as many requests as the first model of the ladder.
+        # A model that is used alone gets as many requests as the first model of the ladder.
         factors = [scale * rungs[0]["requests"] / rung["requests"] for rung in rungs]
         choices = [choice(rung, factor=factor) for rung, factor in zip(rungs, factors, strict=True)]
         passed = [
@@ -144,7 +145,10 @@ def _scale_counts(
     stats: RequestStats,
     choices: Collection[str],
 ) -> dict[str, Any]:
-    """Scale the counts of a trial to the whole run. Rejections by steps in `choices` are not losses."""
+    """Scale the counts of a trial to the whole run.
+
+    The steps in `choices` choose among good rows, so their rejections do not count as losses.
+    """
     by_step = {summary.step: summary for summary in funnel}
     read, annotations, kept = by_step["read"], by_step["validate"].input, by_step["review"].kept
     kept_images = by_step["write"].kept if "write" in by_step else 0

@@ -26,7 +26,7 @@ def install_command(*extras: str, package: str = "") -> str:
     """Return the command that installs the packages of these extras.
 
     The command names packages instead of this distribution, so it works for every kind of installation. If
-    the missing `package` is not in the extras, the command installs only this package.
+    the missing `package` is not in the extras, the command installs only `package`.
     """
     try:
         lines = requires(DISTRIBUTION) or []

@@ -157,7 +157,7 @@ class Plan:
         for task in self.tasks.asked:
             names = self.requests.models_of(task.name)
             if len({self.models[name].revision for name in names}) < len(names):
-                problem = f"the models of the task {task.name} ({', '.join(names)}) are not all different"
+                problem = f"two models of the task {task.name} are the same: {', '.join(names)}"
                 raise ConfigError(problem, hint="leave out all but one of the equal models in `task_models`")
         if self.config.judge_model is None:
             return
@@ -192,7 +192,8 @@ def _settings_digest(config: Config) -> str:
 def _choose_engine(plan: Plan, name: str, progress: Progress, *, in_cluster: bool) -> EngineChoice:
     """Choose a model's engine. If that fails, use the model of the last run if its settings are equal.
 
-    A run with only new thresholds or splits sends no request. Any request raises the original error.
+    A run that only applies new thresholds or splits sends no requests, so it needs no server. If the run does
+    send a request, the original error is raised.
     """
     config = plan.config.of_model(name)
     log = plan.dataset.path / ("vllm.log" if name == DEFAULT_MODEL else f"vllm-{name}.log")
@@ -228,7 +229,7 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
         hint = "use another folder: --out DIR"
         raise ConfigError(f"{dataset.run_file} was not written by synth", hint=hint) from None
     if not is_same:
-        hint = f"choose another --out DIR; if it is the same source, pass it as before: --source {source}"
+        hint = f"choose another --out DIR, or, if the two sources are the same, pass --source {source}"
         raise ConfigError(f"{dataset.path} has data from {source}, not from {config.source}", hint=hint)
 
 

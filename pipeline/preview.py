@@ -1,4 +1,4 @@
-"""`synth preview`: run all steps on a few images, and show their texts. A run reuses the replies."""
+"""`synth preview`: run all steps on a few images, and show their texts. A later run reuses the replies."""
 
 from dataclasses import dataclass, field
 from itertools import chain

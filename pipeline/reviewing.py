@@ -23,15 +23,15 @@ from pipeline.storage.files import read_json, translate_disk_errors, write_text
 # The step before the review step.
 SPLIT = split.STEP.name
 REVIEW_FIRST = "review texts in a report, then export the reviews"
-RUN_FIRST = "run `synth generate` in it first"
+RUN_FIRST = "finish its run first: repeat its `synth generate` command"
 
 
 def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
     """Add review files to a dataset folder, and make a new version with these reviews.
 
-    Verdicts of an audit change no row: the new version states the error rates that follow from them. Raises
-    ConfigError and changes nothing if a file holds no reviews, an edit is unusable, or no review matches a
-    text in this dataset. Raises the errors of `generate_dataset` too.
+    Verdicts of an audit change no row. Instead, the new version states the error rates computed from the
+    verdicts. Raises ConfigError and changes nothing if a file holds no reviews, an edit is unusable, or no
+    review matches a text in this dataset. Raises the errors of `generate_dataset` too.
     """
     progress = progress or NullProgress()
     with translate_disk_errors(dataset.path):
@@ -90,5 +90,5 @@ def _recorded_settings(dataset: DatasetDir) -> Config:
     try:
         return Config.model_validate(read_json(dataset.run_file))
     except (ValidationError, ValueError):
-        hint = "choose another folder: --out DIR"
+        hint = "pass another dataset folder"
         raise ConfigError(f"{dataset.run_file} was not written by synth", hint=hint) from None

@@ -57,7 +57,7 @@ MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
 _NO_TAGS = frozenset(
     ("none", "n/a", "no tags", "unknown", "etc", "", "other", "misc", "various", "yes", "no", "maybe")
 )
-# Absent objects, numbered tags, and tags with a value or a group.
+# Tags to reject: absent objects, numbered tags, and tags with a value or a group.
 _ODD_TAG = re.compile(
     r"no (?!parking|smoking|entry)|tags? ?\d|(?:the|this) (?:image|picture|photo)\b|there |[48]k$"
     r"|[^,]*(?:[=;:(]| - | is | are )|masterpiece$|best quality$|(?:ultra|highly) detailed$"
@@ -457,7 +457,7 @@ _RULES_OF_PAIRS = (
     *("answer_not_a_number", "answer_off_type", "answer_in_question"),
 )
 CAPTION_RULES = {name: rule for name, rule in RULES.items() if name not in _RULES_OF_PAIRS}
-# Placeholders that are also signs.
+# Placeholders that may also be the text of a sign.
 _SIGNS = (["test"], ["empty"], ["title"])
 # The rules for captions that copy the text on signs. Such a text can have any form.
 READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
@@ -503,7 +503,8 @@ def _repeats_parts(text: str) -> bool:
         ends = Counter(part.rpartition(" ")[2] for part in parts)
         if 3 * len({*parts}) <= 2 * len(parts) or max(ends.values()) > MAX_EQUAL_PARTS:
             return True
-    # Parts that name the same object begin with the same two letters (one-letter objects are ignored).
+    # A fast test first: parts that name the same object begin with the same two letters (one-letter objects
+    # are ignored).
     if len(parts) <= MAX_EQUAL_PARTS or max(Counter(p[:2] for p in parts).values()) <= MAX_EQUAL_PARTS:
         return False
     objects = Counter(_PLACE.split(part, maxsplit=1)[0] for part in parts)

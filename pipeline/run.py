@@ -73,7 +73,7 @@ def run(
         repeated = todo[: names.index(verify.STEP.name)]
         climb(work, [step for _, step in repeated], stats, partial(run_steps, work, repeated))
     run_steps(work, todo)
-    # In a ladder, `total` lacks the checks of replaced texts, but `attempts` counts them.
+    # With a ladder of models, `attempts` also counts the checks of replaced texts, but `total` does not.
     stats.total = max(stats.total, stats.attempts.total())
     work.summaries = [step.summarize(work) for step in steps[:-1]]
     for previous, summary in pairwise(work.summaries[2:]):
@@ -162,8 +162,8 @@ def run_trial(
 ) -> Iterator[Trial]:
     """Run all steps on a few rows in a temporary folder, with the journal of the dataset.
 
-    `changes` are other settings for the trial. Exclusions are skipped, because their source may be large. The
-    caller holds the lock of the dataset folder.
+    `changes` are other settings for the trial. `exclude` is ignored, because excluded datasets may be large.
+    The caller holds the lock of the dataset folder.
     """
     assert plan.source is not None
     trial = DatasetDir(plan.dataset.path / TRIAL)

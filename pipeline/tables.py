@@ -131,7 +131,8 @@ VERIFIED = pa.schema(
 )
 # A text that is known to be true (kind `reference`) or false, with a check's evidence against it.
 CALIBRATED = pa.struct([*fields(STRING, "check", "kind"), *fields(INT32, "evidence")])
-# verify: the evidence against each claim of the caption before a repair, and the known texts.
+# verify: the evidence against each claim of the caption before a repair, and the results for texts that are
+# known to be true or false.
 CALIBRATION = pa.schema(
     [*fields(pa.list_(INT32), "claim_evidence"), *fields(pa.list_(CALIBRATED), "calibration")]
 )

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 # The name of the model that the settings `model`, `base_url` and `engine` choose.
 DEFAULT_MODEL = "default"
-UNITS = ("requests", "prompt_tokens", "reply_tokens")  # counts of the use of a model
+UNITS = ("requests", "prompt_tokens", "reply_tokens")  # units in which the use of a model is counted
 # How images are compared: near-duplicates are rejected for photos, and only grouped for graphics.
 ImageKind = Literal["photos", "graphics"]
 # Names of mapped source columns, with their values in one row.
@@ -264,7 +264,7 @@ class Engine(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Yield groups of replies until every request has its reply and no request is left."""
+        """Yield groups of replies until `work` has no more requests and every request has its reply."""
 
     def metrics(self) -> dict[str, str]:
         """Return metrics for the progress display, by name."""

@@ -1,4 +1,4 @@
-"""Clients of the servers in a configuration, made as in pipeline.inference.engines."""
+"""Create clients for the servers in a configuration, as pipeline.inference.engines does."""
 
 from typing import Any
 

@@ -27,7 +27,7 @@ from pipeline.images import isolation
 
 REPLIES = "SYNTH_TEST_REPLIES"  # environment variable with the folder of cached replies
 SYNTH = Path(sys.executable).with_name("synth")
-# Caches that are valid for all commands: processes, texts and code.
+# Caches that stay between commands, because they depend on no environment and no user file.
 KEPT_CACHES = ("_pool", "_compiled", "_environment", "_template", "code_digest", "dictionary_words", "names")
 Done = subprocess.CompletedProcess[str]
 
@@ -58,7 +58,7 @@ def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None =
             patch.setattr(sys.modules["__main__"], "__package__", None)
             for name, stream in (("stdin", nothing), ("stdout", out), ("stderr", errors)):
                 patch.setattr(sys, name, stream)
-            # the next command uses the same decoder processes
+            # keep the decoder processes for the next command
             patch.setattr(isolation, "end_workers", lambda: None)
             patch.setattr(typer.main, "get_command", _command_of)
             _remember_replies(patch)
@@ -95,7 +95,7 @@ def _run_main(folder: Path) -> int:
                 if isinstance(value, functools._lru_cache_wrapper) and value.__name__ not in KEPT_CACHES:
                     value.cache_clear()
     thresholds, modules = gc.get_threshold(), {*sys.modules}
-    loop = asyncio._get_running_loop()  # the loop of an open browser
+    loop = asyncio._get_running_loop()  # an open test browser runs an event loop
     asyncio._set_running_loop(None)
     try:
         main()
@@ -108,7 +108,7 @@ def _run_main(folder: Path) -> int:
         asyncio._set_running_loop(loop)
         gc.unfreeze()
         gc.set_threshold(*thresholds)
-        for name in {*sys.modules} - modules:  # modules of the user's project
+        for name in {*sys.modules} - modules:  # unload modules imported from the user's folder
             if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
                 del sys.modules[name]
     return 0

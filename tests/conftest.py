@@ -13,7 +13,7 @@ from tests.commands import REPLIES
 
 __all__ = ["browser", "opened"]
 
-# The longest files first, so that no worker ends with one of them. The files of other folders are short.
+# The slowest test files run first, so that no worker has one left at the end. Other folders are fast.
 ORDER = (
     "whole/test_vllm", "whole/test_cluster", "whole/test_browser", "whole/test_install", "trainer/model",
     "whole", "trainer", "hostile", "pipeline/hub", "pipeline/sources", "pipeline/inference",
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the environment of the tests and of their child processes, before torch is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads do not spin
-    os.fsync = lambda fd: None  # tests kill processes, not the machine
+    os.fsync = lambda fd: None  # not needed: tests kill processes, but the machine keeps running
     if not os.environ.get("PYTEST_XDIST_WORKER"):
         folder = tempfile.TemporaryDirectory(prefix="synth-tests-")
         config.add_cleanup(folder.cleanup)

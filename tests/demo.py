@@ -57,7 +57,7 @@ def main() -> None:
         training = ("--encoder", ENCODER, "--steps", str(TRAIN_STEPS))
         checkpoint = step("train and score", synth, "train", *training)
         image = "example.png"
-        # a scene of another seed is in no split
+        # the dataset has another seed, so this scene is in no split
         (HERE / image).write_bytes(draw_sample(seed=123, index=0).images[0])
         step("caption it", synth, "caption", checkpoint, image)
         report = step("report", synth, "report")

@@ -1,8 +1,8 @@
-"""Write a model folder of the shape of Qwen2.5-VL-3B-Instruct with random weights.
+"""Write a model folder with the shapes of Qwen2.5-VL-3B-Instruct and random weights.
 
-The tokenizer is the real one: its ranks come from the PyPI package `dashscope`. The configuration has the
-published values. With all layers, the weights have the published size. Some rows of the embedding are scaled,
-so that a reply ends after some ten tokens, with and without a schema.
+The tokenizer is the real one, built from the BPE ranks in the PyPI package `dashscope`. The configuration has
+the published values. With all layers, the weights have the published size. Some rows of the embedding are
+scaled, so that a reply ends after some ten tokens, with and without a schema.
 """
 
 import base64
@@ -23,7 +23,7 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPECIAL = [  # tokens after the ranks, in the order of their ids
+SPECIAL = [  # special tokens in the order of their ids, which follow the BPE ranks
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
@@ -103,7 +103,7 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
 
     class Converter(TikTokenConverter):
         @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:  # called by converted
+        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:  # `converted` calls this
             return ranks
 
     options: dict[str, Any] = {"pattern": PATTERN, "extra_special_tokens": SPECIAL}
@@ -114,7 +114,7 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
 
 
 def download_ranks(folder: Path) -> dict[bytes, int]:
-    """Return the ranks of the tokens, from the package that holds them."""
+    """Download the package RANKS_PACKAGE, and return its BPE ranks by token."""
     wheel = next(folder.glob("dashscope-*.whl"), None)
     if wheel is None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]

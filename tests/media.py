@@ -1,4 +1,4 @@
-"""Images, documents and videos for tests; other libraries than those of pipeline.images write them."""
+"""Write images, documents and videos for tests, with other libraries than pipeline.images uses."""
 
 import io
 from collections.abc import Iterable

@@ -37,7 +37,7 @@ def add_photos(folder: Path) -> None:
 
 
 def add(*files: str) -> Callable[[Path], None]:
-    """Return a function that writes files from `NAME TEXT`."""
+    """Return a function that writes files. Each argument is a file name, a space and the text."""
 
     def write(folder: Path) -> None:
         for name, text in (file.split(" ", 1) for file in files):
@@ -127,7 +127,7 @@ MISTAKES = (
     ),
     Mistake(
         "question to a captioner without answers", "caption cap photos/0.png --question Where?",
-        "was not trained to answer questions", "leave out --question: it writes captions (brief)", CAPTIONER,
+        "was not trained to answer questions", "leave out --question, to get captions (brief)", CAPTIONER,
     ),
     Mistake(
         "CLIP misspelled", "evaluate cap --clip-score metaclp", "no CLIP metaclp", "did you mean metaclip?",
@@ -155,7 +155,7 @@ MISTAKES = (
     ),
     Mistake(
         "column of a prompt mapped by a misspelled name", f"{PHOTOS} --columns context=tilte --task t.yaml",
-        "uses row.title", "to use the column title: --columns context=title",
+        "uses row.title", "to use the column title, pass --columns context=title",
         add("t.yaml {name: t, kind: caption, prompt: 'Describe {{ row.title }}.'}"),
     ),
     Mistake(
@@ -176,7 +176,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def make_all(folder: Path) -> dict[str, tuple[int, str, list[str]]]:
-    """Return exit code, messages and leftover versions by name of mistake."""
+    """Make each mistake. Return its exit code, messages and written versions, by its name."""
     outcomes = {}
     for number, mistake in enumerate(MISTAKES):
         home = folder / str(number)

@@ -1,4 +1,4 @@
-"""Plans of what is asked, from settings, and runs of them without steps."""
+"""Build request plans from settings, and send their requests without running pipeline steps."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

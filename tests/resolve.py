@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 UV = str(Path(sys.executable).with_name("uv"))
 PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = ("highest", "lowest-direct")
-EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve")  # core, all without vLLM, all
+EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve")  # core; without vLLM; everything
 SHOWN = ("vllm", "torch", "transformers", "numpy", "pillow", "pyarrow", "huggingface-hub", "ray")
 PLATFORM = "x86_64-manylinux_2_31"  # platform of the wheels of llguidance
 

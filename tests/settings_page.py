@@ -117,7 +117,7 @@ def table(
 
 
 def run_flags() -> dict[str, str]:
-    """Return the option of `synth generate` that sets each key, as far as there is one."""
+    """Map each key to its option of `synth generate`. Keys without an option are left out."""
     flags: dict[str, list[str]] = {}
     for option in OPTIONS:
         flags.setdefault(option.key, []).append(option.flag)
@@ -125,7 +125,7 @@ def run_flags() -> dict[str, str]:
 
 
 def train_flags() -> dict[str, str]:
-    """Return the same of `synth train`."""
+    """Map each training setting to its option of `synth train`."""
     command = typer.main.get_group(app).commands["train"]
     flags = {option.name or "": option.opts[0] for option in command.params}
     return flags | {"connector_lr": "--lr", "decoder_lr": "--lr"}

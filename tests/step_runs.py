@@ -24,7 +24,7 @@ ROWS = StepFile(BEFORE)
 
 
 def numbered_table(schema: pa.Schema, rows: Sequence[dict[str, Any]], **defaults: Any) -> pa.Table:
-    """Return annotations with ids by their position, each of its own sample unless the row names one."""
+    """Return annotations with numbered ids. Each row gets its own sample unless it states one."""
     numbered = [
         {"annotation_id": f"{n:06d}", "sample_id": f"s{n}", "image_group": f"s{n}", **defaults, **row}
         for n, row in enumerate(rows)

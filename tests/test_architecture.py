@@ -69,7 +69,7 @@ def forbidden_imports(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
                 yield module, target
 
 
-def test_imports_run_from_top_to_bottom() -> None:
+def test_modules_import_only_modules_of_lower_layers() -> None:
     graph = import_graph()
     parts = {module: graph[module] for module in graph.keys() - {"pipeline", "trainer"}}
     assert list(forbidden_imports(parts)) == []

@@ -178,7 +178,8 @@ class CaptionTask:
                 result.unread.append((path, texts))
             else:
                 result.num_written += write(path, texts)
-            # The images of a batch arrive together, so a rate in the middle of a batch would be wrong.
+            # Report progress after whole batches only: the images of a batch finish together, so the speed
+            # would be wrong in between.
             if count % self.batch_size == 0 or count == len(images):
                 progress("caption", count, len(images))
         return result

@@ -64,7 +64,7 @@ class Captioner:
         return self.checkpoint.captioner.config.decoding().num_beams
 
     def decoding(self, num_beams: int, question: str = "") -> DecodingConfig:
-        """Return the decoding options. For answers, only `num_beams` is set, because they may be short."""
+        """Return the decoding options. Answers may be short, so they get `num_beams` only."""
         config = self.checkpoint.captioner.config
         return DecodingConfig(num_beams=num_beams) if question else config.decoding(num_beams)
 
@@ -112,7 +112,7 @@ class Captioner:
         with ThreadPoolExecutor(READERS) as pool:
 
             def prepare(picture: Picture) -> Callable[[], Tensor | ImageError]:
-                if isinstance(picture, Image.Image):  # the caller may close it, or select its next frame
+                if isinstance(picture, Image.Image):  # preprocess now: the caller may change the image
                     pixels = self.prepare(picture)
                     return lambda: pixels
                 return pool.submit(self.prepare, picture).result
@@ -125,7 +125,7 @@ class Captioner:
                     yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
     def prompt(self, style: str | None = None, question: str = "") -> list[int]:
-        """Return a prompt's tokens. Raises TrainError if the captioner did not learn the style or answers."""
+        """Return a prompt's tokens. Raises TrainError if the style, or answering, was not learned."""
         prompts = self.checkpoint.captioner.config.prompts
         require_learned(prompts, style, question)
         if question:

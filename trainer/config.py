@@ -38,7 +38,7 @@ FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
 MAX_CAPTION_TOKENS = 8192  # also limits generation with untrusted checkpoints
 MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0  # with larger values, generation could take forever or overflow
 MAX_EPOCHS, MAX_STAGE_FRAC = 1_000_000, 10.0
-MIN_EVALUATIONS = 4  # a run with fewer epochs may have this many evaluations
+MIN_EVALUATIONS = 4  # at most one evaluation per epoch, but this many are always allowed
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {},
@@ -115,7 +115,7 @@ class TrainConfig(Section):
     of 16 that is enough for 99 % of the texts of each style, at most 256.
     """
     align_frac: float = Field(default=0.0, ge=0, le=MAX_STAGE_FRAC)
-    """Additional first steps that train only the connector, as a multiple of `steps` (at most 10)."""
+    """Additional steps at the start that train only the connector, as a multiple of `steps` (at most 10)."""
     align_lr: float = Field(default=1e-3, gt=0)
     """Learning rate while only the connector is trained."""
     connector_lr: float | None = Field(default=None, ge=0)
@@ -171,13 +171,13 @@ class TrainConfig(Section):
     evaluate_images: int = Field(default=128, ge=1)
     """Images per evaluation on the validation split."""
     num_beams: int = Field(default=1, ge=1, le=MAX_BEAMS)
-    """Beams of the final test and of captions written later. 1 is greedy."""
+    """Number of beams in the final test, and the default of the trained captioner. 1 is greedy."""
     length_penalty: float = Field(default=1.0, ge=0, le=MAX_LENGTH_PENALTY)
-    """Beam search divides the log-probability of a text by its length to this power."""
+    """Exponent of the length by which beam search divides the log-probability of a text."""
     min_new_tokens: int = Field(default=0, ge=0, le=MAX_CAPTION_TOKENS)
-    """Minimum tokens of a text that is written."""
+    """Minimum tokens of a generated text."""
     no_repeat_ngram_size: int = Field(default=0, ge=0, le=MAX_CAPTION_TOKENS)
-    """No n-gram of this size occurs twice in a text that is written. 0 allows repetition."""
+    """Size of the n-grams that may occur only once in a generated text. 0 allows repetition."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of weights, dropout and the order of the data."""
 
@@ -243,7 +243,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     given = read_yaml(config_file, "for an example, see train.json of a checkpoint") if config_file else {}
     values = {name: value for name, value in given.items() if is_set(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and is_set(name, value)}
-    if not (values | flags).get("init"):  # a captioner may have models of any name
+    if not (values | flags).get("init"):  # a continued captioner may contain other models
         _require_known_models(flags)
     preset, decoder = ({**values, **flags}.get(name) for name in ("preset", "decoder"))
     if values.get("preset", "auto") not in ("auto", preset):

@@ -72,7 +72,7 @@ def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainC
 
 
 def _weighted_examples(examples: list[Example], config: TrainConfig) -> list[Example]:
-    """Remove texts of weight 0 from examples. Raises TrainError for unknown names, or if no text is left."""
+    """Remove texts of weight 0. Raises TrainError for an unknown style or source, or if no text is left."""
     known = {*STYLES, *(text.style for text in texts_of(examples)), "human", "synthetic", "answer"} - {""}
     if unknown := sorted({*config.text_weights} - known):
         hint = did_you_mean(unknown[0], sorted(known), f"set some of {', '.join(sorted(known))}")
@@ -107,8 +107,9 @@ def read_examples(
 ) -> list[Example]:
     """Return one example for each row that has a training text or, with `to_score`, a reference.
 
-    `images` maps sample ids to images, or is None if the samples are decks. With `keeps_human`, human texts
-    are read from the caption and question columns, otherwise from the reference columns.
+    `images` maps sample ids to images, or is None if the samples are decks (several pages each). With
+    `keeps_human`, human texts are read from the caption and question columns, otherwise from the reference
+    columns.
 
     Raises TrainError if the samples are decks, or if no row has a caption to learn.
     """

@@ -32,7 +32,7 @@ from trainer.runtime.devices import gather_slices, own_slice
 from trainer.tokenizer import TargetText, scored_prompt
 
 CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
-SHOWN_IMAGES = 12  # in the report and in the card of a captioner
+SHOWN_IMAGES = 12  # examples in the report and in the card of a captioner
 HELD_IMAGES = 256  # images whose states are in memory at the same time, 155 MB for ViT-B/16
 
 
@@ -73,8 +73,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score captions against the source's references or, if there are none, the teacher's captions.
 
-    `prompt` is source and style. `questions` adds scores of answers and intervals, and `clip` adds CLIPScore.
-    In the result, `shuffled_scores` compares each image's references with another image's caption.
+    `prompt` is (source, style). With `questions`, answers are scored too, and intervals are computed. With
+    `clip`, CLIPScore is added. In the result, `shuffled_scores` compares each image's references with another
+    image's caption.
     `intervals` holds 95 % bootstrap intervals. `gain` is the interval of the difference in CIDEr-D between
     `scores` and `shuffled_scores`. If it includes 0, the captioner may ignore its images. `questions` holds
     the scores of answers. `each` holds the caption and scores of every image.
@@ -165,7 +166,7 @@ def evaluate_version(
         raise TrainError(problem, hint="choose another CLIP: --clip-score")
     try:
         examples = examples_in(version, split, config.data.get("texts", "synthetic"), to_score=True)
-    except TrainError:  # the version has no texts of the kind that was learned
+    except TrainError:  # the version lacks the kind of texts (human or synthetic) that was learned
         examples = examples_in(version, split, default_texts(version.manifest), to_score=True)
     features = OnlineFeatures(checkpoint.captioner.encoder, checkpoint.captioner.device)
     prompt, decoding = scored_prompt(config.prompts, style), config.decoding(beams)

@@ -34,7 +34,7 @@ from trainer.runtime.devices import autocast
 BATCH_IMAGES, BATCHES_AHEAD = 64, 4
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 MIN_FREE_BYTES = 10**9  # stored states leave this much of the disk free
-SAVE_EVERY_S = 1.0  # each save of states waits for the disk twice
+SAVE_EVERY_S = 1.0  # each save calls fsync twice
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
 Part = TypeVar("Part")
@@ -183,7 +183,7 @@ class _Store:
                 return lock_file(self.path / LOCK, lambda: progress.message(waiting), TrainError)
 
     def rows(self) -> dict[bytes, int]:
-        """Map id digests to rows of states.bin. Rows from the first repeated digest on are ignored."""
+        """Map id digests to rows of states.bin. A repeated digest means damage, so later rows are ignored."""
         ids, states = self.path / IDS, self.path / STATES
         data = ids.read_bytes() if ids.exists() else b""
         num_states = states.stat().st_size // self.record_bytes if states.exists() else 0

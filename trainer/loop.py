@@ -34,7 +34,7 @@ from trainer.self_critical import SelfCritic
 from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
 
 READ_EVERY = 10  # steps between reads of loss and norm, which wait for the device
-SAVE_EVERY_S = 300.0  # the state to resume from is also saved after each evaluation
+SAVE_EVERY_S = 300.0  # interval of saves between evaluations; each evaluation saves too
 MAX_SKIPPED_STEPS = 10  # training fails after this many consecutive skipped steps
 VALIDATION_STATE = ("best_score", "best_cider_d", "best_loss", "evaluations_without_gain")
 SCORE_DIGITS = 3  # validation scores are rounded before they are compared
@@ -50,7 +50,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The micro-batches of this process in a step. The other fields describe the batch of all processes."""
+    """The micro-batches of one process in a step. The other numbers cover the batch of all processes."""
 
     micro_batches: list[MicroBatch]
     num_images: int
@@ -93,7 +93,7 @@ class BatchLoader:
 class Validation:
     """Scores the captioner on validation images, and saves it when the score improves.
 
-    Processes share the images and have equal scores.
+    Each process captions some of the images, and all processes get the same scores.
     """
 
     checkpoint: Checkpoint
@@ -125,8 +125,8 @@ class Validation:
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
         if log:
             log.write(step=done, **losses, **scores)
-        # Early in training, scores are about 0. With a single image, they always are: no word is rarer than
-        # others. If scores are equal, the lower loss wins or, without validation texts, the later step.
+        # Scores are often equal: about 0 early in training, and always 0 with a single image, because CIDEr-D
+        # weights words by rarity. Then the lower loss wins or, without validation texts, the later step.
         score, tie_breaker = round(cider_d, SCORE_DIGITS), float(done) if loss is None else -loss
         if (score, tie_breaker) > (self.best_score, -self.best_loss):
             if log:
@@ -175,7 +175,7 @@ class Trainer:
         return self.config.total_steps * min(self.config.batch_size, num_images) / num_images
 
     def batches(self, first: int) -> Iterator[tuple[int, Batch]]:
-        """Yield (step, batch) pairs from step `first` on, up to the end or an early end of the schedule."""
+        """Yield (step, batch) pairs from step `first` on, until the schedule ends."""
         if first >= self.schedule.total_steps:
             return
         examples = self.loader.examples
@@ -201,8 +201,8 @@ class Trainer:
 
         The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. If a
         micro-batch does not fit in GPU memory, the blocks of a language model are recomputed in the backward
-        pass from then on. With `rewarded`, they are not, because models recompute only in training mode.
-        Raises TrainError if the micro-batch still does not fit.
+        pass from then on. With `rewarded`, they are not, because the captioner is in evaluation mode,
+        in which models cannot recompute. Raises TrainError if the micro-batch still does not fit.
         """
         captioner, loss = self.checkpoint.captioner, None
         try:
@@ -214,9 +214,9 @@ class Trainer:
                     "raise gradient_accumulation_steps (for --resume, in train.json) or use a smaller decoder"
                 )
                 raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
-        if loss is None:  # the memory of the failed step is free after the `except` block
+        if loss is None:  # outside of `except`, whose exception would keep the memory
             captioner.zero_grad()
-            torch.manual_seed(torch.initial_seed())  # for the same dropout
+            torch.manual_seed(torch.initial_seed())  # repeat the step with the same dropout
             return self.forward_backward(batch, rewarded=rewarded)
         return all_reduce_gradients(captioner, loss)
 
@@ -314,7 +314,7 @@ def build_trainer(
     trainer = Trainer(checkpoint, config, loader, validation, device, Schedule(config), skipped_steps)
     decoder = checkpoint.captioner.decoder
     if config.lora_rank and device.type == "cpu" and isinstance(decoder, PretrainedDecoder):
-        decoder.recompute_blocks()  # a lack of main memory ends the process without an exception
+        decoder.recompute_blocks()  # saves memory, as running out would kill the process
     if config.stage_steps["scst"]:
         trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
     weights = checkpoint.captioner.state_dict()
@@ -355,7 +355,7 @@ def run_steps(
                 values |= {"images": batch.num_images, "tokens": batch.num_tokens}
                 values |= {"reward": statistics.fmean(trainer.rewards)} if trainer.rewards else {}
                 log.add(**values, seconds=earlier_s + time.monotonic() - started)
-            if is_scored or is_interrupted or done % READ_EVERY == 0:  # reads wait for the device
+            if is_scored or is_interrupted or done % READ_EVERY == 0:  # reading a tensor waits for the device
                 if log:
                     log.flush()
                 shown_loss = {"loss": f"{float(loss):.3f}"}

@@ -43,7 +43,7 @@ HEADER_TIMEOUT_S, BODY_TIMEOUT_S, MAX_CONNECTIONS = 20.0, 30.0, 500
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
 MAX_QUESTION_CHARACTERS = 500
-MAX_VALUES = 100_000  # in the JSON of a request, because each value takes over 50 bytes of memory
+MAX_VALUES = 100_000  # per request body, because each JSON value takes over 50 bytes of memory
 Text = Annotated[str, Field(max_length=8_000)]
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
         values = _Body.model_validate_json(body)
     except ValidationError as error:
         problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
-        # Pydantic adds the types of a union to the path.
+        # Remove the names of union types, which pydantic adds to the path of a field.
         path = [str(part) for part in problem["loc"] if part not in ("constrained-str", "list[_Part]")]
         raise HTTPException(400, f"{'.'.join(path) or 'the body'}: {problem['msg']}"[:180]) from None
     text, image_url = _last_turn(values.messages)
@@ -197,7 +197,7 @@ def chunks(body: dict[str, Any]) -> bytes:
 class CaptionServer:
     """HTTP handlers for one captioner, with its model `name` and an optional API `key`.
 
-    `thread` runs the captioner. OpenMP is 1.5 times faster if the same thread loaded the captioner.
+    `thread` runs the captioner, and should also load it: with OpenMP, this is 1.5 times faster.
     """
 
     captioner: "Captioner"
@@ -207,7 +207,7 @@ class CaptionServer:
     num_beams: int = 1
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     unanswered: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_WAITING))
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by the request that is answered
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a request is answered
 
     def make_server(self) -> uvicorn.Server:
         """Return an HTTP server that stops on Ctrl-C or SIGTERM and prints nothing."""
@@ -220,7 +220,7 @@ class CaptionServer:
         )
         config = uvicorn.Config(
             application,
-            http=LimitedProtocol,  # h11 limits the size of headers
+            http=LimitedProtocol,  # based on h11, which limits the size of headers
             ws="none",
             proxy_headers=False,
             log_config=None,
@@ -244,7 +244,7 @@ class CaptionServer:
             chat = read_request(await read_body(request), self.captioner.checkpoint.captioner.config.prompts)
             if chat.model not in (None, self.name):
                 raise HTTPException(404, f"unknown model {chat.model[:80]}: this server has {self.name}")
-            await request.is_disconnected()  # uvicorn then notices a disconnect while the request waits
+            await request.is_disconnected()  # makes uvicorn notice a disconnect while the request waits
             async with self.turn:
                 if await request.is_disconnected():
                     raise ClientDisconnect
@@ -274,7 +274,7 @@ class CaptionServer:
         return completion(request, self.name, text, (len(prompt), len(kept)), is_cut=is_cut)
 
     def _check(self, request: Request) -> None:
-        """Raise HTTPException for a request of another web page, a wrong key, or a body without JSON."""
+        """Raise HTTPException for a request from another website, a wrong key, or a non-JSON body."""
         # A web page may make its host name resolve to this machine (DNS rebinding).
         host = request.headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host

@@ -128,7 +128,7 @@ class CaptionTokenizer:
 
     def with_prompts(self, texts: Iterable[TargetText]) -> "CaptionTokenizer":
         """Return a tokenizer with a token for each source and style of `texts`. Existing ids stay."""
-        if self.kind == "pretrained":  # its prompts are plain text
+        if self.kind == "pretrained":  # a language model has plain-text prompts
             return self
         backend = Tokenizer.from_str(self.backend.to_str())
         backend.add_special_tokens(_prompt_tokens(texts))

@@ -31,7 +31,7 @@ from trainer.runtime.devices import best_device, join_processes, leave_processes
 from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, scored_prompt
 
-MAX_CUT_SHARE = 0.01  # more cut texts are reported
+MAX_CUT_SHARE = 0.01  # a larger share of truncated texts is reported
 FOLDER_SETTINGS = {"preset", "init", "encoder", "decoder"}  # may hold names of local folders
 
 
@@ -59,11 +59,11 @@ def train_captioner(
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
 
-    settings = config  # without values that depend on the data
+    settings = config  # before values that depend on the data are filled in
     sets, config = choose_examples(version, config)
     init = ""
     if config.init:
-        folder = find_captioner(config.init)  # one download, because a repository may change
+        folder = find_captioner(config.init)  # download once: the repository may change
         init = file_digest(folder / "model.safetensors")
         config = config.model_copy(update={"init": str(folder)})
     ids = [example.sample_id for example in sets["train"]]
@@ -80,7 +80,7 @@ def train_captioner(
     config = config.model_copy(update={"max_caption_tokens": checkpoint.captioner.config.max_caption_tokens})
     _require_positions(checkpoint, texts_of([*sets["train"], *sets["validation"]]))
     if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
-        _ = checkpoint.captioner.decoder.probed  # measured before the precision is reduced
+        _ = checkpoint.captioner.decoder.probed  # the probe needs full float32 precision
     _warn_of_unlearned(version, checkpoint, texts_of(sets["train"]), report)
     state = load_resume(out, settings, run) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
@@ -123,7 +123,7 @@ def _read_finished(out: Path, config: TrainConfig, run: str) -> dict[str, Any]:
 def _warn_of_unlearned(
     version: Version, checkpoint: Checkpoint, texts: list[TargetText], progress: Progress
 ) -> None:
-    """Warn about truncated texts, and report columns that are not learned."""
+    """Report truncated texts, earlier training on another source, and columns that training does not use."""
     limit = checkpoint.captioner.config.max_caption_tokens
     num_cut = sum(count > limit for count in checkpoint.tokenizer.count_tokens(texts))
     if num_cut > MAX_CUT_SHARE * len(texts):
@@ -132,7 +132,7 @@ def _warn_of_unlearned(
     earlier = list_training_data(checkpoint.captioner.config.data)[1:]
     if any(data.get("source") != version.manifest["source"] for data in earlier):
         source = "another source, which may include test images of"
-        progress.message(f"an earlier training used {source} {version.name}")
+        progress.message(f"the captioner was trained earlier on {source} {version.name}")
     if columns := version.manifest.get("own_columns"):
         progress.message(f"not used in training (columns of custom tasks): {', '.join(columns)}")
 
@@ -183,4 +183,4 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     write_captions(out / "captions.jsonl", metrics.pop("each"))
     write_json(out / "metrics.json", metrics)
     (out / "resume.pt").unlink(missing_ok=True)
-    return read_json(out / "metrics.json")  # with JSON types, as for a run that had finished earlier
+    return read_json(out / "metrics.json")  # same types as for an earlier finished run

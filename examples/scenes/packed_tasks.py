@@ -27,10 +27,10 @@ from pipeline.tasks.prompts import SYSTEM, page_label, template
 
 VISION_TOKENS = len(PLACES)
 RARE_WORDS_PROBABILITY = 0.3  # probability that a `rarely_worded` task has words before its line
-# Parts of a reply that depend on the facts.
+# Matches the values in a reply that depend on the image.
 DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
-DecidedSpan = tuple[int, int, tuple[Spot, ...]]  # (start, end, spots that decide these characters)
-MAX_WORDS = 200  # the longest released prompt has 160
+DecidedSpan = tuple[int, int, tuple[Spot, ...]]  # (start, end, spots); the spots determine these characters
+MAX_WORDS = 200  # the longest released prompt has 160 words
 
 _TEXT = """
 Please look closely before you reply. You are a careful assistant that writes short texts about pictures. Use
@@ -51,7 +51,7 @@ SENTENCES = tuple(re.split(r"(?<=[.?]) ", " ".join(_TEXT.split())))
 
 @dataclass(frozen=True, slots=True)
 class TrainingTask:
-    """A task line and the reply to learn."""
+    """A task line (the last line of a prompt, which names the task) and the reply to learn."""
 
     line: str
     reply: str
@@ -87,7 +87,7 @@ class Packer:
         answer_weight: float,
         system: str | None = None,
     ) -> Packed:
-        """Return the sequence for a document with `images` images. Without `system`, its text is random."""
+        """Return the sequence for a document with `images` images. `system` defaults to random text."""
         packed = Packed()
         random_system, _ = sample_wording(rng)
         system = random_system if system is None else system

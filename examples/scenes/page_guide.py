@@ -2,8 +2,9 @@
 
 Answers alone do not suffice as targets (docs/measurements.md). To answer "How many objects are there on the
 gray page?" the model must identify the page of each image token, find the gray page, and attend to its
-tokens. Each of these steps has its own loss. Heads predict a page, a background, a count or a spot from
-hidden states, and another loss rewards attention to decisive spots. The heads are not part of the model.
+tokens. Each of these steps has its own loss. A spot is an image token or the token after a page. Heads
+predict a page, a background, a count or a spot from hidden states. Another loss rewards attention to decisive
+spots, which determine the answer. The heads are not part of the model.
 
 Shapes: B decks, S tokens, H heads, V spots in a deck (10 per page), 9 image tokens per page, D width.
 """
@@ -124,7 +125,7 @@ def _mean(costs_N: Tensor) -> Tensor:
 
 
 def _looks(examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return targets [B, S]: page (from 0) and background if one page is decisive, spot if one spot is."""
+    """Return targets [B, S]: page (from 0), background and spot that decide the next token, if unique."""
     page_BS, ground_BS, spot_BS = (torch.full((len(examples), length), IGNORE_INDEX) for _ in range(3))
     for b, example in enumerate(examples):
         for s, decisive in enumerate(example.packed.decided_spans):

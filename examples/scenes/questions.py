@@ -125,17 +125,17 @@ def page_questions(deck: tuple[Scene, ...]) -> list[str]:
 
 
 def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str, str, tuple[Spot, ...]]]:
-    """Return (field, words, decisive spots) for each part of a pair that the pages decide, in order."""
+    """Return (field, words, decisive spots) for each part of a pair that depends on the pages."""
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     grounds = re.findall(rf"\b({_ON})\b(?= page| and)", pair.question)
     ends = {ground: ((pages[ground], END),) for ground in grounds}
     places = re.findall(r"at the (.+) on the", pair.question)
     page = pair.evidence_pages[0]
     occupied = tuple((page, PLACES.index(thing.place)) for thing in deck[page - 1].objects)
-    # The question could name any place with an object.
+    # The question could name any occupied place, so all of them are decisive.
     decisions = [("question", place, occupied) for place in places]
     decisions += [("question", ground, ends[ground]) for ground in grounds]
-    if "more" in pair.question:  # both pages decide which one has more
+    if "more" in pair.question:  # the page with more objects is named first, which depends on both pages
         decisions[0] = ("question", grounds[0], tuple(spot for ground in grounds for spot in ends[ground]))
     if pair.expression:
         numbers = pair.expression.split(" ")[::2]

@@ -1,8 +1,8 @@
 """The tiny teacher: a Qwen2.5-VL with about 3 million parameters, which is trained only on drawn scenes.
 
 It has the classes, files, chat template and special tokens of Qwen2.5-VL-3B-Instruct, so that the same code
-runs both. With 28 px per merged token, a scene has one image token for each of its nine places. The text
-heads have 32 features because vLLM's CPU attention does not support 16 or 40.
+runs both models. With 28 px per merged token, a scene has one image token for each of its nine places. The
+attention heads of the text model have 32 features because vLLM's CPU attention does not support 16 or 40.
 """
 
 from collections.abc import Iterable

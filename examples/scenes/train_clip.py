@@ -32,7 +32,7 @@ from examples.scenes import training_steps
 from pipeline.scenes.scene import BACKGROUNDS, PLACES, SIDE_PX, VALUES, Scene, draw, sample_scene
 from pipeline.scenes.text import STYLES, caption
 
-SEED = "clip"  # sources have numeric seeds, so training scenes are never in a dataset
+SEED = "clip"  # datasets use numeric seeds, so they never contain these training scenes
 BATCH = 128
 VISION_STEPS, ALIGN_STEPS = 800, 1500
 LEARNING_RATE, WARMUP_STEPS = 1.0e-3, 100

@@ -52,7 +52,7 @@ from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
 from pipeline.tasks.prompts import render
 from pipeline.tasks.qa import QASet
 
-SEED = "teacher"  # sources have numeric seeds, so training scenes are never in a dataset
+SEED = "teacher"  # datasets use numeric seeds, so they never contain these training scenes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ DECKS = Phase(
 # Share of decks with the released prompt. Its length and its example distract from the pages, so other decks
 # have a random prompt.
 RELEASED_PROMPT_PROBABILITY = 0.5
-GUIDE_ATTENTION_EVERY = 4  # in steps, because a guided step takes more than twice as long
+GUIDE_ATTENTION_EVERY = 4  # interval in steps; a guided step takes over twice as long
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 

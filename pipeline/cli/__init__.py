@@ -37,12 +37,12 @@ INTERRUPTED = {  # message after Ctrl-C, by command
     "preview": REPLIES_KEPT,
     "estimate": REPLIES_KEPT,
     "train": "add --resume to the same command to resume",
-    "caption": "with --out, run the same command to resume",
+    "caption": "if you passed --out, run the same command to resume",
 }
-# The extras of the commands that need more than `train`. Other modules name their extra in their own errors.
+# Extras that a command needs, for the error about a missing package. The default is `train`.
 EXTRAS = {"serve-captioner": ("train", "serve")}
 # Groups of commands in --help.
-MAKE, USE, TRAIN = "Make a dataset", "Review and publish it", "Train a captioner"
+MAKE, USE, TRAIN = "Make a dataset", "Review and publish a dataset", "Train a captioner"
 # Shown below the options of a command.
 EXAMPLES = {
     "generate": (
@@ -193,10 +193,10 @@ def sigterm_as_ctrl_c() -> Iterator[list[int]]:
 
     def interrupt(number: int, _: FrameType | None) -> None:
         arrived.append(number)
-        # Scripts start background jobs with SIGINT ignored.
+        # Shell scripts start background jobs with SIGINT ignored. There, raising SIGINT would have no effect.
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
             raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)  # calls asyncio's handler, if there is one
+        signal.raise_signal(signal.SIGINT)  # raises KeyboardInterrupt, or calls asyncio's handler
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -23,7 +23,7 @@ def caption(
     num_beams: NumBeams = None,
     batch_size: BatchSize = 32,
     out: Annotated[
-        Path | None, option("File (.jsonl), or txt for one text file per image.", "stdout")
+        Path | None, option("Output file (NAME.jsonl), or txt for one text file per image.", "stdout")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +45,7 @@ def caption(
     paths = find_images(images)
     require_prompt(folder, None if style == "all" else style, question or "")
     if out not in (None, SIDECARS):
-        require_caption_file(out)  # before the captioner is loaded
+        require_caption_file(out)  # fail before the captioner is loaded
 
     from trainer.caption_files import CaptionTask, caption_images
     from trainer.captioner import Captioner  # imports torch, which takes seconds
@@ -102,11 +102,12 @@ def serve_captioner(
         hint = "pass an address of this machine (--host 127.0.0.1) or another port (--port 0: any free one)"
         raise TrainError(f"cannot listen on {host}:{port}: {reason}", hint=hint) from None
     if not is_loopback(host) and not key:
-        say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)
+        say(f"the server on {host} accepts all clients: to require a key, set SYNTH_API_KEY", WARNING)
 
     from trainer.captioner import Captioner  # imports torch, which takes seconds
 
-    # Load and run the model in one thread: in the first thread that uses OpenMP, it runs 1.5 times faster.
+    # Load and run the model in the same thread, since it runs 1.5 times faster in the first thread that uses
+    # OpenMP.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     beams = num_beams or loaded.usual_beams

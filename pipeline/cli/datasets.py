@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 REVIEWS = Argument(
     metavar="[DATASET] FILE...",
-    help=f"Review files exported from a report of the dataset ({LAST_MADE}). Later files take precedence.",
+    help=f"Files with reviews of the dataset (default: {LAST_MADE}). Later files take precedence.",
 )
 Format = Literal[
     "parquet", "imagefolder", "sidecar", "webdataset", "llava", "sharegpt", "messages", "paligemma",
@@ -86,7 +86,7 @@ def export(
     kind: Annotated[Format, FORMAT] = "imagefolder",
     out: Annotated[Path | None, path_option("Folder to create.", "DATASET/exports/VERSION-FORMAT")] = None,
     style: Annotated[
-        str | None, option("Caption style, or all (one line each).", "all, or the first of plain, brief, ...")
+        str | None, option("Caption style, or all.", "all, or one if the format has one caption")
     ] = None,
     trigger: Annotated[str, Option(help="Word that begins each caption, for a LoRA.")] = "",
     opening: Annotated[
@@ -146,9 +146,9 @@ def report(
 def review_sample(
     data: Dataset = None,
     texts: Annotated[int, Option("-n", "--texts", help="Number of texts.", min=1)] = 200,
-    seed: Annotated[int, option("Seed. Another seed begins another audit.", min=0)] = 0,
+    seed: Annotated[int, option("Seed of the random choice. A new seed begins a new audit.", min=0)] = 0,
     tool: Annotated[
-        Literal["page", "label-studio", "argilla"], option("Web page, or tasks for label-studio or argilla.")
+        Literal["page", "label-studio", "argilla"], option("Output: a web page, or tasks for a tool.")
     ] = "page",
 ) -> None:
     """Draw texts of a version at random, for reviewers to judge them as right or wrong.
@@ -179,7 +179,7 @@ def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) 
     has_dataset = len(names) > 1 and not (names[0].endswith(".jsonl") or Path(names[0]).is_file())
     folder, version = split_version(dataset_path(names.pop(0) if has_dataset else None))
     if version:
-        raise BadParameter(f"reviews apply only to the last run: pass {folder}", param_hint="DATASET")
+        raise BadParameter(f"reviews apply to a dataset, not a version: pass {folder}", param_hint="DATASET")
     from pipeline.dataset.audit import audit_in_words
     from pipeline.executors.messages import describe_losses
     from pipeline.reviewing import apply_reviews

@@ -24,7 +24,7 @@ def _cluster_option(text: str, default: str | bool = True, **more: Any) -> Any:
 
 
 OUT = option(
-    "Dataset folder. To resume, run again. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
+    "Dataset folder. To resume, repeat the command. --executor ray accepts s3://BUCKET/NAME and gs:// too.",
     "data/SOURCE",
     **DATASET_PATH,
     rich_help_panel=DATASET,
@@ -40,12 +40,12 @@ def generate(
     executor: Annotated[
         Literal["local", "ray"],
         _cluster_option(
-            "local (this process), or ray (shards on the cluster of RAY_ADDRESS, or on this machine)."
+            "Executor: local (this process), or ray (on the Ray cluster at RAY_ADDRESS, or on this machine)."
         ),
     ] = "local",
     shards: Annotated[int | None, _cluster_option("Number of shards.", "16", min=1)] = None,
     workers: Annotated[
-        int | None, _cluster_option("Shards processed in parallel.", "one per GPU, node or CPU", min=1)
+        int | None, _cluster_option("Number of parallel workers.", "one per GPU, node or CPU", min=1)
     ] = None,
 ) -> None:
     """Turn images into a checked, deduplicated and versioned dataset.
@@ -60,7 +60,7 @@ def generate(
     cluster = ClusterOptions(shards=shards, workers=workers) if executor == "ray" else None
     with show_progress() as progress:
         plan = Plan.open(config, out, progress, in_cluster=cluster is not None)
-        # The steps import DuckDB. Wrong settings are reported before that.
+        # The steps import DuckDB, so import them only after invalid settings have been reported.
         from pipeline.executors.messages import describe_warnings
         from pipeline.run import STEPS, run_plan
 
@@ -143,7 +143,7 @@ def serve(
     from pipeline.inference.vllm import cannot_run
 
     flags = vllm_flags(context, "--model")
-    settings = resolve(config, model=model, source="folder:.")  # no image is read
+    settings = resolve(config, model=model, source="folder:.")  # a source is required, but not read
     settings = settings.of_model(settings.default_model)
     server = settings.server.model_copy(update={"flags": (*settings.server.flags, *flags)})
     with show_progress() as progress:

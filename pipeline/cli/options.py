@@ -17,7 +17,7 @@ DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
 # Commands that remove or publish data do not choose between several datasets.
-LAST_MADE, ONLY_MADE = "the last one made", "the only one made here"
+LAST_MADE, ONLY_MADE = "the newest dataset", "the only dataset in data/"
 BY_STYLE = "brief, else plain"
 
 
@@ -43,7 +43,7 @@ Images = Annotated[str | None, option("Folder or source with the images, if the 
 CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
 NumBeams = Annotated[
     int | None,
-    option("Number of beams, or 1 for greedy decoding.", "as in the final test", min=1, max=64),
+    option("Number of beams, or 1 for greedy decoding.", "num_beams of the training", min=1, max=64),
 ]
 BatchSize = Annotated[int, option("Images per batch.", min=1)]
 Split = Literal["train", "validation", "test"]
@@ -75,9 +75,10 @@ def read_pairs(text: str, option: str) -> dict[str, str]:
 
 
 def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
-    """Return the path of a dataset or a version. VERSION alone belongs to the dataset made last.
+    """Return the path of a dataset or a version.
 
-    With `is_only`, raises StoreError if several datasets were made here, instead of choosing the last.
+    Without a name, the path is that of the dataset made last. A name such as v1.0.0 is a version of this
+    dataset. With `is_only`, raises StoreError if several datasets were made here.
     """
     from pipeline.dataset.directory import newest_dataset
     from pipeline.dataset.version import VERSION_NAME

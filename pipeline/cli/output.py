@@ -56,7 +56,7 @@ def note_previews(version: "Version", path: Path | None = None) -> None:
     if later := [other for other in versions if other.number > version.number and other.is_preview]:
         preview = later[-1].name
         name = f"{version.dataset_dir}@{preview}"
-        say(f"note: uses {version.name}; {preview} is newer, but a preview (to use it, pass {name})", WARNING)
+        say(f"note: uses {version.name}: the newer {preview} is a preview (to use it, pass {name})", WARNING)
 
 
 def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
@@ -71,7 +71,7 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
         f"still to do: {e['remaining_images']:,} images, about {e['remaining_requests']:,} requests, "
         f"{duration(3600 * e['hours'])}{cost} ({tokens})"
     )
-    verify = f" and {e['verify_requests']:,} of --verify" if e["verify_requests"] else ""
+    verify = f" and {e['verify_requests']:,} for --verify" if e["verify_requests"] else ""
     retries = f" and {e['retries']:,} retries" if e["retries"] else ""
     total = f", {duration(3600 * e['total_hours'])}, {e['total_tokens']:,} tokens{total_cost}"
     requests = f"{e['requests']:,} requests{verify}{retries}{total if e['total_tokens'] else ''}"
@@ -84,11 +84,11 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
     for ladder in e["ladders"]:
         for choice in ladder["choices"]:
             price = f", cost {choice['cost']:,.4g}" if choice["cost"] is not None else ""
-            asked = f"about {choice['requests']:,} requests{price}, without checks"
+            asked = f"about {choice['requests']:,} requests{price} (checks not included)"
             show_line(f"{ladder['task']} by {choice['models']}: {asked}")
         for rung in ladder["rungs"]:
             low, high = rung["interval"]
-            show_line(f"{ladder['task']}: {low:.0%} to {high:.0%} of the texts of {rung['model']} pass")
+            show_line(f"{ladder['task']}: {low:.0%} to {high:.0%} of {rung['model']}'s texts pass all checks")
     show_line(f"dataset: about {size(e['bytes'])}")
     reasons = sorted(e["lost_by"].items(), key=lambda item: -item[1])
     if reasons:

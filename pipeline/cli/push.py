@@ -35,7 +35,7 @@ def push(
     images: Annotated[bool | None, WITH_IMAGES] = None,
     acknowledge: Annotated[
         list[str] | None,
-        option("Restrictive license of images that you have the right to redistribute.", metavar="LICENSE"),
+        option("Restrictive license of the images, if you may redistribute them.", metavar="LICENSE"),
     ] = None,
     license_: Annotated[
         str | None,
@@ -91,7 +91,7 @@ def push(
     try:
         with translate_disk_errors(folder):
             DatasetDir(folder).record_push(chosen_version.name, pushed.repo, pushed.commit)
-    except SynthError as error:  # the push itself succeeded
+    except SynthError as error:  # only a warning, since the push succeeded
         say(f"warning: the push succeeded, but could not be recorded in the dataset folder: {error}")
     say("load it with:\n  from datasets import load_dataset")
     say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
@@ -133,7 +133,7 @@ def send(
     sizes, is_unknown = package.file_sizes(), package.has_unknown_license
     reason = ""
     if private is None and is_unknown:
-        remedy = "--license" if package.kind == "dataset" else "--public"
+        remedy = "state it: --license" if package.kind == "dataset" else "to override: --public"
         reason = f": the license of the images is unknown, or the Hub does not list it ({remedy})"
     private = is_unknown if private is None else private
     say(f"files: {len(sizes)}, {size(sum(sizes.values()))}")

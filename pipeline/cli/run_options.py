@@ -36,11 +36,11 @@ class RunOption:
     help: str
     setting: str = ""  # such as `generate.samples`, by default the name of the flag
     metavar: str | None = None
-    default: str | None = None  # describes the default in the help. The value is in the settings.
+    default: str | None = None  # text that the help shows as the default
     min: int | None = None
     value: Any = None
     read: Callable[[Any], Any] = lambda argument: argument
-    is_common: bool = False  # shown by --help
+    is_common: bool = False  # shown by --help, not only by --help-all
 
     @property
     def name(self) -> str:
@@ -72,9 +72,9 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 def _only_source(names: list[str]) -> str:
-    """Return the only source. Raises ConfigError for several, instead of ignoring all but the last."""
+    """Return the only source. Raises ConfigError if there are several sources."""
     if len(names) > 1:
-        hint = "run once for each with its own --out, or put the images into one folder"
+        hint = "run the command once per source, with different --out, or put all images into one folder"
         problem = f"a dataset has one source, but {len(names)} are given: {', '.join(names)}"
         raise ConfigError(problem, hint=hint)
     return names[0]
@@ -99,7 +99,7 @@ OPTIONS = (
     RunOption("--every", float, IMAGES, "Seconds between two frames of a video.", "frame_seconds",
         metavar="SECONDS", default="5"),
     RunOption("--license", str, IMAGES, "License of your own images, such as cc-by-4.0.", metavar="NAME"),
-    RunOption("--group-by", str, IMAGES, "Keep images of a folder or numbered series (prefix) in one split.",
+    RunOption("--group-by", str, IMAGES, "Keep images of one folder, or with one name prefix, in one split.",
         "split.group_by", metavar="folder|prefix"),
     RunOption("--tasks", str, TEXTS, "Tasks: caption, qa, deck_qa.", metavar="TASKS", read=read_names,
         default="caption,qa; deck_qa for decks", is_common=True),
@@ -119,12 +119,12 @@ OPTIONS = (
         "generate.caption_styles", metavar="NAME,...", read=read_names, is_common=True,
         default="plain,detailed; brief,detailed for scenes"),
     RunOption("--words", int, TEXTS, "Approximate number of words per caption.", "generate.caption_words",
-        default="by style"),
-    RunOption("--samples", int, TEXTS, "Candidates per caption style. The best one is kept.",
+        default="depends on the style"),
+    RunOption("--samples", int, TEXTS, "Candidate captions per image and style. The best one is kept.",
         "generate.samples", min=1, default="1"),
-    RunOption("--select", str, TEXTS, "How to choose among --samples: consistency, clip or judge.",
+    RunOption("--select", str, TEXTS, "Rule that chooses the best of --samples: consistency, clip or judge.",
         "select.by", metavar="HOW", default="consistency"),
-    RunOption("--pairs", bool, TEXTS, "Also keep the worst of --samples, for preference training.",
+    RunOption("--pairs", bool, TEXTS, "Also keep the worst candidate, for preference training.",
         "select.pairs"),
     RunOption("--verify", str, TEXTS,
         "Checks: round_trip, claims, covers, blind, evidence, alignment.", "verify.checks",
@@ -139,7 +139,7 @@ OPTIONS = (
         metavar="ENGINE", default="auto"),
     RunOption("--model", str, MODEL,
         "Hub id or folder of a vision-language model, or tiny (only for --source scenes).", metavar="MODEL",
-        default="by source and engine", is_common=True),
+        default="chosen by source and engine", is_common=True),
     RunOption("--base-url", list[str], MODEL, "URL of a running OpenAI-compatible server. Repeatable.",
         metavar="URL", is_common=True),
     RunOption("--no-enforced-schema", bool, MODEL,
@@ -159,7 +159,7 @@ OPTIONS = (
         default="named after the source"),
 )  # fmt: skip
 CONFIG = Option(
-    metavar="FILE", help="YAML file of settings, which options override.", rich_help_panel=DATASET
+    metavar="FILE", help="YAML file of settings. Options override the file.", rich_help_panel=DATASET
 )
 
 

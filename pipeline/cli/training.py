@@ -25,14 +25,14 @@ DECODERS = "auto, scratch, prefix, qwen3, smollm2, a folder or a Hub id"
 
 
 def _preset_option(text: str, **limits: Any) -> Any:
-    return option(text, "by preset", **limits)
+    return option(text, "set by the preset", **limits)
 
 
 def train(
     data: AnyDataset = None,
     images: Images = None,
     init: Annotated[
-        str | None, option("Captioner to continue: a folder or a Hub id.", "a new captioner")
+        str | None, option("Captioner to train further: a folder or a Hub id.", "a new captioner")
     ] = None,
     encoder: Annotated[str, option(f"Image encoder: {ENCODERS}.")] = "auto",
     encoder_states: Annotated[
@@ -51,7 +51,7 @@ def train(
     ] = None,
     epochs: Annotated[int | None, _preset_option("Passes over the training images.", min=1)] = None,
     steps: Annotated[
-        int | None, option("Optimizer steps, instead of --epochs.", "by --epochs", min=1)
+        int | None, option("Optimizer steps, instead of --epochs.", "computed from --epochs", min=1)
     ] = None,
     batch_size: Annotated[int | None, _preset_option("Images per step.", min=1)] = None,
     lr: Annotated[
@@ -61,7 +61,7 @@ def train(
         int | None, _preset_option("LoRA rank for a language model, or 0 to train all weights.", min=0)
     ] = None,
     seed: Annotated[int | None, option("Seed of initial weights, dropout and data order.", "0")] = None,
-    config: Annotated[Path | None, option("YAML file or train.json, which options override.", False)] = None,
+    config: Annotated[Path | None, option("YAML file or train.json. Options override it.", False)] = None,
     out: Annotated[
         Path | None, path_option("Checkpoint folder.", "DATASET/checkpoints/VERSION-ENCODER-DECODER")
     ] = None,

@@ -35,9 +35,9 @@ from pipeline.config.sections import (
 )
 from pipeline.types import DEFAULT_MODEL
 
-CONTEXT = "context"  # the role of columns that prompts may use
-SCENES, DECKS = "scenes", "scenes-deck"  # sources of drawn images
-TINY = "tiny"  # the model for drawn images
+CONTEXT = "context"  # key in `columns` for the columns that prompts may use
+SCENES, DECKS = "scenes", "scenes-deck"  # sources of images that synth draws itself
+TINY = "tiny"  # the shipped model, which was trained only on drawn images
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
 SCENE_PROMPTS = Path(__file__).parents[1] / "scenes" / "prompts"  # the tiny model was trained on this wording
 NO_MODEL = "none"
@@ -175,14 +175,14 @@ class Config(Section):
         by, checks = self.select.by, self.verify.checks
         if self.generate.samples == 1:
             if self.select != SelectConfig():
-                yield "`select` needs several captions to choose from: --samples 4"
+                yield "`select` needs several captions to choose from: pass --samples 4"
             return
         if by == "consistency" and self.select.pairs and self.generate.samples == 2:
-            yield "two captions always agree equally with each other, so neither can be chosen: --samples 3"
+            yield "of two captions, `consistency` cannot choose the better: pass --samples 3"
         if by == "clip" and "alignment" not in checks:
-            yield "`select.by: clip` needs the check `alignment`: --verify alignment"
+            yield "`select.by: clip` needs the check `alignment`: pass --verify alignment"
         if by == "judge" and not self.verify.judge:
-            yield "`select.by: judge` needs the scores of a judge: --judge MODEL@URL"
+            yield "`select.by: judge` needs the scores of a judge: pass --judge MODEL@URL"
 
     def _server_contradictions(self) -> Iterator[str]:
         if url := _first_repeated(map(address_of, self.base_url)):
@@ -190,7 +190,7 @@ class Config(Section):
         if DEFAULT_MODEL in self.models:
             yield f"`models` has the name {DEFAULT_MODEL}, which is reserved for `model`: choose another name"
         if JUDGE_MODEL in self.models and AT_SERVER in (self.verify.judge or ""):
-            yield f"`verify.judge` has a server, but `models` has `{JUDGE_MODEL}`: set `verify.judge: judge`"
+            yield f"`verify.judge` and `models.{JUDGE_MODEL}` both define a judge: set `verify.judge: judge`"
         priced: tuple[ServerConfig | ModelConfig, ...] = (self.server, *self.models.values())
         is_priced = any((one.price_in, one.price_out) != (None, None) for one in priced)
         if self.server.max_cost is not None and not is_priced:
@@ -209,10 +209,11 @@ class Config(Section):
         return JUDGE_MODEL if AT_SERVER in (judge or "") else names.get(judge or "", judge)
 
     def of_model(self, name: str) -> "Config":
-        """Return the settings with a model of `models`, or the judge, as the only model.
+        """Return the settings for one model, as if it were the only model of the run.
 
-        Its servers get its own key and headers. If the model has neither, and all of its servers are in
-        `base_url`, they get the key and headers of `server`.
+        The model is in `models`, or is the judge. Requests to its servers contain its own key and headers. If
+        it has neither, and all of its servers are in `base_url`, they contain the key and headers of
+        `server`.
         """
         if name == DEFAULT_MODEL:
             return self
@@ -254,7 +255,7 @@ class Config(Section):
 
     @property
     def splits_claims(self) -> bool:
-        """Whether the model splits captions into claims. For drawn scenes, rules split them."""
+        """Whether the model splits captions into claims. Rules split captions of scenes that synth drew."""
         return "claims" in self.verify.checks and not self.has_scene_prompts
 
     @property

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_SHOWN_CHARACTERS = 80
-SECRET_KEYS = frozenset(("key_env", "headers"))  # users put API keys there by mistake
+SECRET_KEYS = frozenset(("key_env", "headers"))  # users may write API keys in these settings by mistake
 
 
 # --- files of settings
@@ -47,7 +47,7 @@ def resolve(config_file: Path | None = None, **options: Any) -> Config:
 def _merge_tasks(option_tasks: Any, file_tasks: Any) -> Any:
     """Merge custom tasks from a file and from options. Options replace tasks with the same name."""
     if not isinstance(option_tasks, list | tuple):
-        return option_tasks  # validation reports it
+        return option_tasks  # validation reports the invalid type
     added = [_complete_task(task) for task in option_tasks]
     names, others = task_names(added), file_tasks if isinstance(file_tasks, list) else []
     return [*(task for task in others if not (isinstance(task, dict) and task.get("name") in names)), *added]
@@ -77,7 +77,7 @@ def _with_texts(task: Any, folder: Path) -> Any:
                 texts[key] = json.loads(text) if suffix == ".json" else text
             except (OSError, ValueError) as error:
                 problem = f"cannot read {folder / name}: {error}"
-                raise ConfigError(problem, hint=f"`{key}` of a task names this file") from None
+                raise ConfigError(problem, hint=f"correct `{key}` of the task or the file") from None
     return task | texts
 
 
@@ -132,7 +132,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             near = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
             hint = did_you_mean(key, known) or f"known keys: {', '.join(near or known)}"
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
-        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # a list index or a union member
+        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # without list indexes and names of union members
         if not key:
             problem = flaw["msg"].removeprefix("Value error, ")
         elif flaw["type"] == "missing":

@@ -115,8 +115,8 @@ def _as_json(value: Any) -> Any:
 
 
 PromptText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
-# A condition such as `row.width_px >= 256`, which tasks/conditions.py reads. Conditions are pairs and output
-# schemas are strings, since settings of prompts must be hashable for caches.
+# A condition such as `row.width_px >= 256`, which tasks/conditions.py parses. Conditions are stored as pairs,
+# and output schemas as strings, because caches need hashable settings.
 Expression = Annotated[str, Field(pattern=r"\S", max_length=1000)]
 _as_pairs = BeforeValidator(lambda values: tuple(values.items()) if isinstance(values, dict) else values)
 Conditions = Annotated[tuple[tuple[str, Expression], ...], _as_pairs, PlainSerializer(dict)]
@@ -138,7 +138,7 @@ class TaskConfig(Section):
     rows: Annotated[str, Field(pattern=FIELD)] | None = None
     labels: Distinct[Label] = ()
     needs: Distinct[Annotated[str, Field(pattern=NEED)]] = ()
-    when: Expression | None = None  # asks the task only about some images
+    when: Expression | None = None  # the task is asked only about images for which this is true
     keep_if: Expression | None = None  # images for which it is false are dropped before other tasks are asked
     show_image: bool = True
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -186,7 +186,7 @@ class GenerateConfig(Section):
     samples: int = Field(default=1, ge=1, le=64)
     """Captions per image and style. The step `select` keeps the best."""
     sample_temperature: float = Field(default=0.8, gt=0, le=2)
-    """Temperature of all captions but the first, unless their normal temperature is higher."""
+    """Temperature of the second and later `samples`, unless the temperature of the first is higher."""
     qa_temperature: float = Field(default=0.3, ge=0, le=2)
     """Sampling temperature of questions. At 0 the model asks similar questions about every image. Higher
     values give less accurate answers.
@@ -252,11 +252,11 @@ class ServerConfig(Section):
     """How vLLM is started and servers are used. Only flags that affect replies invalidate stored replies."""
 
     flags: tuple[str, ...] = ()
-    """Flags for vLLM, as after `--` on the command line."""
+    """Flags for vLLM, like the arguments after `--` on the command line."""
     startup_timeout_s: float = Field(default=900, gt=0)
     """Seconds to load a model, or to wait for a server that is down."""
     max_restarts: int = Field(default=3, ge=0)
-    """Restarts of a vLLM server that dies."""
+    """Maximum restarts of a vLLM server that dies."""
     request_timeout_s: float = Field(default=600, gt=0)
     """Seconds to wait for a reply."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
@@ -278,13 +278,15 @@ class ServerConfig(Section):
     price_out: Price | None = None
     """Price of a million reply tokens."""
     max_requests: Annotated[int, Field(ge=1)] | None = None
-    """Stop when all runs of the dataset folder have sent this many requests."""
+    """Maximum number of requests of all runs in the dataset folder together."""
     max_total_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Stop when all runs have read and written this many tokens."""
+    """Maximum number of tokens, input plus output, of all runs in the dataset folder together."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
-    """Stop when all runs have cost this much, by `price_in` and `price_out`."""
+    """Maximum cost of all runs in the dataset folder together, computed from `price_in` and `price_out`."""
     max_failure_frac: float = Field(default=0.9, ge=0, le=1)
-    """Stop when more than this share of the last 100 first replies is unusable. 1 never stops."""
+    """Stop when more than this share of the last 100 replies is unusable. Replies to retries do not count.
+    1 never stops.
+    """
 
     @property
     def has_budget(self) -> bool:
@@ -303,7 +305,8 @@ Servers = Mapping[str, ServerConfig]  # by the name of the model
 
 def cost_of(tokens: Mapping[str, tuple[float, float]], servers: Servers) -> float | None:
     """Return the cost of prompt and reply tokens by model, or None if no price is known."""
-    # A model that the settings no longer name may have replies in the journal.
+    # The journal may have replies of a model that is no longer in the settings. The price of the default
+    # model is used for them.
     costs = [servers.get(name, servers[DEFAULT_MODEL]).price(*used) for name, used in tokens.items()]
     known = [cost for cost in costs if cost is not None]
     return sum(known) if known else None
@@ -335,7 +338,7 @@ class ImageFilterConfig(Section):
     """Bounds on images. Images outside of them are rejected before the model is asked."""
 
     enabled: bool = True
-    """False keeps images of all sizes, shapes and contents."""
+    """Reject images that are too small, too narrow or of one color. False keeps these images."""
     min_side_px: int = Field(default=32, ge=1)
     """Minimum pixels of the shorter side."""
     max_aspect_ratio: float = Field(default=20.0, ge=1)
@@ -358,7 +361,7 @@ class FilterConfig(Section):
     `alt`, 300 for `detailed`, 60 for `tags`, none for `ocr`, and 600 for others.
     """
     max_caption_characters: Annotated[int, Field(ge=1)] | None = None
-    """Maximum characters of a caption. Null uses 125 for `alt`, and no bound for others."""
+    """Maximum characters of a caption. Null uses 125 for the style `alt`, and no limit for other styles."""
     min_question_words: int = Field(default=3, ge=1)
     """Minimum words of a question."""
     max_question_words: int = Field(default=30, ge=1)
@@ -379,7 +382,7 @@ class FilterConfig(Section):
     ] = "en"
     """ISO 639 code of the language of prompts and texts. `any` keeps all languages."""
     min_language_score: float = Field(default=0.6, ge=0, le=1)
-    """Minimum confidence of the language detector to reject a text."""
+    """Reject a text only if the language detector has at least this confidence."""
     max_non_latin_frac: float = Field(default=0.0, ge=0, le=1)
     """Maximum share of non-Latin letters outside of quotes, for languages in Latin script."""
 
@@ -404,9 +407,9 @@ class VerifyConfig(Section):
     kept without the check.
     """
     calibration: int = Field(default=200, ge=0)
-    """Maximum images on which `claims` and the judge are calibrated with known truths and falsehoods."""
+    """Maximum images whose texts, known to be true or false, measure the errors of `claims` and the judge."""
     max_true_captions_lost: float = Field(default=0.1, ge=0, le=1)
-    """Maximum share of true captions that the check `claims` may reject, as estimated from known truths."""
+    """Maximum share of true captions that `claims` may reject, estimated with texts known to be true."""
     repair: bool = False
     """Rewrite captions that have a false claim. Needs the check `claims`."""
     judge: Annotated[str, Field(pattern=JUDGE), AfterValidator(_require_valid_judge)] | None = None
@@ -427,7 +430,7 @@ class VerifyConfig(Section):
     @model_validator(mode="after")
     def _require_claims_for_repair(self) -> "VerifyConfig":
         if self.repair and "claims" not in self.checks:
-            raise ValueError("`repair` needs the check `claims`, which finds false claims: --verify claims")
+            raise ValueError("`repair` needs the check `claims`, so pass --verify claims")
         return self
 
     @property
@@ -462,9 +465,9 @@ class BalanceConfig(Section):
     max_answer_frac: float = Field(default=0.4, gt=0, le=1)
     """Maximum share of one answer among the questions of one type."""
     max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)
-    """Maximum share of one answer among the questions of a type with two answers, or with yes or no."""
+    """Like `max_answer_frac`, for types with at most two different answers, or with the answer yes or no."""
     min_questions_per_type: int = Field(default=50, ge=1)
-    """Types with fewer questions are balanced together."""
+    """Types with fewer questions are treated as one type."""
 
     def max_share(self, answers: Collection[str]) -> float:
         """Return the maximum share of one answer. `answers` are the distinct answers of one type."""

@@ -1,9 +1,9 @@
 """Audit a version: draw texts at random, and estimate the share of wrong texts from human verdicts.
 
 A stratum has the texts of one task and style. A hash of the seed assigns each image to one of its strata, and
-another hash draws one of its texts there. A third hash orders the images of a stratum, and only the reviewed
-texts before the first unreviewed one count. The counted texts are a random sample, whenever the reviewers
-stop. The audit of a later version asks only for texts without a verdict.
+another hash draws one of the image's texts in this stratum. A third hash orders the drawn texts of a stratum.
+A review counts only if all earlier texts in this order are reviewed too. So the counted texts are a random
+sample, whenever the reviewers stop. The audit of a later version asks only for texts without a verdict.
 """
 
 from collections import Counter, defaultdict
@@ -19,7 +19,7 @@ from pipeline.dataset.reviews import TextName, Verdict, record_name, text_name
 from pipeline.dataset.statistics import percent, wilson_interval
 from pipeline.digests import hash_to_unit
 
-COLUMNS = ("sample_id", "captions", "qa")  # and the columns of custom tasks
+COLUMNS = ("sample_id", "captions", "qa")  # read together with the columns of custom tasks
 MAX_TEXTS = 5000  # per stratum
 Stratum = tuple[str, str]  # task ("captions", "questions", or a custom task) and style ("" without styles)
 NOT_MEASURED = "not measured (`synth review sample` draws texts to review)"
@@ -27,7 +27,10 @@ NOT_MEASURED = "not measured (`synth review sample` draws texts to review)"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Drawn:
-    """A text in the order of review. `weight` is proportional to the number of texts that it represents."""
+    """A text to review. Texts with a smaller `order` are reviewed first.
+
+    `weight` is proportional to the number of texts that this text represents.
+    """
 
     order: float
     name: TextName
@@ -66,7 +69,7 @@ class Frame:
                 drawn[:] = nsmallest(MAX_TEXTS, drawn)
 
     def first(self, number: int) -> list[TextName]:
-        """Return the first `number` texts: about equally many from each stratum, in turn."""
+        """Return at most `number` texts: about equally many from each stratum, one from each in turn."""
         chosen: list[tuple[int, Stratum, TextName]] = []
         by_size = sorted(self.drawn, key=lambda stratum: (len(self.drawn[stratum]), stratum))
         for n, stratum in enumerate(by_size):
@@ -90,7 +93,10 @@ def named_texts(row: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tupl
 
 @dataclass(slots=True)
 class _Rate:
-    """The reviewed texts of a stratum. `trials` is the effective number of texts with a clear verdict."""
+    """The share of wrong texts in a stratum (`wrong`), from its reviewed texts.
+
+    `trials` is the effective number of texts that were judged as right or wrong.
+    """
 
     texts: int
     reviewed: int
@@ -147,7 +153,7 @@ def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, An
 
 
 def wrong_shares(verdicts: Iterable[Verdict]) -> dict[TextName, float]:
-    """Return the share of reviewers who found a text wrong, for each text with a clear verdict."""
+    """Return the share of reviewers who found a text wrong, for each text judged as right or wrong."""
     votes: dict[TextName, list[bool]] = defaultdict(list)
     for verdict in verdicts:
         if verdict.verdict != "cannot_tell":
@@ -169,10 +175,10 @@ def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:
 
 
 def combine_rates(strata: Sequence[tuple[int, float, float]]) -> tuple[float, float, float]:
-    """Return a stratified share with its 95 % Wilson interval, for strata of (texts, share, trials).
+    """Return the mean share over strata, weighted by their texts, with its 95 % Wilson interval.
 
-    The trials of the interval are those of a simple random sample with the same variance. Shares are smoothed
-    for this variance only: it would be 0 for a small sample without errors.
+    Strata are (texts, share, trials). The interval is that of a simple random sample with the same variance.
+    Only to compute this variance, shares are smoothed: it would be 0 for a small sample without errors.
     """
     texts = sum(count for count, _, _ in strata)
     weights = [count / texts for count, _, _ in strata]

@@ -64,7 +64,7 @@ def _align(
     pending = next(tables, None)
     for batch in samples:
         parts: list[pa.Table] = []
-        end = -1  # position of the first annotation of a later batch
+        end = -1  # index of the first annotation that belongs to a later batch
         while pending is not None and end < 0:
             end = pc.index(pc.is_in(pending["sample_id"], batch["sample_id"]), False).as_py()
             parts.append(pending if end < 0 else pending.slice(0, end))
@@ -136,7 +136,7 @@ def _redact(value: Any) -> Any:
 
 
 def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.ListType) -> pa.ListArray:
-    """Return one list per sample. It holds the annotations of the sample that `mask` selects."""
+    """Return one list per sample: those of its annotations for which `mask` is True."""
     selected = annotations.filter(pa.array(mask))
     is_edited = pc.equal(final_column(selected, "prompt_id", pa.string()), REVIEWED)
     fields = []
@@ -152,7 +152,7 @@ def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.Li
 
 
 def row_digest(row: dict[str, Any]) -> str:
-    """Return the digest of a row and its split. `sample_id` represents the pixels."""
+    """Return the digest of a row and its split, without the pixels, which `sample_id` identifies."""
     return digest({name: value for name, value in row.items() if name not in PIXELS})
 
 

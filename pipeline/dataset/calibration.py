@@ -3,10 +3,10 @@
 The verify step asks a check about texts that are known to be true (human captions of the image) or false
 (captions of other images, and claims in which one word was replaced). The check's false alarms and misses
 show how reliable its findings about the other texts are. They also set the minimum evidence that refutes a
-claim: the lowest value at which at most a given share of true captions is lost.
+claim: the lowest value at which at most a given share of true captions is rejected.
 
-Claims of one image are not independent. The effective number of claims, from which intervals are computed,
-is that of a simple random sample with the same variance between images.
+Claims about one image are not independent, so intervals are computed from an effective number of claims: the
+size of a simple random sample with the same variance.
 """
 
 from collections import Counter, defaultdict
@@ -28,7 +28,8 @@ from pipeline.tasks.checks import MAX_EVIDENCE, REFUTED
 
 CLAIMS, JUDGE = "claims", "judge"
 TRUE = "reference"  # the kind of texts that are known to be true
-LEVELS = range(REFUTED, MAX_EVIDENCE + 1)  # possible values of the least evidence that refutes a claim
+# A claim is refuted if the evidence against it is at least the chosen level, which is one of these.
+LEVELS = range(REFUTED, MAX_EVIDENCE + 1)
 NEVER = MAX_EVIDENCE + 1
 FINDINGS = ("sample_id", "prompt_id", "claim_evidence", "judged_wrong", "calibration")
 # If the errors of a check add up to 1 - MIN_GAIN or more, no corrected share is stated.
@@ -37,7 +38,7 @@ MIN_GAIN = 0.1
 
 @dataclass(frozen=True, slots=True)
 class KnownTexts:
-    """All human captions of a sample, and one caption of another sample, or None."""
+    """Human captions of a sample, which are true, and one of another sample, which is false, or None."""
 
     captions: tuple[str, ...]
     foreign: str | None
@@ -54,7 +55,7 @@ def choose_known_texts(samples: Iterable[pa.RecordBatch], number: int, seed: int
     }
 
 
-Evidence = Counter[tuple[int, ...]]  # number of images by the evidence against each of their claims
+Evidence = Counter[tuple[int, ...]]  # (evidence against each claim of an image) -> number of such images
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,10 @@ class Share:
 
     @classmethod
     def of(cls, hits: Any, counts: Any, images: Any = 1) -> "Share":
-        """Return the share of hits among claims. `images` counts the images with these hits and claims."""
+        """Return the share of hits among claims.
+
+        `hits` and `counts` are the hits and claims of one image. `images` images have these numbers.
+        """
         n = int(np.sum(counts * images))
         value = float(np.sum(hits * images)) / max(1, n)
         # The linearized variance of a ratio of sums over clusters (Cochran, Sampling Techniques, 6.3).
@@ -76,7 +80,7 @@ class Share:
 
     @property
     def rest(self) -> "Share":
-        """The share of the other claims."""
+        """The complement of this share: 1 - `value`."""
         return replace(self, value=1 - self.value)
 
     def describe(self) -> dict[str, Any]:
@@ -98,12 +102,12 @@ def share_refuted(evidence: Evidence, level: int) -> Share:
 
 @dataclass(slots=True)
 class Findings:
-    """The findings of one check about known texts by kind, and about the texts of the dataset."""
+    """The findings of one check: about known texts, by their kind, and about the texts of the dataset."""
 
     known: dict[str, Evidence] = field(default_factory=lambda: defaultdict(Counter))
     found: Evidence = field(default_factory=Counter)
-    claims: Counter[int] = field(default_factory=Counter)  # captions by number of claims
-    by_model: int = 0  # checked texts that a model wrote
+    claims: Counter[int] = field(default_factory=Counter)  # number of captions by number of claims
+    by_model: int = 0  # number of checked texts that a model wrote
 
     def alarms(self, level: int) -> Share | None:
         """Return the share of true texts that are refuted, or None if no texts are known to be true."""
@@ -119,7 +123,7 @@ class Findings:
         return sorted(self.known.keys() - {TRUE})
 
     def lost_share(self, level: int) -> float | None:
-        """Return the share of true captions with a refuted claim if errors are independent, or None."""
+        """Estimate the share of true captions with a refuted claim if errors are independent, or None."""
         if level == NEVER:
             return 0.0
         alarms = self.alarms(level)
@@ -130,10 +134,10 @@ class Findings:
         return lost / self.claims.total()
 
     def choose_level(self, max_lost: float) -> int:
-        """Return the least evidence that refutes a claim and loses at most this share of true captions.
+        """Return the lowest level at which at most the share `max_lost` of true captions is lost.
 
-        If every level loses more, return the strictest level, or NEVER if even the lower bound of its false
-        alarms loses more.
+        If every level loses more, return the highest level. If even the lower bound of its false alarms loses
+        more, return NEVER, at which no claim is refuted.
         """
         for level in LEVELS:
             if (self.lost_share(level) or 0.0) <= max_lost:
@@ -143,7 +147,7 @@ class Findings:
 
     def describe(self, level: int) -> dict[str, Any]:
         """Return the errors of the check, and the corrected share of true texts before any rejection."""
-        shown = min(level, MAX_EVIDENCE)  # at NEVER, the errors of the strictest level
+        shown = min(level, MAX_EVIDENCE)  # at NEVER, describe the errors of the highest level
         found, alarms, missed = share_refuted(self.found, shown).rest, self.alarms(shown), self.missed(shown)
         lost = self.lost_share(level)
         return {
@@ -170,8 +174,8 @@ def read_findings(tables: Iterable[pa.Table]) -> dict[str, Findings]:
             for text in row["calibration"] or ():
                 known[text["check"], text["kind"]].append(text["evidence"])
         for check, one in findings.items():
-            # Evidence against texts by humans (False) and by a model (True). Human captions are measured only
-            # if the image has no text by a model. Otherwise they are known truths.
+            # Evidence against texts by humans (False) and by a model (True). If an image has a text by a
+            # model, its human captions are known truths, so they are not measured.
             evidence: dict[bool, list[list[int]]] = {False: [], True: []}
             for row in of_image:
                 if against := row["claim_evidence"] if check == CLAIMS else _judged(row["judged_wrong"]):
@@ -191,10 +195,10 @@ def _judged(is_wrong: Any) -> list[int]:
 def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str, Any] | None:
     """Return the share of true texts with its 95 % interval, from the share that the check did not refute.
 
-    A check passes true texts except false alarms, and the false texts that it misses: the true share is
-    (passed - missed) / (1 - alarms - missed), by Rogan and Gladen (1978), with the interval of Lang and
-    Reiczigel (2014). If no texts are known to be true, only a lower bound is known. Returns None if nothing
-    is known, or if the check does not tell true texts from false ones.
+    A check passes the true texts without a false alarm, and the false texts that it misses. So the true share
+    is (passed - missed) / (1 - alarms - missed), by Rogan and Gladen (1978), with the interval of Lang and
+    Reiczigel (2014). If no texts are known to be true, returns only a lower bound. Returns None if nothing
+    was measured, or if the check does not distinguish true texts from false texts.
     """
     if not missed.count or not found.count:
         return None
@@ -234,7 +238,7 @@ def checks_in_words(manifest: Mapping[str, Any]) -> list[str]:
     ]
     for check, counts in manifest.get("skipped_checks", {}).items():
         reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items())
-        lines.append(f"{check}: not made for {sum(counts.values()):,} texts ({reasons})")
+        lines.append(f"{check}: skipped for {sum(counts.values()):,} texts ({reasons})")
     return lines
 
 
@@ -245,7 +249,7 @@ def _true_in_words(check: Mapping[str, Any]) -> str:
         return f"{passed}; the share of true {unit} is unknown"
     interval = f"[{percent(true['low'])}, {percent(true['high'])}]"
     if true["share"] is None:
-        return f"{passed}; at least {percent(true['low'])} % are true, corrected for misses"
+        return f"{passed}; at least {percent(true['low'])} % are true, corrected for missed errors"
     return f"{passed}; {percent(true['share'])} % {interval} are true, corrected for the errors of the check"
 
 

@@ -75,7 +75,7 @@ def render_model_card(
         **({"base_model": [*base_models]} if base_models else {}),
     }
     values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
-    values["train"] = about["train"] | about["metrics"].get("settings", {})  # with derived values
+    values["train"] = about["train"] | about["metrics"].get("settings", {})  # including derived values
     trained = list_training_data(data)
     texts = {part.get("texts") for part in trained}
     values |= {"earlier": trained[1:], "texts": texts.pop() if len(texts) == 1 else "mixed"}

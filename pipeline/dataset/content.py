@@ -1,7 +1,7 @@
 """Measure captions: lengths, openings, unwanted phrases, word pairs, and the objects and people they name.
 
-A model that begins half of its captions with the same words, or hedges in every second caption, teaches that
-to a captioner. The counts of many shards can be added.
+A captioner learns the habits of the model that wrote its training captions, such as the same first words or
+hedging ("seems to be") in half of the captions. The counts of many shards can be added.
 """
 
 from collections import Counter, defaultdict
@@ -20,11 +20,11 @@ FREQUENT_OPENINGS = 20
 QUANTILES = (0.05, 0.5, 0.95)
 # Shares of distinct word pairs depend on the number of captions, so they are measured on at most this many.
 PAIR_CAPTIONS = 1000
-_ALSO_VERBS = frozenset(("cross", "ring", "train", "book"))  # objects that captions use as verbs
+_ALSO_VERBS = frozenset(("cross", "ring", "train", "book"))  # objects whose names are also verbs in captions
 
 
 def _read_groups(name: str) -> dict[str, set[str]]:
-    """Return, by word and its plural, the names of its groups in a word list."""
+    """Read a word list. Return the names of the groups of each word, for its singular and its plural."""
     groups: dict[str, set[str]] = defaultdict(set)
     for line in WORDS[name].strip().splitlines():
         group, _, words = line.partition(": ")
@@ -64,7 +64,8 @@ class Content:
         """Return the number of captions, quantiles of their length in words, and shares of captions.
 
         `distinct_pairs` is the share of distinct pairs among the pairs of adjacent words. Phrases, objects
-        and people are found by English words, so other languages lack them. None is an unknown language.
+        and people are found by English words, so they are left out for other languages. An unknown language
+        (None) is treated as English.
         """
         total = self.lengths.total()
         lengths = sorted(self.lengths.elements())

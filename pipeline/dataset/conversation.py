@@ -1,7 +1,7 @@
-"""Reader columns, for other trainers: one caption as `text`, and all texts and values as `messages`.
+"""Reader columns, which other trainers read: one caption as `text`, and all texts and values as `messages`.
 
-They are computed from the same row, so they are not part of a version's digest. `messages` has the format
-that chat templates in transformers and TRL read. The first message contains the image.
+They are computed from the other columns, so they are not part of a version's digest. `messages` has the
+format that chat templates in transformers and TRL read. The first message contains the image.
 """
 
 import json

@@ -109,7 +109,7 @@ class DatasetDir:
         matches = [version for version in versions if name in (None, version.name)]
         if not matches:
             names = ", ".join(version.name for version in versions) or "none"
-            hint = f"versions here: {names}; `synth generate` makes one"
+            hint = f"existing versions: {names}; `synth generate` makes a new version"
             raise StoreError(f"{self.path} has no version {name or ''}".rstrip(), hint=hint)
         complete = [version for version in matches if previews or not version.is_preview]
         return (complete or matches)[-1]
@@ -194,7 +194,7 @@ def newest_dataset(*, is_only: bool = False) -> Path:
     With `is_only`, raises StoreError if there are several datasets, instead of guessing.
     """
     if not (datasets := _list_datasets()):
-        hint = "make one with `synth generate --source scenes`, or pass its folder"
+        hint = "make a dataset with `synth generate --source scenes`, or pass the folder of a dataset"
         raise StoreError(f"no dataset under {DATA}/", hint=hint)
     if is_only and len(datasets) > 1:
         hint = f"pass one: {', '.join(map(str, datasets[:8]))}"

@@ -31,7 +31,7 @@ def damaged_files(version: Version, *, by_size: bool = False) -> list[str]:
 
 
 def content_digest(version: Version) -> str:
-    """Compute the digest of the rows in the files. Sample ids represent the pixels."""
+    """Compute the digest of the rows in the files, without the pixels, which sample ids identify."""
     manifest = version.manifest
     stored = {*manifest["columns"]}
     extras = extras_of(manifest)
@@ -49,7 +49,8 @@ def content_digest(version: Version) -> str:
 def find_damage(version: Version, stored: Collection[str] | None = None) -> list[str]:
     """Return messages about the damage in a version, if any.
 
-    `stored` has the ids of all intact images in its store. By default, all images of the store are read.
+    `stored` has the ids of all intact images in its store. If it is None, all images in the store are read to
+    find these ids.
     """
     if files := damaged_files(version):
         return [f"{name} does not match the manifest" for name in files]

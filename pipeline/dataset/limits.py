@@ -1,6 +1,7 @@
-"""Show how many texts a limit keeps, and the share of wrong texts among the kept texts with a review.
+"""Show the effect of a limit on a score: how many texts it keeps, and the share of wrong texts among them.
 
-The shares are not weighted, so they may differ from those of an audit (audit.py), and have no interval.
+The shares are those of the reviewed texts. They are not weighted, so they may differ from those of an audit
+(audit.py), and they have no interval.
 """
 
 from bisect import bisect_left
@@ -25,11 +26,11 @@ SCORED = ("sample_id", "task", *FINAL.names, *SCORES)
 def score_curves(
     tables: Iterable[pa.Table], verdicts: Iterable[Verdict]
 ) -> dict[str, list[tuple[float, float, str, str]]]:
-    """Return, by score, the share of wrong texts in each tenth of the texts, ordered by this score.
+    """Return a curve for each kind of score. It has one row for each tenth of the texts, ordered by score.
 
-    `tables` have the columns SCORED. A row has the lowest score of a tenth, the share of texts that this
-    score as a limit would keep, and the wrong texts in the tenth and among the kept texts, in words. Scores
-    without reviewed texts are left out.
+    A row has the lowest score of the tenth, and the share of texts that are kept if this score is the limit.
+    Then it has the shares of wrong texts, as strings: in the tenth, and among the kept texts. Scores without
+    reviewed texts are left out. `tables` have the columns SCORED.
     """
     shares = wrong_shares(verdicts)
     reviewed = pa.array({sample_id for sample_id, _ in shares}, pa.string())
@@ -59,7 +60,8 @@ def _curve(
 def describe_changes(before: Version, after: Version, verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Yield lines about the number of texts in two versions, and about the reviewed texts in `before`.
 
-    Nothing is yielded for equal rows: after an audit, the new version differs only in its error rates.
+    Nothing is yielded if both versions have the same rows. This is so after an audit, since only the error
+    rates differ.
     """
     if before.manifest["digest"] == after.manifest["digest"]:
         return

@@ -45,9 +45,12 @@ def asked_tasks(config: Config, tasks: Tasks) -> tuple[Task, ...]:
 
 
 def row_extras(config: Config, tasks: Tasks, writers: Sequence[str] = ()) -> Extras:
-    """Return the scores, context columns and custom task columns of rows with texts by these writers."""
+    """Return the scores, context columns and custom task columns of the rows of a run.
+
+    `writers` are the models that wrote the texts. If there are several, each text names its model.
+    """
     checks = config.verify.checks
-    # For drawn scenes, claims are found by rules, which yields no precision.
+    # There is no precision if rules, instead of the model, split captions into claims.
     is_measured = {
         "precision": config.splits_claims,
         "coverage": "covers" in checks,

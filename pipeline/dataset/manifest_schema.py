@@ -61,7 +61,7 @@ class FileEntry(_Part):
 
 
 class Origin(_Part):
-    """A name with a revision."""
+    """The name and the revision of a source or a model."""
 
     name: Name
     revision: Name
@@ -84,7 +84,7 @@ class Step(_Part):
 
 
 class Result(_Part):
-    """The numbers of an audit, a check, a price or a model of a ladder, each with its own keys."""
+    """Results of an audit, a check, a price, or one model of a ladder. Each has only some of the keys."""
 
     share: Share | None = None
     low: Share = 0

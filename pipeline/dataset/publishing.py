@@ -138,11 +138,11 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish the rows of all shards as the next version. Return the version, and whether it is new.
 
-    If the newest version has the same rows, audit and errors of checks, that version is returned, unless it
-    is a preview and the new version is complete. `draft` is a scratch folder next to the versions. `digests`
-    (DIGESTS) is sorted by id. `provenance` has the manifest fields about the run. `check` raises StoreError
-    if another command has taken over the folder. Raises TableError if no row is left or the shards have
-    different columns, and StoreError if images are missing.
+    If the newest version has the same rows, audit and errors of checks, no version is made, and the newest is
+    returned. A complete version is still made if the newest is only a preview. `draft` is a scratch folder
+    next to the versions. `digests` (DIGESTS) is sorted by id. `provenance` has the manifest fields about the
+    run. `check` raises StoreError if another command has taken over the folder. Raises TableError if no row
+    is left or the shards have different columns, and StoreError if images are missing.
     """
     if not digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
@@ -201,7 +201,7 @@ def publish_version(
 def next_version(
     parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa.Schema, pushed: Collection[str]
 ) -> str:
-    """Return the next version name. Names of `pushed` versions stay taken after a removal.
+    """Return the next version name. The names of `pushed` versions are not reused, even after a removal.
 
     The major number increases if columns or scores change, the minor if images are added, else the patch.
     """
@@ -222,7 +222,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft to its final folder atomically, and Parquet `files` too: pairs of path and new name.
+    """Move a draft and Parquet files to a final folder atomically. `files` has pairs of path and new name.
 
     In an object store, the manifest is moved last, since a folder without a manifest is not a version. Raises
     StoreError if the version already exists there.

@@ -33,7 +33,7 @@ def step_key(name: str, settings: Any, files: Sequence[Path], inputs: Sequence[s
 
 
 def described(value: Any) -> Any:
-    """Return settings as JSON values. An object with a method `describe` describes itself."""
+    """Return settings as JSON values. Objects with a method `describe` are replaced by its return value."""
     if hasattr(value, "describe"):
         return json.loads(json.dumps(value.describe(), default=str))
     if isinstance(value, BaseModel):

@@ -42,7 +42,8 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
 def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
     """Remove files left by killed commands, and hidden states. The caller holds the lock of the dataset.
 
-    Folders in use by another process are skipped. A training run that already reads a removed file continues.
+    Folders in use by another process are skipped. A training run can still read a removed file that it has
+    opened.
     """
     removed: Removed = []
     for path in [path for pattern in LEFTOVERS for path in sorted(dataset.path.glob(pattern))]:

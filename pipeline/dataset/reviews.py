@@ -74,7 +74,7 @@ class Review(_NamedText):
     @model_validator(mode="after")
     def _check_fields_of_verdict(self) -> "Review":
         if (self.verdict == "bad") != (self.reason is not None):
-            raise ValueError("the verdict `bad` needs a reason, and no other verdict may have one")
+            raise ValueError("the verdict `bad` needs a reason, and other verdicts must not have a reason")
         if self.verdict == "edited" and (self.text is None) == (self.question is None or self.answer is None):
             raise ValueError("the verdict `edited` needs a new text, or a new question and answer")
         if self.verdict != "edited" and any(getattr(self, name) is not None for name in EDITABLE):
@@ -105,7 +105,7 @@ def read_lines(path: Path) -> list[Line]:
         if text.lstrip().startswith("["):
             text = "\n".join(map(json.dumps, read_verdicts_of_tools(text)))
     except (OSError, ValueError, UnsafeFileError) as error:
-        hint = "export the reviews again from `synth report` or the other tool"
+        hint = "export the reviews again from the report, Label Studio or Argilla"
         raise ConfigError(f"cannot read {path}: {error}", hint=hint) from None
     lines: list[Line] = []
     # `splitlines` would also split at other line separators, which texts may contain.
@@ -139,15 +139,15 @@ def merge_lines(lines: Iterable[T]) -> list[T]:
 
 @dataclass(slots=True)
 class AppliedReviews:
-    """The review of each annotation, by its name before any edit, and the reviews that were not applied.
+    """The review of each annotation, by the name of the unedited text, and the reviews that were not applied.
 
-    Reviews are applied in order. A later review of the same text replaces an earlier one, and an edited text
-    is known by its old and its new name. Reviews in `pending` match no annotation.
+    Reviews are applied in order, and a later review of a text replaces an earlier one. It may name an edited
+    text by its old or its new name. Reviews in `pending` match no annotation.
     """
 
     by_name: dict[TextName, Review] = field(default_factory=dict)
     pending: list[Review] = field(default_factory=list)
-    unusable: list[tuple[Review, str]] = field(default_factory=list)  # edits with their problems
+    unusable: list[tuple[Review, str]] = field(default_factory=list)  # invalid reviews, with the reason
 
     @classmethod
     def of(cls, reviews: Iterable[Review], rows: Annotations, tasks: Tasks = BUILT_IN) -> "AppliedReviews":
@@ -160,7 +160,7 @@ class AppliedReviews:
             if name is None:
                 applied.pending.append(review)
             elif review.verdict == "good" and review.name != name:
-                pass  # approves an edit, which is kept
+                pass  # the review approves an earlier edit
             elif original_names.get(review.resulting_name, name) not in (name, *rejected):
                 applied.unusable.append((review, "another text of this image is the same"))
             elif review.verdict == "edited" and (problem := check_edit(review, rows[name], tasks)):

@@ -61,7 +61,7 @@ class SplitWriter:
 
 
 def split_into_groups(rows: pa.Table, max_rows: int, max_bytes: int) -> Iterator[pa.Table]:
-    """Yield slices of at most `max_rows` rows and at most `max_bytes`. A larger row comes alone."""
+    """Yield slices of at most `max_rows` rows and at most `max_bytes`. A larger row is a slice of its own."""
     while rows.num_rows:
         count = min(max_rows, rows.num_rows)
         if rows.slice(0, count).nbytes > max_bytes:

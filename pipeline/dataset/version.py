@@ -74,7 +74,8 @@ class Version:
         """The folder for outputs from this version: its dataset folder, or else the parent of its folder."""
         if self.repo:
             return dataset_folder(self.repo)
-        # A link in `versions` belongs to that folder's dataset, any other link to the dataset of its target.
+        # `path` may be a symbolic link. If the link is in a folder `versions`, use the dataset of that
+        # folder. For any other link, use the dataset of its target.
         is_named = is_remote(self.path) or self.path.parent.name == "versions"
         return dataset_dir_of(self.path if is_named else self.path.resolve())
 
@@ -244,7 +245,7 @@ def read_version(folder: Path) -> Version:
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["table_version"] != TABLE_VERSION:
-            problem = f"another release of synth wrote table_version {manifest['table_version']!r}"
+            problem = f"its table_version {manifest['table_version']!r} is from another release of synth"
             hint = "upgrade synth, or use the release that wrote the version"
             raise StoreError(f"cannot open the version {folder}: {problem}", hint=hint)
         check_manifest(manifest)
@@ -256,7 +257,7 @@ def read_version(folder: Path) -> Version:
     except UnsafeFileError as error:
         raise StoreError(str(error), hint=error.hint) from None
     except _DAMAGED as error:
-        hint = f"pass a dataset folder or one of its versions; if it was a version, move {folder} away"
+        hint = f"pass a dataset or a version; to leave out a damaged version, move {folder} away"
         raise StoreError(f"not a version: {folder} ({error})", hint=hint) from None
     return Version(folder, manifest)
 

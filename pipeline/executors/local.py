@@ -57,7 +57,7 @@ class LocalExecutor:
         work(self.dataset, self._services)
 
     def wait(self) -> None:
-        """See Executor. Unloads the models, unless further models of a ladder may be asked."""
+        """See Executor. Unloads the model, unless a task has several models, which may be asked later."""
         if self.plan.requests.num_rungs == 1:
             self._engine.close()
 

@@ -75,7 +75,7 @@ def describe_empty_splits(version: Version, split: SplitConfig) -> Iterator[str]
         verb = "splits have" if len(empty) > 1 else "split has"
         yield (
             f"the {' and the '.join(empty)} {verb} no images, but `synth train` needs some: "
-            f"use more images, or, if the source states no splits, another --seed{groups}"
+            f"use more images or, for a source without splits, another --seed{groups}"
         )
 
 
@@ -105,7 +105,7 @@ def require_rows(plan: Plan, steps: Sequence[Step], summaries: list[StepSummary]
     config = plan.config
     validated = next(summary for summary in summaries if summary.step == "validate")
     if not validated.input and config.keeps_human_texts:
-        hint = "to use a model: --tasks caption"
+        hint = "to use a model, pass --tasks caption"
         if "captions" in plan.spec.options:
             hint = f"pass a file of captions: --captions FILE; {hint}"
         elif plan.spec.kind in ("hub", "parquet"):
@@ -113,12 +113,12 @@ def require_rows(plan: Plan, steps: Sequence[Step], summaries: list[StepSummary]
         raise NoRowsError(f"{config.source} has no human captions and no human questions", hint, summaries)
     if summaries[-1].kept:
         return
-    losses = [*describe_losses(steps, summaries, "see its rejected.parquet")]
+    losses = [*describe_losses(steps, summaries, "the rows are in rejected.parquet of this step")]
     losses += describe_unanswered(plan.dataset, summaries)
     chosen = {reason: count for reason, count in validated.rejected.items() if is_no_loss(reason)}
     losses += [f"{in_words(reason)}: {count:,} {validated.unit}" for reason, count in chosen.items()]
     folder = plan.dataset.path / "steps"
-    hint = f"change that setting, then run again; all rejected rows are in {folder}/*/rejected.parquet"
+    hint = f"change these settings, then run again; all rejected rows are in {folder}/*/rejected.parquet"
     if config.tasks and 2 * validated.kept < validated.input - sum(chosen.values()):
         attempts = f"generate: {{max_attempts: {config.generate.max_attempts}}}"
         hint += f"; to retry unusable replies more often, raise {attempts}"

@@ -62,10 +62,11 @@ def export_version(
     if _has_export(out, settings):
         return Exported(out, 0, 0, has_opening=True, is_new=False)
     if kind not in (known := [PARQUET, *FORMATS]):
-        raise ConfigError(f"no format {kind}", unknown=kind, known=known, hint=f"formats: {', '.join(known)}")
+        hint = f"formats: {', '.join(known)}"
+        raise ConfigError(f"unknown format {kind}", unknown=kind, known=known, hint=hint)
     if (source_names or absolute) and kind in TABLES:
         hint = "leave out --names and --absolute"
-        raise ConfigError(f"the format {kind} has no files of images", hint=hint)
+        raise ConfigError(f"the format {kind} has no image files", hint=hint)
     busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):

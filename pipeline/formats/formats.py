@@ -112,8 +112,8 @@ class ImageFolder(Format):
     def close(self) -> None:
         super().close()
         drafts = [self.folder / name for name in self._files]
-        # A list that is empty in all rows of a batch has no type in the schema of the batch, and not every
-        # image has captions of all styles, so merge the schemas of all batches and columns.
+        # Merge the schemas of all batches: a list that is empty in a whole batch has no type in its schema,
+        # and not every image has captions of all styles.
         schemas = []
         for rows in chain.from_iterable(map(_read_lines, drafts)):
             names = dict.fromkeys(chain.from_iterable(rows))
@@ -403,7 +403,7 @@ def _cauldron_rows(item: Item) -> list[dict[str, Any]]:
 
 
 def _as_rating(value: float | None) -> float | None:
-    """Return a score unchanged. A question gets 1 if it was answered without the image, or else 5."""
+    """Return 1 for True (a question was answered without its image), 5 for False, or a score unchanged."""
     return (1 if value else 5) if isinstance(value, bool) else value
 
 
@@ -445,7 +445,8 @@ def _columns(item: Item) -> dict[str, Any]:
 def _with_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
     """Add WRITTEN_BY and the values of custom tasks to a row. A name that is already used gets an underscore.
 
-    If a value is named like a text column, WRITTEN_BY is BY_MODEL, so that no source reads it as human text.
+    If a custom task has the name of a text column, WRITTEN_BY is BY_MODEL, so that no source reads its values
+    as human texts.
     """
     has_text_name = not {*CAPTIONS, QUESTION, *ANSWERS}.isdisjoint(item.values)
     row = row | {WRITTEN_BY: BY_MODEL if has_text_name else item.writer(row.get("text") or "")}

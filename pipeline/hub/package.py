@@ -69,7 +69,7 @@ def build_package(
     refused = [license_name for license_name in restricted if license_name not in acknowledged]
     if images and refused:
         options = " ".join(f"--acknowledge {name}" for name in refused)
-        hint = f"if you have that right, pass {options}: the card will state it"
+        hint = f"if you may redistribute them, pass {options}: the card will state this"
         raise PushError(f"images under {', '.join(refused)} may not be redistributed", hint=hint)
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
     stated = stated or {}
@@ -98,7 +98,10 @@ def _scratch_folder(version: Version) -> Iterator[Path]:
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
-    """Return a manifest without images. If the files hold images, write files without them to `folder`."""
+    """Return the manifest of a version without its images.
+
+    If the version's files hold images, new files without images are written to `folder`.
+    """
     columns = version.manifest["columns"]
     manifest = version.manifest | {"columns": [column for column in columns if column not in PIXELS]}
     if version.holds_pixels:

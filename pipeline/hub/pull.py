@@ -43,7 +43,7 @@ def pull_version(name: str) -> Version:
     from huggingface_hub import errors, snapshot_download
 
     repo, _, requested = name.partition("@")
-    offline = "check the network, then try again; a downloaded version opens by its name, ORG/NAME@VERSION"
+    offline = "check the network, then try again; a downloaded version opens offline as ORG/NAME@VERSION"
     offline = did_you_mean(repo, map(str, Path(repo).parent.glob("*/")), offline)
     with translate_hub_errors(name, "dataset", StoreError, offline, or_folder=True):
         revision = requested or next(reversed(_tags(repo)), None)

@@ -83,7 +83,7 @@ def push_package(
             except (HfHubHTTPError, ConnectionError, TimeoutError, httpx2.TransportError) as error:
                 response = error.response if isinstance(error, HfHubHTTPError) else None
                 status = response.status_code if response else 0
-                # A ConnectError means that no server is listening.
+                # After a ConnectError, do not retry: no server is listening.
                 if status not in (0, *RETRIED_STATUSES) or isinstance(error, httpx2.ConnectError):
                     raise
                 limit = parse_ratelimit_headers(response.headers) if response else None
@@ -106,7 +106,7 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
         message = f"digest {package.manifest['digest']}"
         api.create_tag(repo, repo_type=package.kind, tag=name, revision=commit, tag_message=message)
     changed = "" if is_new else ", ".join(_changed_statements(package, remote))
-    warning = f"the published {name} has other values of {changed}: {_TAG_HINT}" if changed else ""
+    warning = f"the published {name} has a different {changed}: {_TAG_HINT}" if changed else ""
     return PushResult(repo, str(created), commit, name, is_new, is_private, warning)
 
 
@@ -133,8 +133,8 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
     if not remote and files - {*NEW_REPO_FILES}:
         hint = "push to a new or an empty repository"
         raise PushError(f"{repo} has files that synth did not push", hint=hint)
-    # Each attempt needs new operations. An operation remembers the branch at its upload, and would skip a
-    # file as unchanged although the branch has changed since.
+    # Create new operations for each attempt. An operation stores whether its file was unchanged on the
+    # branch. If the branch changes later, another attempt would wrongly skip the file.
     additions = [CommitOperationAdd(path, content) for path, content in package.files.items()]
     large = [addition for addition in additions if isinstance(addition.path_or_fileobj, str)]
     for done, addition in enumerate(large):

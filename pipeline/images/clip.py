@@ -51,7 +51,7 @@ class ClipScorer:
             from transformers.utils import logging
         except ModuleNotFoundError as error:
             hint = install_command("train")
-            raise EngineError(f"a CLIP needs the package {error.name}", hint=hint) from None
+            raise EngineError(f"CLIP models need the package {error.name}", hint=hint) from None
         model_id = CLIP_MODELS.get(name, name)
         logging.disable_progress_bar()
         verbosity = logging.get_verbosity()

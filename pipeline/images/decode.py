@@ -29,9 +29,9 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 ORIENTATION = 0x0112  # EXIF tag
 ROTATED_90 = (5, 6, 7, 8)  # orientations that swap width and height
 MAX_IMAGE_BYTES = 100_000_000
-PATCH_PX = 28  # side of the area of one image token of Qwen2.5-VL: two merged patches of 14 px
-MAX_PIXELS = 50_000_000  # checked before decoding, because a 12 kB file can claim 100 million
-MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
+PATCH_PX = 28  # one image token of Qwen2.5-VL covers 28 x 28 px: 2 x 2 patches of 14 px
+MAX_PIXELS = 50_000_000  # checked before decoding, because a 12 kB file can claim 100 million pixels
+MAX_ASPECT_RATIO = 100  # below 200, which Qwen2.5-VL's processor refuses
 MAX_SCANS = 100  # a progressive JPEG usually has about ten scans
 _JPEG_FORMATS = ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
@@ -76,7 +76,7 @@ def check_image(data: bytes) -> ImageInfo:
 
 
 def _decode_reduced(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
-    """Return an upright image in RGB over white, and its full size. Damage is detected as in a full decode.
+    """Return an upright RGB image on white, and its full size. Damage is detected as in a full decode.
 
     A large JPEG is reduced by 2, 4 or 8 as long as both sides keep MIN_HASHED_SIDE_PX.
     """
@@ -108,10 +108,13 @@ def pdq_hash(image: Image.Image) -> bytes:
 def prepare_image(
     data: bytes | memoryview, max_pixels: int | None = None, *, for_model: bool = False
 ) -> Image.Image:
-    """Decode to upright RGB over white, scaled to `max_pixels`. Raises ImageError as `check_image` does."""
+    """Decode to upright RGB on a white background, scaled down to `max_pixels`.
+
+    Raises ImageError as `check_image` does.
+    """
     with open_image(data) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # without a copy of a large image
+        ImageOps.exif_transpose(image, in_place=True)  # in place, to avoid a copy of a large image
         rgb = over_white(image)
     size = (sent_size if for_model else scaled_size)(*rgb.size, max_pixels)
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
@@ -221,7 +224,7 @@ def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterat
 
 
 def too_many_scans() -> ImageError:
-    """Return the error to raise for a JPEG with too many scans, since each takes time to decode."""
+    """Return the error to raise for a JPEG with too many scans, which would take too long to decode."""
     return ImageError("too_many_scans", f"more than {MAX_SCANS} scans")
 
 

@@ -29,7 +29,8 @@ from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import ImageInfo, check_image
 from pipeline.images.metadata import strip_metadata
 
-# Per image. The limit also ends workers that sleep, and is high because the machine may be busy.
+# Per image. Unlike the limit on CPU time, this limit also ends workers that sleep. It is high, because the
+# machine may be busy.
 WALL_SECONDS = 300.0
 AHEAD_BYTES = 128_000_000  # total size of the queued images
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 MEMORY_BYTES = 1_500_000_000  # in addition to the memory of an idle worker
 CPU_SECONDS = 30
 MAX_HEADER_BYTES = 1_000_000
-MAX_STRIPPED_BYTES = 400_000_000  # a TIFF may become a larger PNG
+MAX_STRIPPED_BYTES = 400_000_000  # of a file without metadata: a TIFF may become a larger PNG
 UNCHANGED = b""  # the message for an image without metadata
 
 

@@ -32,7 +32,7 @@ MIRRORED_WORDS = 2
 BIT_ORDER = [*range(1, HASH_BITS, 2), *range(0, HASH_BITS, 2)]
 
 MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
-BLOCK_HASHES, TILE_HASHES = 256, 512  # each hash of a block is compared with each of a tile at once
+BLOCK_HASHES, TILE_HASHES = 256, 512  # each hash of a block is compared with each hash of a tile
 MAX_NEIGHBORS = 128  # maximum number of better images that an image is paired with
 
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row per page
@@ -40,7 +40,7 @@ Bits = npt.NDArray[np.uint16]
 Rows = npt.NDArray[np.int64]
 
 LOOK_ALIKE_ADVICE = {  # reason -> setting to change if too many rows are rejected
-    "near_duplicate_image": "for slides or charts, dedupe.images: graphics; to keep all, dedupe.images: none",
+    "near_duplicate_image": "set dedupe.images: graphics for slides and charts, or none to keep all images",
     "near_held_out_image": "to keep similar images, set dedupe.images: none",
 }
 COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")
@@ -110,9 +110,9 @@ def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_])
 def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     """Return each sample's group, and the reason if it is rejected (tables.IMAGE_GROUPS, sorted by id).
 
-    Among copies of a photo, the sample in the most held-out split is kept. Ties go to the largest sample,
-    then to the first id. Photos and graphics are also rejected if they are near a sample in a more held-out
-    split. `samples` has the columns COMPARED_COLUMNS.
+    Splits have the order train, validation, test. Among copies of a photo, the sample in the last of these
+    splits is kept. Ties go to the largest sample, then to the first id. Photos and graphics are also rejected
+    if they are near a held-out sample in a later split. `samples` has the columns COMPARED_COLUMNS.
     """
     samples = samples.sort_by("sample_id")
     ids = samples["sample_id"].combine_chunks()
@@ -187,7 +187,8 @@ def _near_decks(near: NearPairs, owners: Rows, num_pages: Rows) -> NearPairs:
     """Return the near pairs of decks from pairs of near pages. `owners` are the decks of the pages."""
     decks, pair_of = np.unique(owners[near.first] * len(num_pages) + owners[near.second], return_inverse=True)
     first, second = decks // len(num_pages), decks % len(num_pages)
-    # For both decks of a pair: the pages near a page of the other deck, each with its smallest distance.
+    # For each deck of a pair, count the pages that are near a page of the other deck, and add up the smallest
+    # distance of each.
     num_shared, total_bits = np.zeros((2, len(decks)), np.int64), np.zeros(len(decks))
     for deck, pages in enumerate((near.first, near.second)):
         shared, index = np.unique(pair_of * len(owners) + pages, return_inverse=True)

@@ -27,7 +27,7 @@ from pipeline.images.decode import MAX_IMAGE_BYTES, MAX_PIXELS
 from pipeline.images.isolation import Worker, allow_cpu, limit_resources, stated_reason
 
 Kind = Literal["pdf", "video"]
-PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # the extras are named after the kinds
+PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # by kind of file, which is also the name of the extra
 PAGE_SIDE_PX = 1536  # longer side of a page
 MAX_FRAME_SIDE_PX = 2048  # larger frames are scaled down
 JPEG_QUALITY = 92
@@ -91,7 +91,8 @@ def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> It
 
 def serve() -> None:
     """Render the file on stdin to stdout. This is the main function of the process."""
-    # The system kills this process with its parent: a closed pipe is noticed only by the next write.
+    # Let the system kill this process when its parent ends. Otherwise, only the next write would notice the
+    # closed pipe.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     kind, suffix, every_s = sys.argv[1:]
     file, every_ms = os.fdopen(os.dup(0), "rb"), max(1, round(1000 * float(every_s)))
@@ -149,7 +150,7 @@ def _pages(pdfium: Any, data: bytes) -> Iterator[Answer]:
             page = document[number]
             width, height = page.get_size()
             if not min(width, height) > 0 or max(width, height) / min(width, height) > PAGE_SIDE_PX:
-                raise ValueError(f"it is {width:.0f} by {height:.0f} points")
+                raise ValueError(f"its size is {width:.0f} by {height:.0f} points")
             image = page.render(scale=PAGE_SIDE_PX / max(width, height)).to_pil().convert("RGB")
         except (pdfium.PdfiumError, ValueError) as error:
             yield {"place": number + 1, "fault": f"page {number + 1}: {one_line(error)}"}, None
@@ -173,7 +174,7 @@ def _frames(av: Any, file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[A
     try:
         container = av.open(file, mode="r", format=demuxer)
     except av.FFmpegError as error:
-        detail = f"no {demuxer} video: {one_line(error.strerror or error)}"
+        detail = f"not a valid {demuxer} video: {one_line(error.strerror or error)}"
         raise ImageError("unreadable_file", detail) from None
     with container:
         if not container.streams.video:

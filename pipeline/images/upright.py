@@ -1,4 +1,4 @@
-"""Convert an image to upright RGB over white, the form in which every model sees it.
+"""Convert an image to upright RGB on a white background, the form in which every model sees it.
 
 Published captioners contain this code (trainer/model/transformers_files.py), so it needs only Pillow.
 """
@@ -7,12 +7,12 @@ from PIL import Image, ImageOps
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return an image in RGB over white, rotated as its EXIF orientation states."""
+    """Return an image in RGB on a white background, rotated as its EXIF orientation states."""
     return over_white(ImageOps.exif_transpose(image))
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """Return an image in RGB over white. 16-bit gray is reduced to 8 bits.
+    """Return an image in RGB, composited on a white background. 16-bit gray is reduced to 8 bits.
 
     Raises ValueError if the image has 32-bit pixels, whose range is unknown.
     """

@@ -39,9 +39,9 @@ def likely_tokens(reply: Reply) -> tuple[int, int]:
 class Budget:
     """Counts the requests, estimated tokens and cost of a dataset over all runs.
 
-    A request in flight reserves the longest prompt so far and `max_tokens`. If no request is in flight, one
-    is sent if the mean cost of a request fits. A limit is exceeded by at most one request, plus the
-    additional tokens of prompts in flight that are longer than all earlier prompts.
+    A request in flight reserves the longest prompt so far and `max_tokens`. While no request is in flight,
+    the next request needs to fit only with the mean cost so far. A limit is exceeded by at most one request,
+    plus the additional tokens of prompts in flight that are longer than all earlier prompts.
     """
 
     servers: Servers
@@ -139,8 +139,8 @@ class CircuitBreaker:
             return
         reasons = ", ".join(f"{count} {flaw.replace('_', ' ')}" for flaw, count in flaws.most_common(3))
         sample = " ".join(self._last.split())[:MAX_SHOWN_CHARACTERS]
-        hint = "run `synth preview`; check --model and the prompts; server.max_failure_frac: 1 disables this"
+        hint = "check --model and the prompts with `synth preview`; server.max_failure_frac: 1 never stops"
         if sum(flaws[reason] for reason in UNANSWERED) > flaws.total() / 2:
             hint = "look at the log of the server, then run the same command: it sends these requests again"
         problem = f"{flaws.total()} of the last {WINDOW_REPLIES} replies are unusable ({reasons})"
-        raise EngineError(f"{problem}; the last one: {sample!r}", hint=hint)
+        raise EngineError(f"{problem}; last unusable reply: {sample!r}", hint=hint)

@@ -29,15 +29,16 @@ from pipeline.inference.vllm import Server, VllmCommand, run_servers
 from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
-FIRST_REQUESTS, MAX_REQUESTS = 32, 128  # in flight per server that synth did not start
+FIRST_REQUESTS, MAX_REQUESTS = 32, 128  # first and largest limit per server that synth did not start
 BUSY_SECONDS = 1.0  # busy answers and timeouts within this time count once
 MAX_FILES = 65_536
 RESERVED_FILES = 128  # file descriptors that are not used for connections
 GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
 SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
 FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
-MIN_PROMPT_TOKENS = 640  # shorter prompts count as this, so that all built-in tasks send the same image size
-BYTES_PER_TOKEN = 2  # words take more bytes per token in any script, but digits may take only 1
+# The least estimate for a prompt. It makes all built-in tasks send images of the same size.
+MIN_PROMPT_TOKENS = 640
+BYTES_PER_TOKEN = 2  # words of any script have more bytes per token, but numbers may have only 1
 FINISH_SECONDS = 60.0  # after a fatal error, wait this long for replies in flight, which are already paid for
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 class Concurrency:
     """Limits the number of requests in flight. Busy answers and timeouts lower it, and replies restore it.
 
-    The limit also grows up to `maximum` while replies take less than twice as long as the fastest batch.
+    The limit also grows up to `maximum` while the mean time of replies is less than twice the lowest mean.
     """
 
     def __init__(self, first: int, maximum: int) -> None:
@@ -141,9 +142,9 @@ class InFlight:
 class Client:
     """Sends requests to the servers at `urls`, or to servers that it starts from `launches`.
 
-    `max_tokens` is the largest token limit of first replies. Images are scaled below `max_pixels` if those of
-    a request would not fit the model's context. Raises EngineError if a server does not answer, serves
-    another model or must enforce schemas and does not.
+    `max_tokens` is the largest token limit of first replies. If the images of a request would not fit the
+    model's context, they are scaled below `max_pixels`. Raises EngineError if a server does not answer,
+    serves another model, or does not enforce schemas although the settings require it.
     """
 
     model: str
@@ -227,7 +228,8 @@ class Client:
         self._started = time.monotonic()
         self._connections = max(1, raise_file_limit() - RESERVED_FILES)
         first, most = FIRST_REQUESTS * len(endpoints), MAX_REQUESTS * len(endpoints)
-        if launches:  # the limit is little above the batch size, since a crash repeats all requests in flight
+        if launches:
+            # Stay close to the batch size, since all requests in flight must be repeated after a crash.
             batch_size = sum(launch.max_num_seqs for launch in launches)
             first = most = batch_size + max(4, batch_size // 4)
         self._concurrency = Concurrency(settings.concurrency or first, settings.concurrency or most)
@@ -344,7 +346,7 @@ class Client:
             if self._context_tokens:
                 request = fit_context(request, self._context_tokens, self.max_tokens)
             images = await self._images.parts(request)
-        except OSError:  # such as a full disk
+        except OSError:  # not due to the image: for example, the disk is full
             raise
         except Exception as error:  # noqa: BLE001  # a decoder may raise anything, for this image alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)

@@ -25,7 +25,7 @@ from pipeline.text.escape import without_passwords
 POLL_SECONDS = 1.0  # interval for checking servers that are down
 HEALTH_SECONDS = 5
 KEEPALIVE_SECONDS = 4  # uvicorn closes idle connections after 5 s
-KEY = "SYNTH_API_KEY"  # environment variable, like the next one
+KEY = "SYNTH_API_KEY"  # environment variable with the API key
 OPENAI_KEY = "OPENAI_API_KEY"  # sent only to OpenAI's own servers
 MIN_KEY_CHARACTERS = 8  # a shorter value may be an ordinary word, and is not removed from messages
 PAYMENT_REQUIRED = 402
@@ -233,7 +233,7 @@ def no_server(endpoints: list[Endpoint]) -> EngineError:
         hint = "list hosts to reach without a proxy in NO_PROXY"
     faults = dict.fromkeys(one.fault.replace(" ssl:default", "") for one in endpoints if one.fault)
     if any("[SSL" in fault for fault in faults):
-        hint = "check http:// or https://; for your own certificates, set SSL_CERT_FILE"
+        hint = "check if the URL needs http:// or https://; for your own certificates, set SSL_CERT_FILE"
     return EngineError(f"no server answers at {urls}{': ' if faults else ''}{'; '.join(faults)}", hint=hint)
 
 

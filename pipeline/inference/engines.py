@@ -32,7 +32,7 @@ _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
 HOW_TO_CHOOSE = (
     "pass --base-url with a running server (vLLM, Ollama, llama.cpp), or --engine vllm if vLLM is installed "
-    "here; to try the pipeline itself on any image: --engine embedded --model tiny"
+    "here; to try the pipeline on any image, pass --engine embedded --model tiny"
 )
 # Formats other than safetensors. Such files are most often copies of the same weights.
 IGNORED_FILES = ["*.gguf", "*.bin", "*.pt*", "*.h5", "*.msgpack", "*.onnx*", "original/*", "consolidated*"]
@@ -128,16 +128,16 @@ def _no_engine() -> Engine:
 def _require_drawn_images(config: Config) -> None:
     """Raise ConfigError if the tiny model does not support the source or a setting."""
     if find_source(config.source).model != TINY and config.engine != "embedded":
-        problem = f"the tiny teacher can only describe --source scenes, not {config.source}"
+        problem = f"the model `tiny` can only describe --source scenes, not {config.source}"
         raise ConfigError(problem, hint=HOW_TO_CHOOSE)
     from pipeline.scenes.text import STYLES
 
     if "covers" in config.verify.checks or config.verify.repair:
         hint = "leave out the check `covers` and --repair, or pass a larger model: --model, --base-url"
-        raise ConfigError("the tiny teacher can neither read nor repair captions", hint=hint)
+        raise ConfigError("the model `tiny` can neither read nor repair captions", hint=hint)
     unknown = [style for style in config.generate.caption_styles if style not in STYLES]
     if unknown:
-        problem = f"the tiny teacher does not support the caption style {unknown[0]}"
+        problem = f"the model `tiny` does not support the caption style {unknown[0]}"
         raise ConfigError(problem, hint=f"use {', '.join(STYLES)}, or pass a larger model: --model")
 
 
@@ -222,7 +222,7 @@ def plan_server(model: str, server: ServerConfig, progress: Progress) -> VllmCom
     )
     if others:
         used = command.environment["CUDA_VISIBLE_DEVICES"]
-        progress.warn(f"this server uses only GPU {used}: start others with CUDA_VISIBLE_DEVICES and --port")
+        progress.warn(f"this server uses only GPU {used}: start more with CUDA_VISIBLE_DEVICES and --port")
     return command
 
 

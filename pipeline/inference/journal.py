@@ -37,7 +37,8 @@ _NAMES = (
 )  # fmt: skip
 _NUM_REQUIRED = _NAMES.index("checksum")  # the columns after the checksum are null in most rows
 _COLUMNS = ", ".join(_NAMES)
-# A reply replaces an error, since a failed request that two samples share is sent again for the second one.
+# A reply replaces an error: if a request that two samples share has failed, it is sent again for the second
+# sample.
 _INSERT = (
     f"INSERT INTO replies ({_COLUMNS}) VALUES ({', '.join('?' * len(_NAMES))}) "  # noqa: S608
     f"ON CONFLICT (request_id, attempt) DO UPDATE SET {', '.join(f'{n} = excluded.{n}' for n in _NAMES[2:])} "
@@ -75,7 +76,7 @@ class Journal:
             raise error
         if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")  # a reply costs more than an fsync
+        self._db.execute("PRAGMA synchronous = FULL")  # an fsync is cheaper than a lost reply
         if not tables:
             self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
 
@@ -226,7 +227,7 @@ def _read_replies(
 
 
 def _checksum(row: Sequence[Any], more: Sequence[Any]) -> int:
-    """Return a checksum of the columns before and after the checksum, as a signed 64-bit integer."""
+    """Return a checksum of a row as a signed 64-bit integer. `more` has the columns after the checksum."""
     try:
         content = canonical([*row, *(more if any(value is not None for value in more) else ())])
     except (TypeError, ValueError):  # a damaged value may have another type

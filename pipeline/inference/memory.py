@@ -14,7 +14,7 @@ GIB = 2**30
 MAX_UTILIZATION = 0.92
 FREE_GIB = 0.5  # left to other programs
 GRAPHS_GIB = 1.0  # CUDA graphs, CUDA's context, and buffers of libraries
-MIN_KV_FRAC = 0.75  # least share of the memory that weights and graphs leave free
+MIN_KV_FRAC = 0.75  # the KV cache gets at least this share of the memory left by weights and graphs
 BATCHED_TOKENS = (16_384, 8192, 4096, 2048)  # more tokens per step are faster, and need more memory
 MIN_SEQS, MAX_SEQS = 16, 512
 PROMPT_TOKENS = 512  # assumed for the text of a prompt and its reply
@@ -95,7 +95,8 @@ def plan_memory(
         num_seqs *= 2
     for batched_tokens in BATCHED_TOKENS:
         patches = 4 * max(batched_tokens, image_tokens)
-        # The largest layer is an MLP: its two halves and their product, besides attention and residuals.
+        # Activations of the MLP, the largest layer (gate, up and their product), plus attention and
+        # residuals.
         vision_gib = 2 * patches * (3 * shape.vision_intermediate + 6 * shape.vision_hidden) / GIB
         text_gib = 2 * batched_tokens * (3 * shape.intermediate + 6 * shape.hidden) / GIB
         text_gib += 3 * 4 * num_seqs * shape.vocab / GIB  # scores in float32, their sorted copy and softmax

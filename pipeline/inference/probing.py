@@ -131,7 +131,7 @@ async def probe_server(
 
     Sends `protocol.probe` repeatedly, leaving out refused fields, until the server accepts it. `reply_tokens`
     is the token limit of replies in the run. Raises EngineError if the server does not answer, does not serve
-    the model, accepts no probe, or must enforce schemas and does not.
+    the model, accepts no probe, or fails to enforce schemas as required.
     """
     try:
         models = await list_models(endpoint)

@@ -43,7 +43,7 @@ MAX_SHOWN_CHARACTERS = 200  # limit for a message, address or model name from a 
 MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the server decodes on one thread
 JPEG_QUALITY = 92
 OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # left out for servers that refuse them
-LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # in the order in which they are tried
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # names of the token limit, in the order of attempts
 # vLLM stops a reply when a pattern of 3 to 32 tokens is repeated 6 times. Each digit is a token, so a shorter
 # pattern may be a number such as 1000000.
 _REPETITION = {"min_pattern_size": 3, "max_pattern_size": 32, "min_count": 6}
@@ -55,15 +55,15 @@ FINISH_REASONS = {  # maps other servers' finish reasons to OpenAI's
     **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "STOP"), "stop"),
 }
 REFUSED = "content_filter"  # finish reason for a message with a `refusal`
-REFUSED_STATUSES = (400, 422)  # a request field may be unsupported
+REFUSED_STATUSES = (400, 422)  # the server may not support a request field
 BUSY_STATUSES = (408, 409, 425, 429, 503)
 BUSY = "it is overloaded or loading its model, or your quota is used up"
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
-MAX_LONG_WAITS = 3  # a request is abandoned after more than this number of waits beyond its patience
+MAX_LONG_WAITS = 3  # maximum number of waits longer than `patience_s` for one request
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
-MAX_CRASHES = 2  # a request is abandoned if more servers crash while it is in flight
+MAX_CRASHES = 2  # a request is abandoned if more servers than this crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 _SENDABLE_FORMATS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
@@ -318,7 +318,8 @@ class RequestImages:
         Each part has the SHA-256 of the sent bytes as its uuid, the key of vLLM's cache of processed images.
         """
         key = request.shown, request.max_pixels
-        future = self._encoded.pop(key, None)  # stored again below, so that unused images are dropped first
+        # Remove the entry and store it again, so that the least recently used entry is always the first.
+        future = self._encoded.pop(key, None)
         if future is None or (future.done() and future.exception()):
             future = asyncio.ensure_future(self._encode(request))
         self._encoded[key] = future
@@ -391,7 +392,7 @@ class RetryState:
         return self.crashes >= MAX_CRASHES
 
     def after_busy(self, stated_s: float | None) -> float | None:
-        """Count a busy answer, which may state a wait."""
+        """Count a busy answer. `stated_s` is the wait that the server asked for, or None."""
         now = monotonic()
         self._gives_up_at = self._gives_up_at or now + self.patience_s
         if now > self._gives_up_at:

@@ -147,7 +147,7 @@ class RequestQueue:
         self._breaker = CircuitBreaker(servers[DEFAULT_MODEL].max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
-        self._resumed: set[str] = set()  # ids of requests that retry an earlier run's reply, until answered
+        self._resumed: set[str] = set()  # ids of unanswered retries of requests from an earlier run
         self._open: dict[str, Request] = {}  # requests by id that were taken and have no reply
 
     def has_work(self) -> bool:
@@ -256,7 +256,7 @@ def ask_in_rounds(
     counts: RequestStats,
     texts: TextsOf = NO_TEXTS,
 ) -> Iterator[Engine]:
-    """Send the requests of all rounds, one model after another, until all have a reply.
+    """Send the requests of all rounds (`plan.rounds`), one model after another, until all have a reply.
 
     `chunks` returns all samples. `engine` returns the engine of a model by name, and is called only if a
     request must be sent. Yields the engine after each group of replies.
@@ -316,15 +316,16 @@ def read_annotations(
 ) -> Iterator[pa.Table]:
     """Yield a table of annotations (tables.ANNOTATION) for each list of samples.
 
-    Human annotations of a sample come first, then those of each model of a ladder. `escalated` has the texts
-    of a sample for the second and further models. The journal must have a reply to every request.
+    Human annotations of a sample come first, then those of each model of a ladder. `escalated` has a function
+    like `texts` for each further model of a ladder. The journal must have a reply to every request.
     """
     rungs = [(replace(plan, rung=rung), of_rung) for rung, of_rung in enumerate((texts, *escalated))]
     for chunk in samples:
         rows = []
         for info in chunk:
             annotations = [*info.human]
-            # All models of a ladder use the same results, since a task whose result is needed has one model.
+            # The results are the same for all models of a ladder, because a task whose result is needed must
+            # have only one model.
             inputs = texts(info.sample_id)
             results = read_results(info.sample_id, plan, journal, inputs)
             for rung, (of_model, texts_of) in enumerate(rungs):
@@ -335,7 +336,7 @@ def read_annotations(
                         row["reply_error"] = REPLACED
                     annotations.append(row | {"rung": rung})
             if reason := find_dropped(plan, inputs, results):
-                # An unusable reply keeps its own reason.
+                # If a reply was unusable, keep that reason.
                 annotations = [row | {"reply_error": row.get("reply_error") or reason} for row in annotations]
             rows += [row | {"pages": info.pages, "source_split": info.source_split} for row in annotations]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)

@@ -25,7 +25,7 @@ def check_requests(plan: RequestPlan, verify: VerifyConfig) -> None:
 
 
 def check_needs(plan: RequestPlan) -> None:
-    """Raise ConfigError if the name, the input, the needs or `keep_if` of a custom task cannot be used."""
+    """Raise ConfigError if a custom task has an invalid name, `needs` or `keep_if`, or has no input."""
     available = {result_name(*pair) for pair in plan.pairs}
     for task in plan.tasks.custom:
         if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*plan.generate.caption_styles}:
@@ -33,7 +33,7 @@ def check_needs(plan: RequestPlan) -> None:
             raise ConfigError(problem, hint="rename your task")
         if not task.shows_image and not task.needs and not plan.context:
             problem = f"the task {task.name} has no input: it uses no image, no result and no column"
-            hint = "list tasks in `needs` and use their results, or use columns: --columns context=NAME"
+            hint = "list tasks in `needs`, or pass columns of the source (--columns context=NAME)"
             raise ConfigError(problem, hint=hint)
         if task.keep_if and task.needs:
             problem = f"the task {task.name} has `needs`, but tasks with `keep_if` are asked first"
@@ -48,7 +48,7 @@ def check_needs(plan: RequestPlan) -> None:
 
 
 def check_conditions(plan: RequestPlan, verify: VerifyConfig) -> None:
-    """Raise ConfigError if a condition is invalid, or reads a result or score that is not known in time."""
+    """Raise ConfigError if a condition is invalid, or reads a result or score that is not yet known."""
     if taken := [name for name in IMAGE_SIZE if name in plan.context]:
         hint = "rename the column in the source: conditions read the size of the image by this name"
         raise ConfigError(f"a context column cannot be named {taken[0]}", hint=hint)
@@ -59,7 +59,7 @@ def check_conditions(plan: RequestPlan, verify: VerifyConfig) -> None:
     for key, text in plan.generate.when:
         if key not in known:
             problem = f"generate.when has {key}, which is not a built-in task or caption style of this run"
-            hint = "a custom task has the key `when` in its own file"
+            hint = "for a custom task, set `when` in the file of the task"
             raise ConfigError(problem, unknown=key, known=known, hint=hint)
         check_condition(f"generate.when of {key}", text, names)
     for task in plan.tasks.custom:
@@ -102,7 +102,7 @@ def render_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
     lists: dict[str, Any] = {name: [] for name in TASKS if TASKS[name].rows_field}
     for name, _ in plan.pairs:
         check_names(plan.tasks[name], folders, plan.context)
-    for nulls in (False, True):  # whether optional values are null
+    for nulls in (False, True):  # render all prompts with and without optional values
         empty = lists | {task.name: task.empty_result(nulls=nulls) for task in plan.tasks.custom}
         for name, style in plan.pairs:
             task = plan.tasks[name]

@@ -28,11 +28,12 @@ NO_INPUTS = SourceTexts()
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
-# Settings of a custom task that do not change its requests. These depend on the revision of the model.
+# Settings of a custom task that do not change its requests. Requests depend on the revision of the model, not
+# on its name.
 FILTER_KEYS = ("min_words", "max_words", "model")
 RESULT_MISSING = "result_missing"  # reply_error of a task that was not asked, since it needs a missing result
 IMAGE_SIZE = ("width_px", "height_px")  # names in `row` of conditions, besides the columns of the source
-CHECKS = "checks"  # the key of the tasks that check texts in `task_models`
+CHECKS = "checks"  # the key in `task_models` for the tasks that check texts
 Pair = tuple[str, str]  # task and style, which is "" for most tasks
 
 
@@ -66,7 +67,7 @@ class RequestPlan:
         )  # fmt: skip
 
     def models_of(self, task: str) -> tuple[str, ...]:
-        """Return the names of the models of a task. Each model is asked where the previous one failed."""
+        """Return the names of the models of a task. Each is asked for texts that failed before."""
         return dict(self.ladders).get(task, (self.default_model,))
 
     def model_of(self, task: str) -> str:
@@ -260,7 +261,7 @@ def build_requests(
     """Yield the requests about one sample, or only those for `pairs`. `with_images` adds the images.
 
     Prompts may use source columns and other tasks' results (JSON by name). A task is left out if it is in
-    `skipped` (by default, `find_skipped`), or if its prompt cannot be rendered with a result.
+    `skipped` (by default, `find_skipped`), or if its prompt cannot be rendered with the results.
     """
     row = {"row": tuple(map(tuple, inputs.context))} if inputs.context else {}
     pairs = plan.pairs if pairs is None else pairs
@@ -301,7 +302,7 @@ def build_requests(
 def find_skipped(
     plan: RequestPlan, inputs: SourceTexts, results: Mapping[str, str], pairs: Iterable[Pair]
 ) -> dict[Pair, str]:
-    """Return those of the tasks and styles `pairs` that are not asked about a sample, with their reasons.
+    """Return the `pairs` of task and style that are not asked about a sample, with their reasons.
 
     A task that needs the result of an earlier skipped task is skipped for the same reason.
     """
@@ -311,7 +312,7 @@ def find_skipped(
     dropped = None if plan.dropping.keys() >= {*pairs} else find_dropped(plan, inputs, results)
     values = _decode(inputs, results) if any(plan.conditions[pair] for pair in pairs) else {}
     skipped: dict[Pair, str] = {}
-    reasons: dict[str, str] = {}  # by the name of the missing result
+    reasons: dict[str, str] = {}  # name of a missing result -> why it is missing
     for pair in pairs:
         task = plan.tasks[pair[0]]
         missing = [need for need in task.needs if need not in results]
@@ -347,7 +348,7 @@ def _find_unmet(conditions: Sequence[Condition], values: Mapping[str, Mapping[st
 
 
 def condition_values(inputs: SourceTexts, results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the values that conditions read, by namespace. An empty column has no value."""
+    """Return the values that conditions read, by namespace. The value of an empty column is None."""
     columns = {name: value.strip() or None for name, value in inputs.context}
     return {"row": columns | {name: getattr(inputs, name) for name in IMAGE_SIZE}, "results": results}
 
@@ -401,7 +402,7 @@ def _shared_fields(
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
         "schema": schema,
-        "model": plan.revision_of(task.name),  # equal weights give equal replies, whatever the name
+        "model": plan.revision_of(task.name),  # not the model's name, since equal weights give equal replies
         "sampling": [temperature, max_tokens],
         "max_pixels": max_pixels,
     }

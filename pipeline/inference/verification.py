@@ -3,8 +3,8 @@
 Each check asks the model that wrote the annotation a question, with greedy decoding and without showing the
 earlier answer. Blind checks show no image, evidence checks show only some pages of a deck, and `covers` shows
 a caption instead of the image. To check a caption, the model first splits it into claims without seeing the
-image. A rule turns each claim into pairs of questions. For a true claim, one answer of a pair is yes and the
-other is no. The second pair is asked only if the first does not confirm the claim.
+image. A rule turns each claim into pairs of yes/no questions. If the claim is true, the right answers to a
+pair are one yes and one no. The second pair is asked only if the first does not confirm the claim.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -38,16 +38,16 @@ from pipeline.tasks.replies import parse_reply, read_fields
 from pipeline.text.vqa_answers import is_same_answer
 from pipeline.types import Request, SampleBatch
 
-# From template variables to columns.
+# Maps template variables to columns.
 _RATED = {"caption": "clean_text", "question": "clean_question", "answer": "clean_answer"}
 MIN_CLAIMS_TOKENS = 800  # 24 claims take about 350 tokens
-QUESTION_CHECKS = ("round_trip", "blind", "evidence")  # made together, before all others
+QUESTION_CHECKS = ("round_trip", "blind", "evidence")  # these checks are asked first, together
 ORDER = dict.fromkeys(QUESTION_CHECKS, 0) | {
     "claims": 1, "repair": 2, "covers": 3, "alignment": 4, "judge": 5
 }  # fmt: skip
-# Scores that conditions of later checks read.
+# Maps each check to its score, which the conditions of later checks may use.
 SCORES = {"round_trip": "agreement", "claims": "precision", "covers": "coverage", "alignment": "alignment"}
-# Columns of annotations that conditions of all checks read as scores.
+# Columns of annotations that the conditions of all checks may use as scores.
 LOG_PROBABILITIES = tuple(name for name in ANNOTATION.names if name.startswith("logprob"))
 
 
@@ -61,7 +61,7 @@ class Check(NamedTuple):
     caption: str | None = None  # the caption to show instead of the image
     task: Task = ANSWER
     claim: str | None = None
-    weight: int = 1  # evidence of the answer for or against the claim
+    weight: int = 1  # how much the answer counts for or against the claim
 
 
 def question_checks(row: dict[str, Any], enabled: Collection[str]) -> list[Check]:
@@ -82,13 +82,16 @@ def coverage_checks(caption: str | None, questions: Iterable[tuple[str, str]]) -
 
 
 def claim_checks(claim: str) -> list[Check]:
-    """Return the questions about a claim that the model found, in pairs."""
+    """Return one check for each question about a claim that the model found in a caption."""
     return [Check("claims", *pair, task=CONFIRM, claim=claim) for pair in questions_about(claim)]
 
 
 def rule_checks(caption: str) -> list[list[Check]]:
-    """Return one deciding question for each claim that rules find in a caption of a scene."""
-    from pipeline.scenes.claims import extract_claims  # compiles large patterns
+    """Return a single check for each claim that rules find in a caption of a drawn scene.
+
+    Its answer has the maximum weight, so it decides alone.
+    """
+    from pipeline.scenes.claims import extract_claims  # this import compiles large regular expressions
 
     pairs = [(one.question, one.expected) for one in extract_claims(caption)]
     return [[Check("claims", *pair, claim=" ".join(pair), weight=MAX_EVIDENCE)] for pair in pairs]
@@ -148,7 +151,7 @@ def read_rating(row: dict[str, Any], plan: RequestPlan, journal: Journal) -> dic
 
 
 def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:
-    """Return the request for a check. `with_images` adds the images."""
+    """Return the request for a check, without images. The function `with_images` adds them later."""
     shown: dict[str, Any] = {} if check.caption is None else {"caption": check.caption}
     fields, shared_digest = plan.fields(check.task, question=check.question, **shown)
     image = sample_id if check.pages != () else None
@@ -196,17 +199,20 @@ def is_confirmed(check: Mapping[str, Any]) -> bool:
 
 
 def claims_in(checks: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Return the evidence against each claim in checks (tables.CHECK), without claims that got no answer."""
+    """Return the evidence against each answered claim in checks (tables.CHECK)."""
     answered = (check for check in checks if check["kind"] == "claims" and check["answer"] is not None)
     return {claim: evidence_against(group) for claim, group in groupby(answered, itemgetter("claim"))}
 
 
 def evidence_against(checks: Iterable[Mapping[str, Any]]) -> int:
-    """Return the weight of the answers that refute a claim, less the weight of those that confirm it."""
+    """Return the weight of the answers that refute a claim, minus the weight of the confirming answers."""
     clear = (check for check in checks if check["answer"] not in (None, CANNOT_TELL))
     return sum(-check["weight"] if is_confirmed(check) else check["weight"] for check in clear)
 
 
 def share_of_confirmed_claims(evidence: Sequence[int]) -> float | None:
-    """Return the share of claims with evidence of at least REFUTED for them, or None without claims."""
+    """Return the share of confirmed claims, or None without claims.
+
+    A claim is confirmed if the evidence against it is -REFUTED or less.
+    """
     return sum(against <= -REFUTED for against in evidence) / len(evidence) if evidence else None

@@ -36,17 +36,17 @@ STRUCTURED_OUTPUTS = {
     "disable_additional_properties": True,
 }
 MIN_TOKENS = 1024
-GPU_SEQS, CPU_SEQS = 256, 32  # sequences in a step: on a GPU of unknown memory, and on a CPU
-MAX_TOKENS = 8192  # prompt and reply
+GPU_SEQS, CPU_SEQS = 256, 32  # maximum sequences per step, on a GPU of unknown memory and on a CPU
+MAX_TOKENS = 8192  # maximum length of a prompt with its reply
 MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages are scaled down)
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
-# Advice by pattern in vLLM's log.
+# Maps patterns in vLLM's log to advice for the user.
 ADVICE = {
     "out of memory|no available memory for the cache|kv cache is needed|less than desired gpu memory": (
         "end other programs on the GPU, or use a smaller or quantized model; "
     ),
     "execute_model timed out": (
-        "send fewer or smaller images at once: -- --max-num-batched-tokens 512 --max-num-seqs 4; "
+        "use smaller images, or add -- --max-num-batched-tokens 512 --max-num-seqs 4; "
     ),
     "no module named '?vllm": f"install vLLM here, or set {VLLM_PYTHON} to an interpreter that has it; ",
     "unrecognized arguments": "a flag after -- is not a flag of vLLM; ",
@@ -159,8 +159,8 @@ def plan_vllm_command(
         options["--max-num-batched-tokens"] = str(batched_tokens)
         entry = ["-m", "vllm.entrypoints.cli.main", "serve", path]
     else:
-        # With the CPU default of 128 tokens per block, requests hardly share prefixes. Threads that are bound
-        # to cores spin, and are 8 times slower.
+        # With the CPU default of 128 tokens per block, requests hardly share prefixes. Threads are not bound
+        # to cores, because bound threads busy-wait and are 8 times slower.
         options["--block-size"] = "32"
         options["--kv-cache-memory-bytes"] = str(max(1, int(memory_gib // 8)) * memory.GIB)
         switches.append("--enforce-eager")
@@ -193,7 +193,7 @@ def _plan_limits(
     *,
     decks: bool,
 ) -> tuple[bool, float, int, int, int]:
-    """Return whether the model's shape is known, and the first four limits of a memory.MemoryPlan.
+    """Return whether the model's shape is known, and limits for vLLM: the first four fields of MemoryPlan.
 
     Raises EngineError if the model does not fit the GPU, unless the user's flags change the memory it needs.
     """
@@ -241,7 +241,7 @@ def _number_in(flags: Sequence[str], name: str, default: int) -> int:
 
 
 def count_gpus(flags: Sequence[str]) -> int:
-    """Return how many GPUs share one copy of the model. Raises EngineError if a server has several copies."""
+    """Return how many GPUs one server uses. Raises EngineError if the flags ask for data parallelism."""
     kinds = ("tensor", "pipeline", "data")
     *sizes, copies = (_number_in(flags, f"--{kind}-parallel-size", 1) for kind in kinds)
     if copies > 1:
@@ -251,7 +251,7 @@ def count_gpus(flags: Sequence[str]) -> int:
 
 
 def vllm_python() -> str | None:
-    """Return the Python interpreter in SYNTH_VLLM_PYTHON, or else this one if it has vLLM, or else None."""
+    """Return SYNTH_VLLM_PYTHON if it is set, or this Python interpreter if it has vLLM, or None."""
     return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
 
 
@@ -314,7 +314,7 @@ class Server:
     """Runs and restarts a vLLM server."""
 
     def __init__(self, launch: VllmCommand, progress: Progress, socket: Path) -> None:
-        """Prepare a server. The folder of `socket` also gets the sockets of vLLM's own processes."""
+        """Prepare a server. vLLM's own processes also put their sockets into the folder of `socket`."""
         self.launch = launch
         self.restarted = 0
         self.failure: EngineError | None = None  # why the server is not restarted any more

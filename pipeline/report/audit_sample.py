@@ -17,7 +17,7 @@ from pipeline.report.rows import read_rows
 from pipeline.storage.files import write_text
 from pipeline.tables import SPLITS
 
-# With base64, a page, or a file of tasks for another tool, has at most 60 MB.
+# Base64 adds a third, so a page (or a file of tasks for another tool) has at most 60 MB.
 MAX_IMAGE_BYTES, MAX_IMAGES_BYTES = 80_000, 45_000_000
 IMAGE_PIXELS = 900 * 900
 BATCH_ROWS = 64

@@ -108,7 +108,10 @@ def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:
 
 
 def _pictured_ids(rejected: Iterable[dict[str, str]]) -> set[str]:
-    """Return the ids of the first MAX_REJECTED_PICTURES samples per reason, and the ids that they repeat."""
+    """Return the ids of the samples to show with the rejections.
+
+    These are the first MAX_REJECTED_PICTURES samples per reason, and the samples whose images they repeat.
+    """
     counts: Counter[tuple[str, str]] = Counter()
     ids = set[str]()
     for row in rejected:

@@ -19,7 +19,7 @@ from pipeline.errors import ImageError, StoreError
 from pipeline.images.decode import prepare_image
 
 THUMBNAIL_PIXELS = 320 * 320
-PIXELS_PER_BYTE = 12  # upper bound for WebP photos, which sets the first size to try
+PIXELS_PER_BYTE = 12  # maximum for WebP photos, used to choose the first size to try
 QUALITY = 70
 
 _PAGES = Environment(

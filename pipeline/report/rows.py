@@ -56,8 +56,8 @@ def write_rejected(folder: Path, path: Path) -> None:
 def read_rejected(folder: Path, max_rows: int = MAX_REJECTED) -> Iterator[dict[str, str]]:
     """Yield the first `max_rows` rejections per step and reason: `step`, `reason`, `id`, `where` and `what`.
 
-    `where` is the source row, such as a file name. `id` is empty if that row never became a sample. If the
-    image repeats that of another sample, `repeats` is the id of that sample, and `what` names its source row.
+    `where` is the source row, such as a file name. `id` is empty if that row never became a sample. If
+    another sample has the same or a similar image, `repeats` is its id, and `what` names its source row.
     """
     rows = list(_first_rejected(folder, max_rows))
     unnamed = {row["id"] for row in rows if not row["where"]} | {row["repeats"] for row in rows}

@@ -2,8 +2,8 @@
 
 "Two dogs and a large red ball on a gray background." claims that there are two dogs, that there is a large
 red ball, and that the background is gray. A question about a drawn shape asks for one attribute, and
-identifies the shape by its other attributes or by its place. The tiny teacher answers such questions best
-(docs/measurements.md). Claims in other wordings become "Is it true that ...?"
+identifies the shape by its other attributes or by its place. The model that is shipped for drawn scenes
+answers such questions best (docs/measurements.md). Claims in other wordings become "Is it true that ...?"
 """
 
 import re

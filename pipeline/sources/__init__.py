@@ -53,7 +53,7 @@ def with_source_defaults(config: Config) -> Config:
     if "tasks" not in config.model_fields_set:
         changes["tasks"] = spec.default_tasks(config)
     if config.generate.caption_words and config.has_scene_prompts:
-        problem = "--words was given, but the prompts of the tiny model have no length"
+        problem = "the prompts of the tiny model do not support --words"
         raise ConfigError(problem, hint="leave out --words")
     if spec.default_grouping and "group_by" not in config.split.model_fields_set:
         changes["split"] = config.split.model_copy(update={"group_by": spec.default_grouping})

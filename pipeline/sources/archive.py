@@ -57,7 +57,7 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _GZIP_MAGIC = b"\x1f\x8b"
 _DAMAGES = (tarfile.TarError, zlib.error, EOFError, MemoryError, ValueError, LookupError)
 REASONS = {
-    "outside_archive": "its name leads out of the archive",
+    "outside_archive": "its name is a path outside of the archive",
     "name_too_long": "its name is too long",
     "not_a_file": "a link, a pipe or a device, not a regular file",
     "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes, or {MAX_TEXT_BYTES:,} in a text file",
@@ -100,7 +100,7 @@ def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
 
         def require_no_bomb(unpacked_bytes: int) -> None:
             if unpacked_bytes > MAX_UNPACK_RATIO * packed.num_bytes + FREE_UNPACKED_BYTES:
-                sizes = f"from {packed.num_bytes:,} to over {unpacked_bytes:,} bytes"
+                sizes = f"{packed.num_bytes:,} bytes to more than {unpacked_bytes:,} bytes"
                 raise SourceError(f"{name} unpacks {sizes}", hint=_BOMB_HINT)
 
         yield from _read_tar(_CountedFile(unpacked, require_no_bomb), name)
@@ -212,7 +212,7 @@ def _suffix(name: str) -> str:
 
 
 def is_text(name: str) -> bool:
-    """Return whether an entry holds texts. Metadata tables do too, but belong to no image of an archive."""
+    """Return whether an entry holds texts. This includes metadata tables, which belong to no single image."""
     return _suffix(name) in TEXT_SUFFIXES or posixpath.basename(name) in METADATA_FILES
 
 
@@ -293,7 +293,7 @@ def _open(config: Config, path: str) -> Source:
     Raises SourceError if no archive belongs to the split, or if the first images lack one of the columns.
     Reading the source raises SourceError if an archive is damaged or no archive has an image.
     """
-    refuse_roles(config, "an archive", "to use values of NAME.json in prompts: --columns context=A,B")
+    refuse_roles(config, "an archive", "to use values of NAME.json in prompts, pass --columns context=A,B")
     files = find_source_files(path, (*SUFFIXES, ".zip"), follow_links=config.follow_links)
     zips = [name for name in files.names if name.lower().endswith(".zip")]
     archives = [name for name in files.names if name not in zips]
@@ -373,7 +373,7 @@ def _row(
 
 SPEC = SourceSpec(
     name="archive:PATH",
-    what="images in a tar file (WebDataset), or in all under a folder; also s3://, gs://, hf:// and https://",
+    what="images in tar files (WebDataset): one file or a folder; also s3://, gs://, hf:// and https://",
     example="synth generate --source archive:photos.tar",
     open=_open,
     options=frozenset({"source_split", "columns", "license", "follow_links"}),

@@ -98,14 +98,14 @@ def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rej
 
 
 def refuse_roles(config: Config, source: str, hint: str) -> None:
-    """Check that --columns maps only the context, for a source without a table. Raises ConfigError if not."""
+    """Raise ConfigError if --columns maps a role other than the context. `source` has no table columns."""
     if roles := [role for role in config.columns if role != CONTEXT]:
-        problem = f"{source} has no columns for roles, but --columns has the role {roles[0]}"
+        problem = f"{source} supports only the role {CONTEXT} in --columns, not {roles[0]}"
         raise ConfigError(problem, hint=hint)
 
 
 def require_columns(columns: Iterable[str], known: Iterable[str], place: str = "columns") -> None:
-    """Raise SourceError if a column is not `known`. The hint lists the known ones after `place`."""
+    """Raise SourceError if a column is not `known`. The hint is `place` and the known columns."""
     known = list(known)
     if unknown := [column for column in columns if column not in known]:
         hint = f"{place}: {', '.join(known)}"

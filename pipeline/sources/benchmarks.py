@@ -86,7 +86,7 @@ def _open_questions(
     """
     tables, split, key = open_hub(repo or default_repo), config.source_split, text_columns[0]
     check_split(tables, split)
-    require_columns(text_columns, tables.schema.names, "use hub:ORG/NAME with --columns; columns")
+    require_columns(text_columns, tables.schema.names, "use hub:ORG/NAME with --columns; existing columns")
     image_columns = named_columns(tables.schema, "pages", "page_*" if decks else "image")
     columns = [*image_columns, *text_columns]
 

@@ -72,8 +72,8 @@ class ExclusionIndex:
         self.hashes = as_hashes(hashes)
 
     def find(self, sample: Sample) -> str | None:
-        """Return a dataset that has an image of this sample or a near-duplicate of such an image, or None."""
-        for image in sample.images if self.dataset_of_id else ():  # hashing takes time
+        """Return a dataset that has an image of this sample or its near-duplicate, or None."""
+        for image in sample.images if self.dataset_of_id else ():  # without exclusions, no image is hashed
             if name := self.dataset_of_id.get(image_id(image)):
                 return name
         pdq_hashes = [pdq_hash for pdq_hash in sample.pdq_hashes if pdq_hash]
@@ -94,7 +94,10 @@ class Exclusion:
 
 
 def parse_exclusion(option: str) -> tuple[str, str | None]:
-    """Return the source and the split in SOURCE[#SPLIT], by default the source's scored split or None."""
+    """Return the source and the split in SOURCE[#SPLIT].
+
+    The default split is the one on which models are scored, if the source has one, or else None.
+    """
     name, _, split = option.partition("#")
     return name, split or find_source(name).scored_split
 

@@ -179,7 +179,7 @@ class FolderTexts:
     def _add_caption_file(self, file: Path, split: str | None) -> None:
         matched, unknown = match_images(read_captions(file), list(self._images))
         if not matched:
-            problem = f"no file name in {file} is an image in {self._root}; its names: {first_names(unknown)}"
+            problem = f"{file} names no image in {self._root}; it names {first_names(unknown)}"
             hint = f"use the file names of the folder, such as {next(iter(self._images))}"
             raise SourceError(problem, hint=hint)
         self.files.add(file)
@@ -228,7 +228,7 @@ def _open(config: Config, path: str) -> Source:
     Links to files outside of the folder are rejected unless `follow_links` is set, because the files would be
     published. Raises SourceError if the folder has no image, or if its texts cannot be read.
     """
-    refuse_roles(config, "a folder", "to use columns of metadata.csv in prompts: --columns context=A,B")
+    refuse_roles(config, "a folder", "to use columns of metadata.csv in prompts, pass --columns context=A,B")
     root, license = expand_user(path), config.license or UNKNOWN
     if not root.is_dir():
         hint, known = "pass a folder of images: --source folder:PATH", map(str, root.parent.glob("*/"))

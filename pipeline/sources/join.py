@@ -34,7 +34,7 @@ def with_pixels(version: Version, images: str | None) -> Version:
             name = version.repo or version.path
             raise ConfigError(f"{name} has no images", hint="pass its images: --images FOLDER")
         if Path(images, "versions").is_dir():
-            raise ConfigError(f"{images} is a dataset", hint="pass its source, which its run.json names")
+            raise ConfigError(f"{images} is a dataset", hint="pass the source that its run.json names")
         return join_images(version, read_images(f"folder:{images}" if Path(images).is_dir() else images))
 
 

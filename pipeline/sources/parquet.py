@@ -22,7 +22,7 @@ MAX_ROW_BYTES = 256_000_000  # maximum size of a row that has images
 MAX_TEXT_BYTES = 1_000_000  # maximum size of a row without images
 BUFFER_BYTES = 1 << 20  # per column stream, because a row group of photos may be half a gigabyte
 NAMED_IMAGES_HINT = (
-    "save them to a folder with a metadata.csv (file_name, caption), and pass --source folder:PATH; "
+    "save the images to a folder with a metadata.csv (file_name, caption), and pass --source folder:PATH; "
     "docs/sources.md has commands that download URLs"
 )
 TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # (row name, split of its file, values)
@@ -126,7 +126,7 @@ def read_plain_rows(data: bytes, max_bytes: int) -> Iterator[dict[str, Any]]:
 
 
 def _batch_rows(parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
-    """Return how many rows to decode at once. The number is 1 for images, and small for large dictionaries.
+    """Return how many rows to decode at once: 1 if they have images, and few if Arrow dictionaries are large.
 
     Every row may repeat a dictionary value, so a file of 5 kB can hold 2,000 rows of 100 MB each.
     """

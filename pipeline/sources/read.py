@@ -70,8 +70,8 @@ PARTS_FOLDER = "parts"  # in the folder of the step
 PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
 PART_ROWS = 16_384
 READ_VERSION = 5  # increase it when a change makes the same source yield other samples
-# Settings that determine which samples a source yields. Other settings belong to later steps, or enter the
-# key in another form.
+# Settings that determine which samples a source yields. Other settings belong to later steps, or are part of
+# the key in another form.
 READ_SETTINGS = (
     "source", "source_split", "license", "columns", "follow_links", "frame_seconds", "image_filter",
 )  # fmt: skip
@@ -79,18 +79,18 @@ _TEMPORARY = ("too_slow", "too_much_memory", "decoder_died")
 ADVICE = {  # rejection reason -> change that the user can make
     "image_not_embedded": f"if the table names its images: {NAMED_IMAGES_HINT}",
     "unsupported_format": "convert the files to JPEG; HEIC needs the package pillow-heif (extra `heic`)",
-    "several_images": "to read them as a deck: --columns pages=COLUMN",
+    "several_images": "to read the images of a row as a deck, pass --columns pages=COLUMN",
     "too_many_pages": "split the decks into smaller ones",
     "unreadable_text": "save the text files in UTF-8",
     "unused_text": "pack each text next to its image, for example with tar --sort=name",
     "unpaired_answers": "a list of questions needs an equally long list of answers",
-    "unknown_split": "for tables: --columns split=none ignores this column, split=COLUMN uses another",
+    "unknown_split": "for tables, ignore the column (--columns split=none) or use another (split=COLUMN)",
     **dict.fromkeys(
         ("image_too_small", "extreme_aspect_ratio", "one_color_image"),
         "set other bounds in the section `image_filter`, or disable it: image_filter.enabled: false",
     ),
     **LOOK_ALIKE_ADVICE,
-    "banned_image": "they are in a dataset passed to --exclude",
+    "banned_image": "the images are in a dataset passed to --exclude",
     **dict.fromkeys(
         _TEMPORARY, "to try these images again, for example on a larger machine, remove the folder steps/read"
     ),
@@ -98,7 +98,8 @@ ADVICE = {  # rejection reason -> change that the user can make
 }
 # In these rejections, the detail is the id of another sample or the name of an excluded dataset.
 _REJECTED_FOR_ANOTHER_IMAGE = ("near_duplicate_image", "near_held_out_image", "banned_image")
-# Slides of one design look similar, and few users would find the setting dedupe.images.
+# Reasons whose advice is always shown. Slides of one design look similar, and few users would find the
+# setting dedupe.images.
 _ALWAYS_ADVISED = ("near_duplicate_image", *_TEMPORARY)
 
 
@@ -311,7 +312,7 @@ class SourceReader:
             return
         hint = "fix the files, or choose another source; steps/read/rejected.parquet lists every row"
         if reasons:
-            hint = ADVICE.get(next(iter(reasons)), hint)  # the most common one
+            hint = ADVICE.get(next(iter(reasons)), hint)  # the most common reason
         problem = f"no image of {self.config.source} can be used; {'; '.join(described) or 'it is empty'}"
         raise SourceError(problem, hint=hint)
 
@@ -425,8 +426,8 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
         rows = table.filter(pc.equal(table["reason"], reason)).slice(0, NAMED_ROWS + 1).to_pylist()
         names = first_names([row["source_row"] for row in rows])
         if reason == REPEATED:
-            some = f"{count:,} rows repeat" if count > 1 else "1 row repeats"
-            yield f"read: {some} the image of another row; that row gets the texts ({names})"
+            some = f"{count:,} rows have" if count > 1 else "1 row has"
+            yield f"read: {some} the same image as an earlier row, which gets their texts ({names})"
             continue
         if reason not in _REJECTED_FOR_ANOTHER_IMAGE:
             names = first_names([f"{row['source_row']}: {row['detail']}" for row in rows])

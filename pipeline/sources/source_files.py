@@ -52,7 +52,7 @@ _DIGEST_KEYS = ("ETag", "etag", "checksum", "generation", "blob_id", "lfs", "Con
 _TIME_KEYS = ("LastModified", "last_modified", "Last-Modified", "mtime")
 
 
-# --- this disk
+# --- the local disk
 
 
 @dataclass(slots=True)
@@ -176,8 +176,8 @@ class SourceFiles:
 def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool) -> SourceFiles:
     """Return the file at a path or URL, or the sorted files below it that have one of the suffixes.
 
-    `follow_links` applies only to local files. Raises SourceError if a file cannot be read, or if a link out
-    of the folder must not be followed.
+    `follow_links` applies only to local files. Raises SourceError if a file cannot be read, or if a link
+    leads out of the folder and `follow_links` is False.
     """
     if "://" in path:
         return find_remote_files(path, suffixes)
@@ -273,5 +273,5 @@ def translate_store_errors(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise SourceError(f"no file at {url}", hint="check the address, and the account in use") from None
     except Exception as error:  # noqa: BLE001  # each store's library raises its own errors
-        hint = f"check the address, the network and the keys of {scheme}, or download the files"
+        hint = f"check the address, the network and the access keys for {scheme}, or download the files"
         raise SourceError(f"cannot read {url}: {one_line(error)}", hint=hint) from None

@@ -46,9 +46,10 @@ def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
 
 
 def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return the splits that names (such as folder names) state, or {} if they do not divide the images.
+    """Return the split that each name states, such as a folder name.
 
-    Without a validation split, training images are left out, because some of them will be held out.
+    Return {} if all names state the same split, or if `train` is the only stated split. Without a validation
+    split, training images are left out, because some of them will be held out.
     """
     splits = {key: SPLIT_OF_WORD.get(name.casefold()) for key, name in names.items()}
     stated = {*splits.values()}
@@ -64,7 +65,7 @@ def most_held_out(split: str | None, other: str | None) -> str | None:
 
 
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
-    """Return the split to store, or None if only training rows are read, since some will be held out."""
+    """Return the split to store. It is None if only `train` is read, since some images will be held out."""
     return None if requested_split == "train" else row_split
 
 
@@ -74,4 +75,4 @@ def describe_held_out(files: Mapping[str | None, Sequence[str]]) -> list[str]:
     if others or split in (None, "train"):
         return []
     message = f"all rows are in the split {split} because of the file name {names[0]}"
-    return [f"{message}: rename the file to train on them"]
+    return [f"{message}: to train on these rows, rename the file"]

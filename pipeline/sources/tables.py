@@ -167,7 +167,7 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     num_questions, num_answers = (len(columns.get(role, ())) for role in ("question", "answer"))
     if num_questions != num_answers:
         hint = "pass both columns: --columns question=COLUMN,answer=COLUMN"
-        raise SourceError(f"question columns: {num_questions}, answer columns: {num_answers}", hint=hint)
+        raise SourceError(f"{num_questions} question columns, but {num_answers} answer columns", hint=hint)
     if len(columns.get("split", ())) > 1:
         problem = f"several columns match the role split: {', '.join(columns['split'])}"
         raise SourceError(problem, hint="pass one: --columns split=COLUMN")
@@ -450,7 +450,7 @@ def _open_repository(config: Config, repo: str) -> Source:
 
 HUB = SourceSpec(
     name="hub:ORG/NAME",
-    what="a Hub dataset in Parquet, or converted to it; ORG/NAME:CONFIG; @REVISION pins a commit",
+    what="a Hub dataset, stored as or converted to Parquet; ORG/NAME:CONFIG; @REVISION pins a commit",
     license="as its card states",
     needs="the Hub, a vision-language model",
     example="synth generate --source hub:ORG/NAME --split train --limit 1000",

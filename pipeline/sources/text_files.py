@@ -24,7 +24,7 @@ from pipeline.errors import SourceError, one_line
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 
 MAX_FILE_BYTES = 256_000_000  # also after unpacking
-MAX_VALUES = 20_000_000  # Karpathy's file about COCO has 11 million
+MAX_VALUES = 20_000_000  # Karpathy's file about COCO has 11 million values
 MAX_PROBLEM_CHARACTERS = 300
 _VALUE_MARKS = {"JSON": ",[{\n", "CSV": ",;\t|\n\r"}  # each value comes after one of these characters
 
@@ -38,7 +38,7 @@ def translate_file_errors(file: Path, hint: str) -> Iterator[None]:
     except UnsafeFileError as error:
         raise SourceError(f"cannot read {file}: {error}", hint=error.hint) from None
     except KeyError as error:
-        problem = f"an object has no {error}"
+        problem = f"an object has no key {error}"
     except MemoryError:
         problem = "it needs more memory than is available"
     except RecursionError:

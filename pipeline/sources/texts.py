@@ -48,14 +48,14 @@ TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object m
 MAX_LITERAL_CHARACTERS = 100_000  # parsing a Python literal takes up to 345 times its size in memory
 # A Python string without a prefix. An unclosed string extends to the end, so that the search is linear.
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'?|"(?:[^"\\]|\\.)*+"?""", re.DOTALL)
-_ADJACENT = re.compile(r"''\s*+\w*+''")  # two emptied strings without a comma between them
+_ADJACENT = re.compile(r"''\s*+\w*+''")  # adjacent strings without a comma, after '' has replaced each string
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
 FORMATS_HINT = "use COCO or Karpathy JSON, or CSV or JSON lines with file_name and caption, in UTF-8"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PATH_COLUMNS = ("folder", "file_name")  # context columns that every image has
-MAX_DEPTH = 8  # lists and objects around a text
+MAX_DEPTH = 8  # maximum number of nested lists and objects around a text
 MAX_TEXT_CHARACTERS = 20_000  # longer texts are cut to this length, and the filter rejects them
 
 
@@ -65,7 +65,7 @@ MAX_TEXT_CHARACTERS = 20_000  # longer texts are cut to this length, and the fil
 def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Return the human captions in a row, from the first of these columns that has a value.
 
-    In a model-written row, only objects that state their own author are read.
+    If a model wrote the row, only those list items are read that state their own author.
     """
     value = next((row[name] for name in names if row.get(name)), None)
     if _is_by_model(row):
@@ -259,7 +259,7 @@ def _parse_whole_object(value: dict[str, Any]) -> Iterator[NamedTexts]:
 def _parse_row(row: Mapping[str, Any]) -> NamedTexts:
     name = next((row[key] for key in NAMES if row.get(key) not in (None, "")), None)
     if name is None:
-        raise ValueError(f"a row has no file name of an image; it has {', '.join(map(str, row))[:200]}")
+        raise ValueError(f"a row has no image file name, only {', '.join(map(str, row))[:200]}")
     return str(name).strip(), ImageTexts.of_row(row, CAPTIONS)
 
 

@@ -113,7 +113,7 @@ def _send_requests(
 def write_annotations(shard: DatasetDir, settings: AskSettings, texts: Sequence[TextsOf]) -> Counter[str]:
     """Write the annotations of a shard (tables.ANNOTATION) from its journal and the human texts.
 
-    Return the requests and tokens that they needed (Journal.spent).
+    Return the number of requests and tokens that the annotations needed (Journal.spent).
     """
     names = ["references", "reference_qa"] if settings.keeps_human_texts else []
     batches = read_samples(shard, ["sample_id", "split", NUM_PAGES, *IMAGE_SIZE, *names])
@@ -125,7 +125,10 @@ def write_annotations(shard: DatasetDir, settings: AskSettings, texts: Sequence[
 
 
 def _texts_by_rung(shard: DatasetDir, settings: AskSettings, escalated: Sequence[Escalated]) -> list[TextsOf]:
-    """Return the texts of samples for each model of a ladder, with the pairs for that model."""
+    """Return functions from a sample id to the inputs of its requests, one for each model of a ladder.
+
+    For all models except the first, the inputs include the pairs of task and style to request.
+    """
     first = NO_TEXTS
     if settings.requests.context or settings.requests.has_conditions:
         batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa", *IMAGE_SIZE])

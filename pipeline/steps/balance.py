@@ -38,7 +38,7 @@ ADDS = pa.schema([*BALANCED, *fields(STRING, "reason")])
 
 
 def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return findings about all questions."""
+    """Return the type and the pair of each question, and a `reason` for each question to reject."""
     db, rows, (config, seed) = comparison.db, comparison.rows, comparison.settings
     load(db, "questions", _questions(rows), QUESTIONS)
     db.execute(

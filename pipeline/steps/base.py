@@ -98,7 +98,7 @@ class Executor(Protocol):
         """Read the source, up to the limit of images in the settings."""
 
     def begin_pass(self, escalations: str) -> None:
-        """Prepare to repeat the steps. `escalations` is a digest of the requests to further models."""
+        """Prepare to repeat the steps. `escalations` is a digest of requests to a ladder's next models."""
 
     def each(self, work: Callable[[DatasetDir, Services], None]) -> None:
         """Schedule a function for every shard. `wait` returns when all have finished."""
@@ -255,12 +255,12 @@ class RowStep(Step):
         compare_shards(self, executor.shards, rows, plan, work.progress)
         executor.each(partial(judge_shard, self, rows, plan, key))
         executor.wait()
-        # Remove these files last, because the shard of a lost worker is judged again.
+        # Keep these files until now, because a shard is judged again if its worker is lost.
         for shard in executor.shards:
             shard.step_file(self.name, "compared").unlink(missing_ok=True)
 
     def key(self, plan: Plan, shards: Sequence[DatasetDir], rows: StepFile) -> str:
-        """Return the key of the step from its settings and the files `rows` of the given shards."""
+        """Return the key of the step. It depends on the settings and on the file `rows` of each shard."""
         inputs = [output_digest(shard, *file) for shard in shards for file in (StepFile("read"), rows)]
         return step_key(self.name, self.settings(plan), self.reads(plan), inputs)
 
@@ -309,7 +309,7 @@ def _judge_shard_once(step: RowStep, rows: StepFile, plan: Plan, shard: DatasetD
 def compare_shards(
     step: RowStep, shards: Sequence[DatasetDir], rows: StepFile, plan: Plan, progress: Progress
 ) -> None:
-    """Compare the rows of all shards, and write the findings about the rows of each shard to that shard.
+    """Compare the rows of all shards, and write to each shard the results for its rows.
 
     Raises TableError if the comparison returns a row that does not exist.
     """
@@ -385,7 +385,7 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
         yield
     finally:
         totals = journal.totals()
-        # An estimate may have added requests to the journal, and a killed run did not record its cost.
+        # The journal may hold more requests than the record: from an estimate, or from a killed run.
         if stats.asked > asked or totals["asked"] != dataset.read_cost().get("asked", 0):
             by_model = journal.likely_tokens().values()
             read_tokens, written_tokens = map(sum, zip((0, 0), *by_model, strict=True))
@@ -414,7 +414,7 @@ class _InOrder:
 
 
 def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
-    """Append the columns of `findings`. Rows without any get null. `first` is the number of the first row."""
+    """Append the columns of `findings`, null for rows without findings. `first` is the first row number."""
     index = np.full(table.num_rows, -1)
     index[findings["row"].to_numpy() - first] = np.arange(findings.num_rows)
     if np.count_nonzero(index >= 0) != findings.num_rows:

@@ -60,8 +60,8 @@ WITH hashed AS (
 )
 SELECT * EXCLUDE (other_group), other_group AS image_group FROM judged
 """
-# Human texts come first, regardless of scores. `row` decides between styles that share a reply, since their
-# annotations have the same id.
+# Human texts come first, regardless of scores. Styles may share a reply, and their annotations then have the
+# same id, so `row` is the last criterion.
 SCORE_ORDER = "agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST"
 BEST = f"is_human DESC, {SCORE_ORDER}, annotation_id, row"
 

@@ -1,9 +1,9 @@
-"""Ladders: ask the next model about the texts that the last model failed to write.
+"""Ladders: ask the next model for the texts that the previous model failed to write.
 
-`climb` repeats the steps from ask to verify for each model of a ladder. After each repetition, `escalate`
-lists the pairs of task and style of each sample for which no text is left. The ask step then also asks the
-next model for these, and rejects the replaced texts. Replies come from the journal, so no request is
-sent twice.
+A ladder is an ordered list of models for a task. `climb` repeats the steps from ask to verify for each model.
+After each repetition, `escalate` lists the texts to request from the next model: each sample, task and style
+for which no text is left. The ask step then also requests these texts, and rejects the texts that they
+replace. Replies come from the journal, so no request is sent twice.
 """
 
 from collections import Counter, defaultdict
@@ -47,8 +47,8 @@ Escalated = dict[str, frozenset[Pair]]  # pairs of task and style by sample id
 def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[[], None]) -> None:
     """Find the texts that each model of a ladder fails to write. `run` runs `steps`: ask to verify.
 
-    The next run of the ask step asks the next models for them. Does nothing if an earlier run with the same
-    inputs has found them: the file of the escalations has a key like that of a step.
+    The next run of the ask step requests these texts from the next models. The search is skipped if an
+    earlier run with the same inputs has finished it, which the key in the metadata of the file shows.
     """
     plan, path = work.plan, _file_of(work.plan.dataset)
     row_steps = [step for step in steps if isinstance(step, RowStep)]
@@ -66,18 +66,18 @@ def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[
             stats.begin_pass()
             if not escalate(work, rung):
                 break
-        if not stats.unanswered:  # otherwise the next run repeats the requests, and then the search
+        if not stats.unanswered:  # otherwise the next run sends the requests again, and repeats the search
             write_table(path, [_read(plan.dataset)], ESCALATED.with_metadata({b"key": key}))
     work.executor.begin_pass(digest(_read(plan.dataset).to_pydict()))
 
 
 def _file_of(dataset: DatasetDir) -> Path:
-    """Return the file with the pairs that further models are asked for (ESCALATED)."""
+    """Return the path of the list of texts to request from further models (ESCALATED)."""
     return dataset.path / "ladder.parquet"
 
 
 def escalate(work: Work, rung: int) -> bool:
-    """List the pairs for the model at position `rung` of each ladder. Return whether there are any."""
+    """List the texts to request from model number `rung` of each ladder. Return False if there are none."""
     plan, shards = work.plan, work.executor.shards
     work.executor.wait()
     tasks = [task.name for task in plan.tasks.asked if len(plan.requests.models_of(task.name)) > rung]
@@ -106,7 +106,7 @@ def _read(dataset: DatasetDir) -> pa.Table:
 
 
 def read_escalated(plan: Plan, shard: DatasetDir) -> list[Escalated]:
-    """Return the pairs for the second and further models about the samples of a shard."""
+    """Return the pairs to request for the samples of a shard, for each model after the first."""
     if plan.requests.num_rungs == 1:
         return []
     parts = read_batches(shard.step_file("read"), ["sample_id"])

@@ -6,7 +6,7 @@ consistency   mean F1 between the content words of this caption and of each othe
 clip          cosine similarity of caption and image, as in the check `alignment`
 judge         mean of the scores from another model
 
-F1 compares the content words as sets. It works because invented details differ from caption to caption.
+F1 compares the content words as sets. Consistency works because invented details differ between captions.
 Choosing the highest mean F1 is minimum Bayes risk decoding (Kumar and Byrne, 2004) with F1 as the gain.
 """
 

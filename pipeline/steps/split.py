@@ -2,7 +2,7 @@
 
 The hash does not depend on other images, so an image stays in its split when other images are added or
 removed. If the source itself has a test or validation split, the hash adds no images to that split.
-Near-duplicate images use the hash of the first of them, so they are in the same split. With `split.group_by`,
+Near-duplicate images share the hash of the first image, so they are in the same split. With `split.group_by`,
 the images in one folder, or the frames of one video, are also in the same split.
 """
 
@@ -94,9 +94,9 @@ def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> p
 
 
 def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
-    """Return the part of a row name that related rows of the source share, or "" if the row is on its own.
+    """Return the common part of the names of related source rows, or "" if the row has no related rows.
 
-    By folder, it is the folder of the file. By prefix, it is the name without its last number, as in
+    With "folder", it is the folder of the file. With "prefix", it is the name without its last number, as in
     `clip1_0042.jpg`. A number inside a name, as in `clip1_0042_left.jpg`, must have a letter before it. If
     the name is only a number, the folder is returned instead.
     """

@@ -1,10 +1,11 @@
 """Step: verify. Check annotations with further questions to the model, and reject those that fail.
 
 The first checks ask the model about the image. Captions with false claims are repaired and checked again.
-Then captions are compared with the questions about the image, and with the image itself (CLIP). Last, a judge
-rates all texts. A check that is off or has no readable reply rejects nothing.
+Then the model answers the questions about the image from the caption alone, and CLIP compares the caption
+with the image. Last, a judge rates all texts. A check that is off or has no readable reply rejects nothing.
 
-The claims check and the judge are also asked about known truths and falsehoods (dataset/calibration.py).
+The claims check and the judge are also tested on texts that are known to be true or false
+(dataset/calibration.py).
 Some limits depend on all rows, such as the minimum evidence against a false claim. They are applied in
 DuckDB.
 """
@@ -65,7 +66,7 @@ from pipeline.types import Request
 if TYPE_CHECKING:
     from pipeline.images.clip import ClipScorer
 
-# A CLIP sees about 100,000 pixels. Larger images need not be kept in memory.
+# CLIP models use about 100,000 pixels, so larger images need not be kept in memory.
 CLIP_PIXELS = 1_000_000
 # Number of requests without images that are built at once.
 CHUNK_REQUESTS = 256
@@ -116,8 +117,8 @@ class VerifySettings:
     """The settings of the verify step.
 
     `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
-    `clip_model` is None if captions are not compared with images. `seed` and `samples`, a digest of the list
-    of all samples, determine which images have known texts.
+    `clip_model` is None if captions are not compared with images. `samples` is a digest of the list of all
+    samples. `seed` and `samples` determine which images are used to measure the errors of the checks.
     """
 
     verify: VerifyConfig
@@ -274,7 +275,7 @@ class AnnotationChecker:
         return {text: list(map(verification.claim_checks, self._claims[text])) for text, _ in captions}
 
     def _ask_claims(self, claims: Sequence[AskedClaim]) -> None:
-        """Ask the first two questions about each claim, and the others if these do not confirm the claim."""
+        """Ask two questions about each claim, and the remaining questions if it is not confirmed."""
         for part in (slice(2), slice(2, None)):
             unclear = [claim for claim in claims if claim.evidence > -REFUTED and claim.questions[part]]
             answers = self._ask_checks([(claim.sample_id, claim.questions[part]) for claim in unclear])
@@ -289,7 +290,7 @@ class AnnotationChecker:
     def _known_samples(
         self, captions: Subjects, asked: Subjects
     ) -> list[tuple[CheckedAnnotation, KnownSample]]:
-        """Return the samples of `asked` that have known texts, each with its first caption."""
+        """Return (first caption, KnownSample) for each sample in `asked` that has known texts."""
         seed, groups = self.settings.seed, _by_sample(captions) if self.settings.is_calibrated else {}
         return [
             (group[0], KnownSample.of(self._known_texts[sample_id], [one.row for one in group], seed))
@@ -314,7 +315,7 @@ class AnnotationChecker:
     # --- questions
 
     def _check_coverage(self, captions: Subjects, questions: Subjects) -> None:
-        """Ask the distinct questions about the sample of each caption, and show only the caption."""
+        """Ask the distinct questions about each caption's sample, and show only the caption to the model."""
         pairs: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # by sample id
         for one in questions:
             if not self._is_contradicted(one):
@@ -324,7 +325,7 @@ class AnnotationChecker:
         self._answer(captions, list(map(verification.coverage_checks, texts, asked)))
 
     def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
-        """Ask the model the questions in `checks` about each subject, and add the answered checks to it."""
+        """Ask the model the questions in `checks` about each annotation. Add the answers to its checks."""
         asked = zip((subject.sample_id for subject in subjects), checks, strict=True)
         for subject, answers in zip(subjects, self._ask_checks(list(asked)), strict=True):
             subject.checks += answers
@@ -514,7 +515,7 @@ def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
 
 
 def judge_verified(table: pa.Table, settings: VerifySettings) -> pa.Table:
-    """Append the columns in CHECKED, all empty, if no check was asked. `reason` comes from `compare`."""
+    """If no check was asked, append the columns in CHECKED without values. `compare` adds `reason`."""
     if settings.verify.is_asked:
         return table
     return append_columns(table, pa.Table.from_pylist([{"checks": []}] * table.num_rows, schema=CHECKED))

@@ -1,7 +1,7 @@
-"""Annotations with the results of their checks, the conditions of checks, and texts of known truth.
+"""Annotations with the results of their checks, the conditions of checks, and known texts.
 
-Known texts measure how often a check errs. Human captions of an image are true. A caption of another image is
-false, and so is a text about the same image after one word was replaced.
+Known texts are known to be true or false. They measure how often a check errs. Human captions of an image are
+true. A caption of another image is false, and so is a text about the same image after one word was replaced.
 """
 
 import json
@@ -50,7 +50,7 @@ CHECKED = pa.schema(
     ]
 )  # fmt: skip
 Row = dict[str, Any]
-OTHER_IMAGE = "other_image"  # the kind of captions of another image
+OTHER_IMAGE = "other_image"  # kind of a known text: a caption of another image
 # Maximum known truths and planted falsehoods per image. Each costs up to four requests.
 MAX_TRUTHS, MAX_FALSEHOODS = 3, 2
 Claim = list[verification.Check]  # the questions about a claim
@@ -103,7 +103,7 @@ class CheckConditions:
         self._results: dict[str, Row] = {}  # by sample id
 
     def read_results(self, rows: Iterable[Row]) -> None:
-        """Read the results of tasks and the captions by style. `rows` has all annotations of each sample."""
+        """Store each sample's results of tasks and captions by style. `rows` has all its annotations."""
         self._results = defaultdict(dict)
         for row in rows if self._conditions else ():
             results, name = self._results[row["sample_id"]], result_name(row["task"], row["style"])
@@ -184,10 +184,10 @@ def _is_confirmed(checks: Sequence[Row], kind: str) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class KnownSample:
-    """A sample with known texts.
+    """A sample with texts that are known to be true or false.
 
-    Falsehoods are made from the text `base`. `said` has the words of all texts about the sample: a statement
-    that has no other word may be true. `rank` orders the candidates.
+    False statements are made from the text `base`. `said` has the words of all texts about the sample. A
+    statement with only these words may be true. `rank` orders the candidates.
     """
 
     known: KnownTexts
@@ -209,7 +209,7 @@ class KnownSample:
 
     @property
     def to_split(self) -> list[str]:
-        """The texts whose claims are asked about."""
+        """The texts to split into claims."""
         return [text for text in (self.base, self.known.foreign) if text]
 
     def claims(self, claims: Mapping[str, list[Claim]], *, splits: bool) -> Iterator[tuple[str, Claim]]:
@@ -232,7 +232,7 @@ class KnownSample:
                     break
 
     def _plant(self, claim: verification.Check, *, splits: bool) -> Iterator[tuple[str, Claim]]:
-        """Yield the kinds and questions of claims in which one word is replaced."""
+        """Yield false versions of a claim, with one word replaced: the kind and the questions of each."""
         if splits:
             for kind, text in plant_falsehoods(str(claim.claim), self.said, self.rank):
                 yield kind, verification.claim_checks(text)

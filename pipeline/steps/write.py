@@ -199,7 +199,8 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
 def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest field with the price of the texts, or {} if no model was asked.
 
-    The price of a ladder does not include checks, because the records lack the checks of replaced texts.
+    With a ladder of models, the price does not include checks, because the records lack the
+    checks of replaced texts.
     """
     has_checks = plan.config.verify.is_asked and plan.requests.num_rungs == 1
     records = [("ask", DONE), *[("verify", PREPARED)] * has_checks]

@@ -29,8 +29,8 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
     The caller holds the lock of `folder`. Raises StoreError if the disk or the memory is full.
     """
-    # In a path, DuckDB takes the text before a colon (if the path is relative) for an extension, and the text
-    # after a `?` for options.
+    # DuckDB reads the text after a `?` in a path as options, and the text before a colon in a relative path
+    # as an extension.
     parent = None if is_remote(folder) or "?" in str(folder.absolute()) else folder.absolute()
     config: dict[str, Any] = {
         "memory_limit": f"{MEMORY_BYTES // 2**20}MiB",
@@ -99,9 +99,10 @@ def load(
     schema: pa.Schema,
     query: str = "SELECT * FROM incoming",
 ) -> None:
-    """Create the table `name` from a query over Arrow tables (`incoming`), with one in memory at a time.
+    """Create the table `name` from a query over the Arrow tables in `batches`, named `incoming`.
 
-    Exceptions in `batches` are raised unchanged. It may query the database only through another cursor.
+    One table is in memory at a time. Exceptions in `batches` are raised unchanged. The iterator `batches` may
+    query the database only through another cursor.
     """
     raised: list[BaseException] = []
 

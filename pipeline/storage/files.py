@@ -46,7 +46,7 @@ _DISK_ERRORS = {
     errno.EIO: ("the disk has errors", "check the kernel log (`dmesg`), and copy the folder to another disk"),
     errno.EEXIST: ("a file exists where a folder should be", _OTHER_FOLDER),
     errno.EBUSY: ("another program is using the file", f"close it, {_RESUME}"),
-    errno.ENOTEMPTY: ("a folder that is not a version is in the way", f"move it away, {_RESUME}"),
+    errno.ENOTEMPTY: ("a folder that is not a version has this name", f"move it away, {_RESUME}"),
 }
 # Object stores never raise these errors. The cause is a full or read-only temporary folder.
 _DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -163,7 +163,7 @@ def open_writer(
     pq.write_table(schema.empty_table(), empty)
     columns = pq.ParquetFile(pa.BufferReader(empty.getvalue())).schema
     leaves = [columns.column(n).path for n in range(len(columns))]  # such as captions.list.element.text
-    pixels = (*PIXELS, "images")  # columns of versions, and the column of the store and of exports
+    pixels = (*PIXELS, "images")  # PIXELS in versions, `images` in the image store and exports
     texts = [path for path in leaves if path.split(".")[0] not in pixels]
     return pq.ParquetWriter(
         target.absolute() if isinstance(target, Path) else target,

@@ -119,7 +119,7 @@ def _acquire(path: Path, holder_id: str, timeout_s: float, say: Callable[[str], 
         filesystem_of(path).pipe_file(key_of(path), _beat(holder_id, 0), mode="create")
         return
     seen = _read_lease(path)
-    say(f"{path.parent} is in use, or was a moment ago: waiting {timeout_s:.0f} s to find out")
+    say(f"another command may be writing to {path.parent}: waiting {timeout_s:.0f} s to find out")
     time.sleep(timeout_s)
     if _read_lease(path) in ([], seen):
         path.write_bytes(_beat(holder_id, 0))

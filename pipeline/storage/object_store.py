@@ -116,5 +116,5 @@ def translate_store_errors(path: Path) -> Iterator[None]:
         if not isinstance(error, OSError) and package not in _STORE_PACKAGES:
             raise
         scheme = str(path).partition("://")[0]
-        hint = f"check the address, the network and the keys of {scheme}, then run the same command"
+        hint = f"check the address, the network and the access keys for {scheme}, then run the same command"
         raise StoreError(f"{path}: {one_line(error)}", hint=hint) from None

@@ -60,7 +60,7 @@ class Task:
     has_styles: bool = False  # whether there is one request for each of `generate.caption_styles`
     temperature_key: str = "qa_temperature"  # name of a setting in `generate`
     card_category: str | None = None  # task category on the Hub
-    keep_if: str | None = None  # condition that an image must meet for all other tasks
+    keep_if: str | None = None  # condition: other tasks are asked only about images that meet it
     needs: tuple[str, ...] = ()  # names of tasks or caption styles whose results the prompt uses
     shows_image: bool = True
     max_tokens: int | None = None  # None: use generate.max_tokens
@@ -96,7 +96,7 @@ class Task:
         return {"type": "array", "items": {"type": "object"}} if self.rows_field else {"type": "string"}
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, which may be a bare list, or None if it has no list of rows."""
+        """Return the rows of a parsed reply, or None if it has no list of rows. A bare list is accepted."""
         rows: Any = [reply]
         if self.rows_field:
             rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply
@@ -129,7 +129,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 def find_unusable(texts: Iterable[str]) -> str | None:
     """Return an error code if a text is a refusal or repeats itself in a loop, or else None."""
-    from pipeline.text.refusals import is_declined  # compiles large patterns
+    from pipeline.text.refusals import is_declined  # this import compiles large regular expressions
 
     texts = list(texts)
     if any(map(is_declined, texts)):
@@ -158,7 +158,7 @@ def _with_texts(item: Any) -> Any:
 
 
 def _is_readable(item: Any) -> bool:
-    """Return whether a table can hold an item: only strings, and page numbers in `evidence_pages`."""
+    """Return whether an item fits in a table: all fields are strings, or page numbers in `evidence_pages`."""
     if not isinstance(item, dict):
         return False
     pages = item.get("evidence_pages", [])

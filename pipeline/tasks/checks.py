@@ -27,7 +27,7 @@ PHRASINGS = (
     ("Does the image show that {}?", "yes"),
     ("Is it wrong to say that {}?", "no"),
 )
-# The evidence against a claim is the number of answers that refute it, less the number that confirm it.
+# The evidence against a claim is the number of answers that refute it, minus the number that confirm it.
 MAX_EVIDENCE = len(PHRASINGS)
 # Least evidence that may refute a claim: both answers of a pair, or three of four answers.
 REFUTED = 2
@@ -71,7 +71,7 @@ class Rating(Output):
 
 def tidy_verdict(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a verdict, with the answer reduced to `yes`, `no` or `cannot tell` if possible."""
-    from pipeline.rules import says_nothing  # compiles large patterns
+    from pipeline.rules import says_nothing  # this import compiles large regular expressions
 
     answer = fields.get("answer")
     if not isinstance(answer, str):

@@ -45,7 +45,7 @@ def drop_reason(task: str, unmet: str) -> str:
 
 
 def is_no_loss(reason: str) -> bool:
-    """Return whether a rejection is no loss: the settings ask for it, or the next model was asked."""
+    """Return whether a rejection is intended: the settings ask for it, or the next model was asked."""
     reasons = (CONDITION_FALSE, HAS_HUMAN_TEXT, REPLACED)
     return reason in reasons or reason.startswith(_DROPPED[CONDITION_FALSE])
 
@@ -110,7 +110,7 @@ def parse_condition(text: str) -> Condition:
         raise ConditionError(error.offset or 1, error.msg, hint) from None
     except (ValueError, RecursionError, MemoryError):
         raise ConditionError(1, "this cannot be read") from None
-    after = len(text.encode()[: tree.end_col_offset].decode())  # parentheses, spaces or a comment
+    after = len(text.encode()[: tree.end_col_offset].decode())  # the rest is parentheses, spaces or a comment
     if (position := text.find("#", after)) >= 0:
         raise ConditionError(position + 1, "a condition has no comments", "leave out the text from # on")
     level: list[ast.AST] = [tree]
@@ -221,7 +221,7 @@ class _Checker:
             self.fail(node, f"{shown} is neither true nor false", f"compare it, as in `{shown} is not null`")
 
     def type_of(self, node: ast.expr) -> Schema:
-        """Return the schema of a name or a constant. That of a constant lists it under `constants`."""
+        """Return the schema of a name or a constant. For a constant, `constants` lists its values."""
         if path := _path_of(node):
             return self.type_of_name(node, path)
         try:

@@ -71,7 +71,7 @@ ROW_MODELS: dict[str, type[Output]] = {"caption": Caption, "question": OwnPair}
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CustomTask(Task):
-    """A custom task, which validates replies by a closed schema."""
+    """A custom task. It validates replies with its closed schema (output_schema.py)."""
 
     settings: TaskConfig
     whole: Schema  # closed schema of a whole reply

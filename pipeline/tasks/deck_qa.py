@@ -40,7 +40,7 @@ class DeckQAPair(Output):
     def _check_pair(self, info: ValidationInfo) -> "DeckQAPair":
         check_question(self.question, self.answer)
         if list(self.evidence_pages) != sorted(set(self.evidence_pages)):
-            raise PydanticCustomError("evidence_not_in_order", "evidence pages are not sorted, or repeated")
+            raise PydanticCustomError("evidence_not_in_order", "evidence pages are unsorted or repeated")
         if info.context and self.evidence_pages[-1] > info.context["pages"]:
             raise PydanticCustomError("evidence_outside_deck", "the deck does not have this evidence page")
         if self.answer_type == "arithmetic" and not equals_rounded(self.expression, self.answer):

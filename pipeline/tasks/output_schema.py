@@ -155,9 +155,9 @@ def _close_object(schema: Schema, position: _Position) -> Schema:
 
 
 def _split_null(schema: Schema, path: str) -> tuple[Schema, bool]:
-    """Return a schema without its alternative null, and whether null is allowed.
+    """Return a schema that does not allow null, and whether the original schema allows null.
 
-    Returns the same object if the schema has no alternatives.
+    A schema without alternatives is returned as the same object.
     """
     values = schema.get("enum")
     if isinstance(values, list) and None in values:

@@ -155,7 +155,7 @@ def names_in(source: str, variable: str) -> frozenset[str]:
 
 
 def check_names(task: Task, folders: Folders, columns: Sequence[str]) -> None:
-    """Raise ConfigError if a prompt uses unmapped columns, or not exactly the results in `task.needs`."""
+    """Raise ConfigError if a prompt uses unmapped columns, or if its `results` differ from `task.needs`."""
     name, source = _source_of(task, folders)
     try:
         unknown, results = sorted(names_in(source, "row") - {*columns}), names_in(source, "results")
@@ -167,7 +167,7 @@ def check_names(task: Task, folders: Folders, columns: Sequence[str]) -> None:
         problem = f"the prompt {name} uses row.{unknown[0]}, which is not a context column"
         close = get_close_matches(unknown[0], columns)  # mapped columns that may be misspelled
         names = [column for column in columns if column not in close]
-        hint = f"to use the column {unknown[0]}: --columns context={','.join([*names, *unknown])}"
+        hint = f"to use the column {unknown[0]}, pass --columns context={','.join([*names, *unknown])}"
         known = [f"row.{column}" for column in columns]
         raise ConfigError(problem, unknown=f"row.{unknown[0]}", known=known, hint=hint)
     if unneeded := sorted(results - {*task.needs}):

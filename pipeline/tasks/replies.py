@@ -106,8 +106,8 @@ def _value(row: dict[str, Any]) -> Any:
 
 
 def plain_text(text: str) -> str:
-    """Return a reply without its thoughts, a line like "Here is a caption:", and a code fence or quotes."""
-    from pipeline.text.artifacts import opens_chat  # compiles large patterns
+    """Remove the reasoning, a line like "Here is a caption:", and a code fence or quotes from a reply."""
+    from pipeline.text.artifacts import opens_chat  # this import compiles large regular expressions
 
     text = text.rpartition("</think>")[2].strip()
     first, _, rest = text.partition("\n")
@@ -124,7 +124,7 @@ def plain_text(text: str) -> str:
 
 
 def _is_plain(text: str, *, may_be_code: bool) -> bool:
-    """Return whether a reply is the text alone. Text that is read from an image may be code."""
+    """Return whether a reply is only the requested text. With `may_be_code`, it may look like code."""
     from pipeline.text.artifacts import opens_chat
 
     if not text or text.startswith(("```", "<think>")) or opens_chat(text):

@@ -17,11 +17,11 @@ _PART = re.compile(r"\{([a-z_]+)\}")
 
 
 def expression(name: str) -> str:
-    """Return the alternatives of a pattern in patterns.toml as one group. `{name}` is another pattern."""
+    """Return the alternatives of a pattern in patterns.toml as one group. `{name}` inserts a pattern."""
     group = f"(?:{'|'.join(_ALTERNATIVES[name])})"
     return _PART.sub(lambda part: expression(part[1]), group)
 
 
 def pattern(name: str, flags: int = 0, *, before: str = "", after: str = "") -> re.Pattern[str]:
-    """Compile a pattern in patterns.toml, between two other expressions."""
+    """Compile a pattern in patterns.toml, with `before` and `after` around it."""
     return re.compile(before + expression(name) + after, flags)

@@ -13,8 +13,8 @@ from pipeline.text import WORDS, pattern
 from pipeline.text.language import FUNCTION_WORDS, begins_longer_word, unquoted
 from pipeline.text.normalize import sentences_with, text_key, words_of
 
-# Every match of _MARKUP matches one of these patterns, or has one of the parts. Both are rare in captions, so
-# testing for them first makes the search 10 times faster.
+# Every match of _MARKUP also matches a _SPECIAL pattern or contains one of _SPECIAL_PARTS. These are rare in
+# captions, so testing for them first makes the search 10 times faster.
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 ,.\"'\-?!;:()/&%$]")
 _SPECIAL_COLON = re.compile(r"[A-Zxywh]\d?\s*:")
 _SPECIAL_PARTS = (
@@ -39,7 +39,7 @@ _CHAT_START = pattern("chat_start", before=r"\s*")
 _CAPTION_START = pattern("caption_start", before=r"\W*")
 _CHAT = pattern("chat", before=r"\b")
 _OTHER_START = pattern("other_start", before=r"\W*+")
-# Most captions begin with one of these words, and no match does, so testing for them first is faster.
+# Most captions begin with one of these words, and no match of _OTHER_START does, so test for them first.
 _USUAL_STARTS = frozenset(WORDS["usual_starts"].split())
 _TOPICS = [name for name in WORDS if name.startswith("other_")]
 _OTHER = [(frozenset(WORDS[name].split()), pattern(name, before=r"\b")) for name in _TOPICS]
@@ -109,7 +109,7 @@ def has_label(text: str) -> bool:
 
 
 def has_caption_label(text: str) -> bool:
-    """Return whether a caption has labels, begins as no description does, or ends with a question."""
+    """Return whether a caption has labels, begins unlike a description, or ends with a question."""
     if (":" in text and _CAPTION_LABEL.match(text)) or _CAPTION_START.match(text.lower()):
         return True
     return "?" in text[-3:] and bool(_QUESTION_AT_END.search(text))
@@ -221,5 +221,5 @@ def echoes_prompt(words: list[str], grams: frozenset[tuple[str, ...]]) -> bool:
 
 @lru_cache(64)
 def _rare_words(grams: frozenset[tuple[str, ...]]) -> frozenset[str]:
-    """Return the longest word of each sequence, or a function word if it has only function words."""
+    """Return the longest word of each sequence. Function words are used only if it has no other words."""
     return frozenset(max(gram, key=lambda word: (word not in FUNCTION_WORDS, len(word))) for gram in grams)

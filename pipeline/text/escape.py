@@ -46,7 +46,7 @@ def printable(text: str) -> str:
 
 
 def plain_value(value: Any) -> Any:
-    """Break special tokens in the strings of a value for a prompt, and remove characters of text direction.
+    """Break special tokens in the strings of a value for a prompt, and remove text direction marks.
 
     A tokenizer would read `<|im_start|>` in a caption as the end of the quoted text and a new role.
     """

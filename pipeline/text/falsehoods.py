@@ -24,8 +24,8 @@ def plant_falsehoods(
 ) -> Iterator[tuple[str, str]]:
     """Yield (kind, false statement) for each kind of falsehood that fits.
 
-    `said` has the words of all texts about the image. They never replace a word, because the result
-    could be true. `rank` orders the candidates.
+    `said` has the words of all texts about the image. These words are never used as replacements, because the
+    result could be true. `rank` orders the candidates.
     """
     words = statement.split(" ")
     keys = ["".join(words_of(word)) for word in words]

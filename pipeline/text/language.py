@@ -14,7 +14,7 @@ MIN_WORDS = 4
 MIN_ENGLISH_FRAC = 0.75
 FUNCTION_WORDS = frozenset(WORDS["function"].split())
 _FOREIGN_WORDS = frozenset(WORDS["foreign"].split())
-# The other foreign words are also in names of dishes and places, such as "pico de gallo".
+# Leave out foreign words that are also in names of dishes and places, such as "pico de gallo".
 _CLEARLY_FOREIGN = _FOREIGN_WORDS - {"de", "la", "le", "di", "un", "du", "del", "das", "des", "im", "am"}
 MIN_JOINED_LETTERS = 16
 # Texts with more words that are neither English nor names are nonsense.
@@ -68,7 +68,7 @@ def detect_short(text: str, words: list[str]) -> float:
 
 
 def has_odd_words(text: str, words: list[str], *, is_english: bool) -> bool:
-    """Return whether a text has words of another language among English ones, joined words or nonsense.
+    """Return whether a text has joined words, nonsense, or foreign words among English words.
 
     `is_english` is the result of `detect_language`. Names are not counted.
     """
@@ -111,7 +111,7 @@ def _lower_words(text: str) -> list[str]:
 
 def _are_english(words: list[str]) -> bool:
     min_count = MIN_ENGLISH_FRAC * len(words)
-    # Most English texts have enough words without an ending, which are found faster.
+    # Count the words without an ending first, which is faster. Most English texts have enough of them.
     if sum(map(_whole_words().__contains__, words)) >= min_count:
         return True
     return sum(map(_is_english, words)) >= min_count

@@ -23,7 +23,8 @@ _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "email": (re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"), bool),
     "url": (re.compile(r"\b(?:https?://|www\.)[^\s<>\"']+[^\s<>\"'.,;:!?)]", re.IGNORECASE), bool),
     "iban": (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
-    # Starts with a country code, an area code in brackets or a zero, or has groups of 3, 3 and 4 digits.
+    # A phone number starts with a country code, an area code in brackets or a zero, or consists of groups of
+    # 3, 3 and 4 digits.
     "phone": (
         re.compile(
             r"(?<![\w.,])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?)?(?:[ .-]?\d{2,10}){1,5}"
@@ -46,7 +47,7 @@ def redact(text: str) -> tuple[str, int]:
         return text, 0
     count = 0
     for name, (pattern, is_valid) in _KINDS.items():
-        # The last match first, since a replacement moves the matches after it.
+        # Replace the last match first, since a replacement moves all later matches.
         for match in reversed([match for match in pattern.finditer(text) if is_valid(match[0])]):
             text = f"{text[: match.start()]}[{name}]{text[match.end() :]}"
             count += 1

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# Codes that are not clear as words.
+# Descriptions of codes that would be unclear if only split into words.
 IN_WORDS = {
     # source
     "duplicate_image": "has the same image as another row",
@@ -10,7 +10,7 @@ IN_WORDS = {
     "near_held_out_image": "looks like an image of a held-out split",
     "banned_image": "also in an excluded dataset",
     "extreme_aspect_ratio": "the image is too narrow",
-    # replies, and validate
+    # parsing of replies, and the validate step
     "not_json": "the reply has no JSON object",
     "not_plain_text": "the reply contains more than the requested text",
     "off_schema": "the reply does not match the schema",
@@ -41,14 +41,14 @@ IN_WORDS = {
     "unwanted_phrase": "has a phrase that the settings reject",
     "not_visible": "asks about something that an image cannot show",
     "answer_off_type": "the answer does not fit the kind of question",
-    "no_single_question": "several questions in one, or a choice by letters",
+    "no_single_question": "several questions in one, or a choice between lettered options",
     "speaks_of_elsewhere": "refers to another text or image",
     # verify
     "answer_not_confirmed": "the model gave another answer when asked again",
     "false_claim": "the model refuted a claim of the caption",
     "low_coverage": "the caption answers too few questions about its image",
     "answerable_without_image": "can be answered without the image",
-    "evidence_not_sufficient": "the named pages are not enough",
+    "evidence_not_sufficient": "the model cannot answer from the evidence pages alone",
     "low_alignment": "fits its image less well than other texts",
     # select
     "same_as_the_best": "equals the best caption of this image and style",

@@ -67,8 +67,8 @@ _IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "pe
 def is_same_answer(one: str, other: str) -> bool:
     """Return whether two answers to the same question mean the same.
 
-    Yes and no are compared in all languages. Numbers must be equal. Other answers are equal if the words of
-    one, or their synonyms, are among those of the other: "kitchen", "in the kitchen".
+    Yes and no are compared in all languages. Numbers must be equal. Other answers are equal if one answer has
+    all words of the other answer, or synonyms of them, as in "kitchen" and "in the kitchen".
     """
     first, second = _comparable(one), _comparable(other)
     if _is_synonym(first, second):

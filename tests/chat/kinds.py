@@ -17,13 +17,13 @@ Refusal = tuple[int, Any]
 class ServerKind:
     name: str
     path: str = "/v1"
-    # supported fields of a request body, which has no `uuid`; None: unknown fields are ignored
+    # accepted fields of a request body (image parts may have no `uuid`); None: unknown fields are ignored
     fields: frozenset[str] | None = None
     lists_models: bool = True
     model_prefix: str = ""
     model_fields: dict[str, Any]
     extra: Callable[[dict[str, Any]], Refusal | None] = lambda body: None
-    in_parts: bool = False  # whether a reply is a list of parts that begins with a thought
+    in_parts: bool = False  # whether a reply is a list of parts, with reasoning first
     enforces_schemas: bool = True
     wrap: Callable[[str], str] = lambda text: text  # adds text around a JSON reply
 

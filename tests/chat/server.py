@@ -37,7 +37,7 @@ class Act:
     seconds: float = 0.0
     raw: bytes | None = None  # the whole body
     cut: bool = False  # close the connection in the middle of the body
-    close: bool = False  # close the connection after the body without announcing it
+    close: bool = False  # close the connection after the body, without a header that says so
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -55,7 +55,7 @@ class ChatServer:
         self.key: str | None = None
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
-        self.refused: list[dict[str, Any]] = []  # with fields that this kind of server rejects
+        self.refused: list[dict[str, Any]] = []  # requests with fields that this server rejects
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
         self.probe_answer: bytes | None = None  # body of the response to a probe; None: a valid reply

@@ -48,7 +48,7 @@ class Watch:
         path, mode, flags = arguments
         if not isinstance(path, str | bytes | os.PathLike):
             return
-        allowed, self.allowed = self.allowed, None  # realpath below opens no file
+        allowed, self.allowed = self.allowed, None  # pause the audit during realpath
         real = os.path.realpath(os.fsdecode(path))
         opens_to_write = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         writes = (isinstance(mode, str) and set(mode) & set("wax+")) or opens_to_write

@@ -63,7 +63,7 @@ def acts_on_checkpoint(path: Path, out: Path) -> Acts:
     return {"caption": caption}
 
 
-# function, memory in bytes, and folders that may be used in addition: shards are rewritten in /tmp
+# (function, memory limit in bytes, additional allowed folders). Shards are rewritten in /tmp.
 KINDS: dict[str, tuple[Callable[[Path, Path], Acts], int, tuple[Path, ...]]] = {
     "versions": (acts_on_version, 2_500_000_000, (Path("/tmp"),)),
     "checkpoints": (acts_on_checkpoint, 1_500_000_000, ()),

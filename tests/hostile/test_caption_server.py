@@ -38,7 +38,7 @@ REQUESTS = {  # name: (request line, headers, body, status)
         f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400)
         for name, image in IMAGES.items()
     },
-    # tests/trainer/test_server.py has all bad bodies. These could crash a server.
+    # Bad bodies that could crash a server. tests/trainer/test_server.py tests all bad bodies.
     **{
         f"body: {name}": (CHAT, JSON, BAD[name], 400)
         for name in ("deep", "not UTF-8", "half of a surrogate", "an address")
@@ -116,7 +116,7 @@ def test_half_sent_headers_do_not_block_the_server(address: Address, monkeypatch
     clients = [socket.create_connection(address, timeout=20) for _ in range(20)]
     for number, client in enumerate(clients):
         _send_all(client, (whole if number == 0 else b"") + whole[:-9])
-    for client in clients:  # also after a whole request
+    for client in clients:  # wait until the server closes each, even after a whole request
         with suppress(ConnectionError):
             while client.recv(65536):
                 pass

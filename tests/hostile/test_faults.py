@@ -95,7 +95,7 @@ def sweep(
     for number in numbers:
         folder = fresh(f"{mode}-{number}")
         hit = run(folder, *arguments, number=number, mode=mode, environment=environment(folder))
-        # 0: a scratch file could not be removed, or an optional file could not be written
+        # exit code 0: the fault affected only the removal of a scratch file, or an optional file
         assert hit.code in ((KILLED, 0) if mode == "crash" else (1, 0)), (number, hit)
         assert "Traceback" not in hit.output, (number, hit.output)
         repeated = run(folder, *arguments, environment=environment(folder))
@@ -117,7 +117,7 @@ def test_damaged_journal_is_repaired_or_reported(
     folder = Path(shutil.copytree(made, tmp_path / "folder"))
     journal = folder / "data" / "journal" / "local.sqlite"
     journal.write_bytes(damaged(journal.read_bytes(), random.Random(seed)))
-    shutil.rmtree(folder / "data" / "steps")  # the run reads the replies again
+    shutil.rmtree(folder / "data" / "steps")  # without step files, the run must read the journal
     for arguments in (generate, ("check", "data"), ("check", "data", "--repair")):
         outcome = run(folder, *arguments)
         assert outcome.code in (0, 1) and "Traceback" not in outcome.output, outcome
@@ -159,7 +159,7 @@ def test_pull_after_fault_equals_undisturbed_run(mode: str, made: Path, tmp_path
 
 @pytest.mark.parametrize("mode", ["crash", "full"])
 def test_interrupted_removal_leaves_versions_whole(mode: str, tmp_path: Path) -> None:
-    """The newest of three versions was removed with its images in use by no other version."""
+    """A version was removed, and `gc`, which deletes its unused images, is interrupted."""
     start = tmp_path / "start"
     for count in (10, 8, 12):
         make_version(start / "data", scene_samples(count))

@@ -104,7 +104,7 @@ def well_behaved(path: str, body: bytes, send: Send) -> None:
 
 
 def answering_images(answer: Callable[[Send], object]) -> Script:
-    """Return a script with another answer to requests that contain an image."""
+    """Return a script that calls `answer` for requests with an image, and behaves well otherwise."""
     return lambda path, body, send: answer(send) if b"base64" in body else well_behaved(path, body, send)  # type: ignore[return-value]
 
 

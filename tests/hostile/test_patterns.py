@@ -27,7 +27,7 @@ TEXT_SIZES, TEXT_MODULES = (
     (2_000, 20_000),
     ("pipeline.text", "pipeline.rules", "pipeline.scenes", "pipeline.tasks"),
 )
-MAX_S_PER_MB = {SIZES: 2.0, TEXT_SIZES: 25.0}  # of CPU time
+MAX_S_PER_MB = {SIZES: 2.0, TEXT_SIZES: 25.0}  # CPU time
 
 
 def patterns_in(value: Any, depth: int = 0) -> Iterator[re.Pattern[Any]]:
@@ -37,7 +37,7 @@ def patterns_in(value: Any, depth: int = 0) -> Iterator[re.Pattern[Any]]:
         yield from patterns_in([*value, *value.values()], depth)
     elif depth < 4 and isinstance(value, list | tuple | set | frozenset):
         for item in value:
-            if not isinstance(item, str):  # word lists are long
+            if not isinstance(item, str):  # skip strings, because word lists are long
                 yield from patterns_in(item, depth + 1)
 
 

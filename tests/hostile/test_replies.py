@@ -1,4 +1,4 @@
-"""Replies: any answer becomes one stored reply or is asked again, and stored replies can be read as rows."""
+"""Replies: any response is stored as a reply or retried, and stored replies can be read as rows."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def test_any_response_body_is_stored_with_its_flaw_and_parsed_into_rows(body: by
     message = error_message(body)
     assert 0 < len(message) <= 500
     assert "\n" not in message
-    sample_id = hashlib.sha256(body).hexdigest()  # the examples share a journal
+    sample_id = hashlib.sha256(body).hexdigest()  # unique per example, because they share a journal
     requests = list(build_requests(sample_id, request_plan(CONFIG)))
     with Journal(tmp_path / "j.sqlite") as journal:
         for request in requests:

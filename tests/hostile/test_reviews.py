@@ -70,7 +70,7 @@ def test_irregular_or_too_large_review_file_is_refused(
         read_lines(tmp_path / "reviews.jsonl")
 
 
-def test_hostile_notes_are_read_unchanged_and_edits_without_personal_data(tmp_path: Path) -> None:
+def test_review_notes_are_read_unchanged_and_personal_data_in_edits_is_redacted(tmp_path: Path) -> None:
     texts = [vector for vector in ALL if vector.isprintable()]
     reviews = [EDITED | {"text": text, "note": text} for text in texts]
     (tmp_path / "reviews.jsonl").write_bytes(lines(*reviews))

@@ -1,4 +1,4 @@
-"""Concurrency: two commands in one folder both succeed, or one reports the other. Nothing is lost."""
+"""Concurrency: two commands in one folder both succeed, or one fails due to the other. Nothing is lost."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from tests.hostile import part_of
 
 OUTPUT = ("--out", "data", "--language", "any")
 IMAGES = ("--source", "folder:photos", "--tasks", "caption", *OUTPUT, "--base-url")
-# the address of a server is appended to the first four
+# the address of a server is appended to the first four commands
 COMMANDS = {
     "generate": ("generate", *IMAGES),
     "generate again": ("generate", "--title", "Other", *IMAGES),

@@ -39,7 +39,7 @@ MOMENTS = [
 def train_until(moment: str, number: int, version: Version, config: TrainConfig, out: Path) -> int:
     """Train in a forked process that sends itself a signal, and return its exit code.
 
-    A moment is the name and the number of a step, or of a save, of which half is written.
+    `moment` is the name and number of a step or a save, such as "train 14". A save is killed half-written.
     """
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -33,7 +33,7 @@ def rename_file(values: dict[str, Any], name: str) -> None:
 
 
 def rows(change: Callable[[pa.Table], pa.Table]) -> Damage:
-    """Return a damage that changes the training rows, and their hashes in the manifest."""
+    """Return a function that changes the training rows, and their hashes in the manifest."""
 
     def damage(folder: Path) -> None:
         shard = folder / "train-00000.parquet"
@@ -72,7 +72,7 @@ def texts(text: str) -> Damage:
 def own(
     value: Any, kind: pa.DataType, *, name: str = "own", is_list: bool = False, feature: Any = None
 ) -> Damage:
-    """Return a damage that adds the column of a custom task, with its description in the manifest."""
+    """Return a function that adds the column of a custom task, with its description in the manifest."""
 
     def damage(folder: Path) -> None:
         added = pa.field(name, kind)

@@ -1,6 +1,6 @@
 """The Hub's protocol as used by huggingface_hub and datasets, over tests.hub.storage.
 
-This file has access, faults and reading. Routes match the raw URL, because clients send
+This file checks access, injects faults and serves reads. Routes match the raw URL, because clients send
 `refs%2Fconvert%2Fparquet` as one segment.
 """
 
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from tests.hub.storage import Commit, Repo, Storage
 
 USER = "me"
-TOKEN = "hf_loopback"  # of the one user, not secret
+TOKEN = "hf_loopback"  # token of the only user, not secret
 KINDS = {"datasets": "dataset", "models": "model"}
 
 
@@ -26,8 +26,9 @@ KINDS = {"datasets": "dataset", "models": "model"}
 class Fault:
     """A fault in one request whose method and path match, after `skip` matching requests.
 
-    With `status`, the server answers this status only. Without, it drops the connection before handling the
-    request or, with `after`, after it, and calls `call`. With `before`, it succeeds after `before` has run.
+    With `before`, the server calls `before`, and then answers normally. With `status`, it returns this error
+    status without handling the request. Otherwise, it drops the connection and calls `call`, either before
+    handling the request or, with `after`, afterwards.
     """
 
     method: str

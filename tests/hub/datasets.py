@@ -54,7 +54,10 @@ def flickr_rows(count: int) -> list[dict[str, Any]]:
 
 
 def seed_flickr30k(storage: Storage, count: int = 20, repo: str = "nlphuji/flickr30k") -> None:
-    """Seed a script on main, and its conversion on a branch: all rows under `test`, the split in a column."""
+    """Seed a loading script on main, and its Parquet conversion on another branch.
+
+    The conversion has all rows under `test`. A column holds the true split.
+    """
     storage.seed("dataset", repo, {"flickr30k.py": SCRIPT, "README.md": b"---\nlanguage: en\n---\n"})
     half = count // 2
     rows = flickr_rows(count)

@@ -88,7 +88,7 @@ def test_repair_keeps_intact_replies_and_next_run_asks_for_the_rest(dataset: Dat
     (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.path]
     assert "removed them and kept 15" in repaired.state
     config = resolve(source="scenes", limit=8, tasks=["caption"])
-    assert generate_dataset(config, dataset.path).stats.asked == 0  # the step files contain the removed reply
+    assert generate_dataset(config, dataset.path).stats.asked == 0  # step files still hold the reply
     dataset.step_file("ask").unlink()
     result = generate_dataset(config, dataset.path)
     assert result.stats.asked == 1
@@ -111,7 +111,7 @@ def test_hint_for_version_without_manifest_recovers_the_version(dataset: Dataset
     manifest_of(dataset).unlink()
     (bad,) = [result for result in check_dataset(dataset) if not result.is_ok]
     assert (bad.path, bad.state) == (str(version.path), "it has no manifest.json")
-    with pytest.raises(StoreError, match=r"v1\.0\.0: a folder that is not a version is in the way"):
+    with pytest.raises(StoreError, match=r"v1\.0\.0: a folder that is not a version has this name"):
         generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path)
     version.path.rename(dataset.path / "away")
     made = generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path).version

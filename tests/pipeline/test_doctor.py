@@ -1,4 +1,4 @@
-"""Findings about the machine, tested on the output of other machines."""
+"""Findings about the machine, tested with simulated values of other machines."""
 
 import platform
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_doctor_judges_the_gpu_with_most_free_memory(
     assert (finding.is_ok, finding.result, bool(finding.hint)) == (is_ok, result, not is_ok)
 
 
-def test_interpreter_without_vllm_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_an_interpreter_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VLLM_PYTHON, "/bin/false")
     (vllm,) = [finding for finding in examine() if finding.name == "vllm"]
     assert not vllm.is_ok

@@ -53,13 +53,13 @@ def test_extras_in_an_install_hint_provide_the_packages_of_the_command(
 ) -> None:
     lines = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
     provided = distribution_names([*PROJECT["dependencies"], *lines])
-    loaded = packages_loaded_by(modules) - packages_loaded_by(["pipeline.run"])  # which needs no extra
+    loaded = packages_loaded_by(modules) - packages_loaded_by(["pipeline.run"])  # needs no extra
     for package in {*packages, *loaded}:
         names = {name.lower() for name in packages_distributions()[package]}
         assert names & provided, f"{package} is not in {extras}"
 
 
-def test_table_of_needs_lists_the_extras_of_every_install_hint() -> None:
+def test_extras_of_every_install_hint_are_tested() -> None:
     hints: set[tuple[str, ...]] = {EXTRAS["serve-captioner"]}
     for path in PATHS:
         for node in ast.walk(parse(path)):

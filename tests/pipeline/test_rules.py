@@ -1,4 +1,4 @@
-"""Each rule rejects with its own reason, clean texts have their own columns, and good texts pass."""
+"""Each rule rejects with its own reason, cleaned texts go to separate columns, and good texts pass."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def table(*rows: str | tuple[str, str]) -> pa.Table:
 
 
 def records(*values: tuple[str, Any]) -> pa.Table:
-    """Return a table of records, given with their tasks."""
+    """Return a table of records of custom tasks, given as (task, value) pairs."""
     return numbered_table(SCHEMA, [{"task": task, "record": json.dumps(value)} for task, value in values])
 
 
@@ -299,7 +299,7 @@ def test_markup_is_rejected_in_custom_texts_unless_they_are_read_from_the_image(
     assert marked["reason"].to_pylist() == ["junk", "label", None, "repetitive", None, None, None, None]
 
 
-def test_clean_columns_lack_openings_and_personal_data() -> None:
+def test_openings_and_personal_data_are_removed_from_clean_columns() -> None:
     text = "The image shows a sign that says mail@example.org in red."
     marked = filter_annotations(table(text, ("Which address is shown?", "mail@example.org")), FilterConfig())
     assert marked["text"].to_pylist() == [text, None]

@@ -138,7 +138,9 @@ def test_image_may_change_after_it_was_passed(captioner: Captioner, tmp_path: Pa
         assert captioner.caption(ImageSequence.Iterator(animation), batch_size=2) == texts
 
 
-def test_unlearned_caption_or_invalid_number_is_refused(captioner: Captioner, tmp_path: Path) -> None:
+def test_caption_from_a_question_only_captioner_or_batch_size_0_is_refused(
+    captioner: Captioner, tmp_path: Path
+) -> None:
     asked = Captioner.from_pretrained(save_captioner(tmp_path / "c", [("synthetic", "")]), device="cpu")
     with pytest.raises(TrainError, match="was trained only on questions"):
         asked.caption(photo(1))

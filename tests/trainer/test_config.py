@@ -98,7 +98,7 @@ def test_epochs_flag_overrides_steps(tmp_path: Path) -> None:
     assert resolve(tmp_path / "train.json", epochs=2, steps=9).with_defaults(64).steps == 9
 
 
-def test_stages_are_shares_of_the_steps_and_epochs_become_steps() -> None:
+def test_epochs_are_converted_to_steps_and_other_stages_are_fractions_of_these_steps() -> None:
     config = TrainConfig(decoder="qwen3", batch_size=10, epochs=2, align_frac=0.25, scst_frac=0.1)
     filled = config.with_defaults(200)
     assert filled.stage_steps == {"align": 10, "train": 40, "scst": 4} and filled.total_steps == 54

@@ -82,7 +82,9 @@ def test_batches_are_loaded_ahead_of_their_use(
     assert load.call_args.kwargs == {"count": 1}  # pixels take much memory
 
 
-def test_change_of_states_or_weights_gets_a_new_store(examples: list[Example], tmp_path: Path) -> None:
+def test_different_encoder_states_or_weights_get_a_new_feature_store(
+    examples: list[Example], tmp_path: Path
+) -> None:
     folder = save_clip(tmp_path / "clip")
     loaded = [load_encoder(folder, states=states) for states in ("all", "2x2", "all")]
     with torch.no_grad():
@@ -135,7 +137,7 @@ def test_lost_or_damaged_records_are_computed_again(
     (path / "ids.bin").write_bytes(ids[:64] + ids[32:64] + ids[96:])
     assert torch.equal(store_features(encoder, examples, tmp_path, CPU, QUIET)(examples), expected)
     (path / "states.bin").unlink()
-    # Ids without records must not name the records of the first batch.
+    # Ids whose records were deleted must not point to records that are written later.
     with pytest.raises(KeyboardInterrupt):
         store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=0))
     assert torch.equal(store_features(encoder, examples, tmp_path, CPU, QUIET)(examples), expected)

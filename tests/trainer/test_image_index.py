@@ -58,7 +58,7 @@ def test_images_of_compressed_shards_are_read_into_memory(version: Version) -> N
     assert read(mapped) == expected
 
 
-def test_equal_and_empty_images_are_located(tmp_path: Path) -> None:
+def test_equal_and_empty_images_are_found_in_an_uncompressed_shard(tmp_path: Path) -> None:
     cells = [{"bytes": data, "path": None} for data in (b"abc", b"abc", b"", b"xabc")]
     table = pa.table({"sample_id": ["0", "1", "2", "3"], "image": pa.array(cells, ROW.field("image").type)})
     pq.write_table(table, tmp_path / "test-00000.parquet", compression="none", use_dictionary=False)

@@ -109,7 +109,7 @@ def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_
 
 
 def test_change_of_source_is_reported(version: Version, started: dict[str, Path], tmp_path: Path) -> None:
-    """It may include the test images."""
+    """The other source may include the test images."""
     config = TrainConfig.model_validate(NEXT | {"init": str(started["scratch"])})
     notes = Notes()
     other = {**version.manifest, "source": {"name": "folder", "settings": {}}}
@@ -144,7 +144,7 @@ def test_note_before_scoring_considers_the_data_of_all_trainings(
 
 
 def test_default_style_is_learned_in_the_last_training(version: Version, started: dict[str, Path]) -> None:
-    """A kept prompt of the first training must not become the prompt that is scored."""
+    """A style learned only in the first training must not become the default style, which is scored."""
     checkpoint = build(
         version, init=str(started["scratch"]), text_source="synthetic", text_weights={"brief": 0}
     )

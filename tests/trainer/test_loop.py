@@ -120,7 +120,7 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     with CountReads() as counter:  # type: ignore[no-untyped-call]
         train_captioner(version, config, tmp_path, progress=Steps(note))
     assert counts[0] == counts[8] < counts[9] == counts[10]
-    # The remaining time has no evaluations before the first one.
+    # Until the first evaluation, a note states that the remaining time excludes evaluations.
     assert "evaluations" in shown[10] and "evaluations" not in shown[11]
     assert len(losses(tmp_path)) == 12
 

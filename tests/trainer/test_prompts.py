@@ -71,7 +71,7 @@ def as_prompts(lines: list[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("prompt", "question"), as_prompts(CAPTIONS + ANSWERS))
-def test_question_is_found_and_is_empty_for_a_caption_request(prompt: str, question: str) -> None:
+def test_question_in_a_prompt_is_found_and_empty_for_a_caption_request(prompt: str, question: str) -> None:
     assert find_question(prompt) == question
 
 
@@ -96,7 +96,7 @@ def test_question_gets_an_answer_if_all_styles_and_answers_are_learned(text: str
 
 
 @pytest.mark.parametrize("style", QUESTIONS)
-def test_question_for_a_style_in_conversations_requests_that_style(style: str) -> None:
+def test_question_that_stands_for_a_style_in_exported_conversations_selects_that_style(style: str) -> None:
     for text in (QUESTIONS[style], f"<image>\n{QUESTIONS[style]}"):
         assert choose_prompt(PROMPTS, text)[1:] == (style, "")
 
@@ -120,7 +120,7 @@ def test_question_for_a_style_in_conversations_requests_that_style(style: str) -
         ("Caption this.", "brief"),
     ],
 )
-def test_words_for_captions_select_a_learned_style(text: str, style: str) -> None:
+def test_wording_of_a_caption_request_selects_a_learned_style(text: str, style: str) -> None:
     assert choose_prompt(PROMPTS, text)[1:] == (style, "")
     without = [("human", "brief"), ("human", "")]
     if text != " detailed " and "Task:" not in text and not find_question(text):

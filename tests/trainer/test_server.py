@@ -222,7 +222,7 @@ def test_stream_has_the_whole_answer_in_its_first_event(url: str, captioner: Cap
 def test_model_is_listed_and_unknown_model_is_refused(url: str) -> None:
     _, listed, _ = request(url, "/v1/models")
     assert [model["id"] for model in listed["data"]] == [NAME]
-    # Clients would subtract image tokens from it.
+    # If it were stated, clients would subtract the image tokens from it.
     assert "max_model_len" not in listed["data"][0]
     status, answer, _ = request(url, CHAT, chat(png(1)) | {"model": "gpt"})
     assert status == 404 and f"this server has {NAME}" in answer["error"]["message"]
@@ -268,7 +268,9 @@ def test_request_of_lost_client_is_dropped(captioner: Captioner, monkeypatch: py
     assert len(written) == 2
 
 
-def test_last_position_cuts_the_text(url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_reaches_the_last_position_of_the_model_has_finish_reason_length(
+    url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = captioner.checkpoint.captioner
     num_tokens = model.encoder.count_states() + len(captioner.prompt("detailed"))
     monkeypatch.setattr(model.decoder, "max_positions", num_tokens + 2)

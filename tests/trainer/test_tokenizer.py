@@ -51,7 +51,9 @@ def test_target_ends_with_eos_and_decodes_to_its_text(
     assert tokenizer.decode(ids[:-1]) == text
 
 
-def test_batch_learns_targets_only_and_maps_texts_to_images(tokenizer: CaptionTokenizer) -> None:
+def test_loss_mask_of_a_batch_covers_only_targets_and_each_text_has_its_image(
+    tokenizer: CaptionTokenizer,
+) -> None:
     batch = batch_of(tokenizer, [[TEXTS[0], TEXTS[2]], [], [TEXTS[1]]], max_tokens=64)
     assert batch.image_of_C.tolist() == [0, 0, 2]
     for c, text in enumerate((TEXTS[0], TEXTS[2], TEXTS[1])):

@@ -109,7 +109,7 @@ def test_questions_are_asked_about_matching_and_shuffled_images(
     images = [(examples[n], example) for k, example in enumerate(examples) for n in (k, order[k])]
     asked = {(image.sample_id, example.questions[0].question) for image, example in images}
     assert {*answered} == asked and len(answered) == len(asked)
-    # Processes share the captions and the answers.
+    # Each process generates some of the captions and answers, which are then gathered.
     assert [len(call.args[0]) for call in gather.call_args_list] == [len(examples), len(asked)]
     assert all(row["questions"][0]["said"] == row["sample_id"] for row in scored["each"])
     (scores,) = scored["questions"].values()

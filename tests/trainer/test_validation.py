@@ -24,7 +24,7 @@ def test_training_ends_when_the_score_stops_improving(
     script_scores(monkeypatch, [0.1, 0.5, 0.4, 0.45, 0.3, 0.2, 0.1])
     train_captioner(version, config, tmp_path)
     log = read_log(tmp_path / "log.jsonl")
-    # After 8 steps, the last 15 % of 10 steps anneal the learning rate.
+    # Early stopping after step 8 adds 2 steps (15 % of 10) that anneal the learning rate.
     assert log[-1]["step"] == 10
     validated = [line["validation_cider_d"] for line in log if "validation_loss" in line]
     assert validated == [0.1, 0.5, 0.4, 0.45, 0.3]

@@ -89,7 +89,7 @@ def test_reviewer_can_undo_and_resume_verdicts(audit: Path, opened: Open, synth:
         page.keyboard.press(key)
         second = second or words.inner_text()
     expect(state).to_contain_text("2 of 12 reviewed (2 right, 0 wrong")
-    page.keyboard.press("u")  # back to the verdict wrong
+    page.keyboard.press("u")  # undo restores the earlier verdict "wrong"
     expect(state).to_contain_text("2 of 12 reviewed (1 right, 1 wrong")
     assert words.inner_text() == second
     page.keyboard.press("u")
@@ -100,7 +100,7 @@ def test_reviewer_can_undo_and_resume_verdicts(audit: Path, opened: Open, synth:
     export(page, tmp_path / "anna.jsonl")
     require_success(synth("review", "apply", "anna.jsonl"))
     require_success(synth("review", "sample", "-n", "12"))
-    again = start(opened, audit, "Anna", WIDE)  # another browser: the applied verdicts are in the page
+    again = start(opened, audit, "Anna", WIDE)  # in another browser, the page has the applied verdicts
     expect(again.locator("#state")).to_contain_text("Anna: 1 of 12 reviewed")
     again.get_by_role("button", name="Change reviewer").click()
     again.get_by_label("Your name").fill("Ben")

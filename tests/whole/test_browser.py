@@ -109,7 +109,7 @@ def test_lowest_scores_come_first(opened: Open, tmp_path: Path) -> None:
     expect(page.get_by_text("that the caption alone answers correctly")).to_be_visible()
 
 
-def test_images_and_pages_follow_clicks_and_keys_except_while_typing(page: Page) -> None:
+def test_clicks_and_keys_open_images_and_turn_pages_but_keys_do_nothing_while_typing(page: Page) -> None:
     small, large = page.locator("#images article img").first, page.locator("#large img")
     first = page.locator("#images article code").first.inner_text()
     small.click()
@@ -219,7 +219,7 @@ def test_two_tabs_keep_all_reviews(page: Page) -> None:
     second_tab.goto(page.url)
     items = "[...document.querySelectorAll('#images .texts > li')]"
     press = f"([first, end]) => {items}.slice(first, end).forEach(i => i.review('good'))"
-    for first in range(0, 40, 4):  # no tab waits for the other
+    for first in range(0, 40, 4):  # both tabs review in turn, without waiting
         page.evaluate(press, [first, first + 2])
         second_tab.evaluate(press, [first + 2, first + 4])
     text_of(page, 40).get_by_role("button", name="Bad").click()

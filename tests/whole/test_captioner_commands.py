@@ -66,7 +66,7 @@ def test_caption_warns_of_an_unfinished_training(tmp_path: Path, capsys: pytest.
     (captioner / "resume.pt").write_bytes(b"state")
     caption(str(captioner), images[:1] * 2, as_json=True)
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["image"] == images[0]  # one line for both
+    assert json.loads(printed.out)["image"] == images[0]  # an image passed twice is captioned once
     assert "is not finished; `synth train --resume --out " in printed.err.replace("\n", " ")
     with pytest.raises(BadParameter, match="the question is empty"):
         caption(str(captioner), images, question=" ")
@@ -111,7 +111,7 @@ def test_signal_ends_server_while_request_body_arrives(number: int, tmp_path: Pa
         assert "Traceback" not in server.stderr.read()
 
 
-def test_gc_removes_stored_states_except_locked_ones(
+def test_gc_removes_stored_encoder_states_unless_a_training_uses_them(
     version: Version, encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "small.yaml"

@@ -9,7 +9,7 @@ from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.check_real import describe_run
 
 
-def test_page_states_speed_tokens_rejections_and_captions(tmp_path: Path) -> None:
+def test_page_of_a_real_gpu_check_states_speed_tokens_rejections_and_captions(tmp_path: Path) -> None:
     def script(times: int, body: dict[str, object]) -> Act | None:
         return Act(text="no JSON") if task_of(body) == "Task: qa" else None
 

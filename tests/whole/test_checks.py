@@ -23,7 +23,7 @@ DETAILS = (COLORS, THINGS, PLACES)
 QUESTIONS = ("What color is it?", "What stands there?", "Where does it stand?")
 COUNT = 24
 CAPTIONS = ("--source", "folder:photos", "--tasks", "caption", "--styles", "plain", "--out", "d")
-UNREPAIRABLE = 1  # number of a caption whose error the repairing model does not see
+UNREPAIRABLE = 1  # number of a caption that the model fails to repair
 
 
 def truth_of(number: int) -> tuple[str, str, str]:
@@ -46,7 +46,7 @@ def details_in(caption: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 class Model:
-    """A model that sees the truth, and splits captions by words."""
+    """A scripted model that knows the true details of each image, and finds claims by their words."""
 
     def __init__(self, ids: dict[str, int]) -> None:
         self.ids, self.requests = ids, Counter[str]()
@@ -93,7 +93,7 @@ class Model:
 
     def repair(self, caption: str, prompt: str) -> dict[str, str]:
         false = [line for line in prompt.splitlines() if line.startswith("False: ")]
-        assert len(false) == 1, false  # confirmed claims are not shown
+        assert len(false) == 1, false  # the prompt lists only refuted claims
         ((wrong, _),) = details_in(false[0])
         if caption_of(UNREPAIRABLE)[0] in caption and caption_of(UNREPAIRABLE)[2] in caption:
             return {"caption": f"{caption[:-1]}!"}
@@ -154,8 +154,10 @@ def checks_of(folder: Path, version: str = "v1.0.0") -> dict[str, dict[str, Any]
     return {check["check"]: check for check in read_manifest(folder / "d", version)["checks"]}
 
 
-def test_precision_before_rejection_is_corrected(tmp_path: Path, model: Model, server: ChatServer) -> None:
-    """A third of the claims in half of the captions is false. The source has a true caption of each image."""
+def test_estimated_share_of_true_claims_is_corrected_for_check_errors(
+    tmp_path: Path, model: Model, server: ChatServer
+) -> None:
+    """Half of the captions have one false claim of three. The source has a true caption of each image."""
     model.wrong_share = 0.1
     names = sorted(path.stem for path in (tmp_path / "photos").glob("*.png"))
     for number, name in enumerate(names):
@@ -175,11 +177,11 @@ def test_precision_before_rejection_is_corrected(tmp_path: Path, model: Model, s
 
 
 def test_price_counts_each_request_of_a_check_once(tmp_path: Path, model: Model, server: ChatServer) -> None:
-    limit = 16  # each of the first images has another caption
+    limit = 16  # the first 16 images have different captions
     generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--limit", str(limit))
     manifest = read_manifest(tmp_path / "d")
     price = {entry["texts"]: entry["requests"] for entry in manifest["price"]}
-    assert manifest["checks"][0]["kinds"]  # the claims of captions are read again for planted falsehoods
+    assert manifest["checks"][0]["kinds"]  # planted falsehoods use the claims again
     assert price == {"captions": limit, "": len(server.bodies) - limit}
 
 
@@ -188,7 +190,7 @@ def test_texts_known_to_be_true_or_false_are_checked_only_for_calibration(
 ) -> None:
     (tmp_path / "synth.yaml").write_text("verify: {calibration: 0}\n")
     generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "claims")
-    assert model.requests["confirm"] == 3 * 2 * COUNT + COUNT  # a false claim gets two questions more
+    assert model.requests["confirm"] == 3 * 2 * COUNT + COUNT  # a false claim gets two more questions
     check = checks_of(tmp_path)["claims"]
     assert (check["false_alarms"], check["missed"], check["true"], check["kinds"]) == (None, None, None, {})
     assert "kind of false text" not in read_card(tmp_path / "d")
@@ -230,7 +232,7 @@ def test_repair_removes_false_claim_from_caption(tmp_path: Path, model: Model, s
     assert f"{len(wrong)} captions had a false claim" in card
     assert "| precision |" not in card and "- `precision`: share of the caption" in card
     check = checks_of(tmp_path)["claims"]
-    assert check["passed"]["share"] == pytest.approx(1 - 1 / 6, abs=1e-4)  # before the repair
+    assert check["passed"]["share"] == pytest.approx(1 - 1 / 6, abs=1e-4)  # the share before the repair
 
 
 def test_human_caption_is_checked_but_not_repaired(tmp_path: Path, model: Model, server: ChatServer) -> None:

@@ -77,7 +77,7 @@ def chat() -> Iterator[ChatServer]:
 
 @dataclass(frozen=True)
 class KilledRun:
-    """Versions of the same photos: `one` from one process, `many` from a cluster with kills."""
+    """Versions of the same photos: `one` from one process, `many` from a cluster with killed processes."""
 
     folder: Path
     chat: ChatServer
@@ -92,7 +92,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
     (folder / "photos").mkdir()
     for first, split in ((0, "train"), (20, "test"), (40, "validation")):
         rows = []
-        for n in range(first, first + 24):  # the last four are also in the next file
+        for n in range(first, first + 24):  # the last four images are also in the next file
             image = {"bytes": b"broken", "path": None} if n % 11 == 10 else datasets.cell(n)
             rows.append({"photo": image, "caption": f"Thing {n} of {split}."})
         (folder / "photos" / f"{split}.parquet").write_bytes(datasets.parquet(rows, PHOTOS, rows_a_group=5))
@@ -114,7 +114,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledRun]:
 
 
 def kill_worker_and_driver(folder: Path, chat: ChatServer) -> None:
-    """Start to make `many`. Kill one of two workers, then the driver, while requests are in flight."""
+    """Start the run for `many`. Kill one of two workers, then the driver, while requests are in flight."""
     chat.script = scripted_replies(1.0)
     driver = start_on_cluster(folder, *flags_of(chat), "--out", "many", "--shards", "3")
     wait_until(lambda: sum(chat.times.values()) > 40, "40 requests")
@@ -133,7 +133,7 @@ def kill_worker_and_driver(folder: Path, chat: ChatServer) -> None:
 
 
 def flags_of(chat: ChatServer) -> tuple[str, ...]:
-    """Return the command for `one` and `many`, without folder and executor."""
+    """Return the arguments of `synth` that the runs for `one` and `many` share."""
     columns = ("--columns", "image=photo,context=caption")
     source = ("--source", "parquet:photos", *columns, "--exclude", "parquet:photos#validation")
     tasks = ("--tasks", "caption,qa", "--task", "boxes.yaml", "--task", "count.yaml")
@@ -220,10 +220,10 @@ def test_killed_cluster_run_resumes_with_same_command(killed_run: KilledRun) -> 
     times, undisturbed = killed_run.chat.times, killed_run.undisturbed
     assert times.keys() == undisturbed.keys()
     repeated = sum((times - undisturbed).values())
-    assert 0 < repeated <= 3 * 64  # at most the requests in flight, of one worker and then of two
+    assert 0 < repeated <= 3 * 64  # up to 64 in flight: one worker, then two
     sent, replies = count_journaled(killed_run.folder / "many")
     assert replies == sum(undisturbed.values())
-    assert repeated <= sent - replies <= 3 * 64  # some recorded requests were not sent
+    assert repeated <= sent - replies <= 3 * 64  # some were recorded, but not sent
 
 
 @pytest.mark.skipif(not LONG, reason="two clusters of two nodes take three minutes: make test-long")
@@ -257,7 +257,7 @@ def test_nodes_without_shared_files_use_object_store(
         stray = parse_dataset_path(home) / "versions" / "v1.0.0" / "train-00009.parquet"
         stray.write_bytes(b"by a command that was killed before there was a manifest")
         done = require_success(synth(*flags, "--out", home, "--executor", "ray"))
-        assert f"{home} is in use, or was a moment ago" in done.stderr
+        assert f"another command may be writing to {home}" in done.stderr
         assert not stray.exists()
         assert filled == {0, 1}
         assert done.stdout.strip() == f"{home}/versions/v1.0.0"
@@ -265,7 +265,7 @@ def test_nodes_without_shared_files_use_object_store(
         repeated = (chat.times - undisturbed).keys()
         assert not set(map(shard_of, repeated)) & filled
         files = [path for path in scratch_root(parse_dataset_path(home)).rglob("*") if path.is_file()]
-        assert {path.name for path in files} == {".lock"}  # on the node
+        assert {path.name for path in files} == {".lock"}  # the scratch folder of the node
         assert "nothing new: v1.0.0" in synth(*flags, "--out", home, "--executor", "ray").stderr
         assert len(list(shards.glob("*/journal/*.sqlite"))) == 3
 

@@ -90,7 +90,7 @@ def test_documented_example_sends_only_requests_that_its_conditions_allow(folder
     assert manifest["skipped_checks"] == {"claims": {"condition_false": 11}}
     check_price(manifest, lines)
     card, page = ((path.parent / "README.md").read_text(), (dataset / "report.html").read_text())
-    assert "claims: not made for 11 texts" in card and "not made for 11 texts" in page
+    assert "claims: skipped for 11 texts" in card and "skipped for 11 texts" in page
     assert "tokens, cost" in card and "s per kept text" in page and "s per kept text" not in card
     assert "dropped by kind" in page
 

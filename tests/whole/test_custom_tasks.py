@@ -40,7 +40,7 @@ class Model:
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
         self.prompts: dict[str, list[str]] = {}
-        self.replies: dict[str, Any] = {}  # by task, in place of the methods below
+        self.replies: dict[str, Any] = {}  # fixed replies by task, which override the methods below
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
         task = task_name(body)
@@ -135,7 +135,7 @@ def test_example_custom_tasks_become_typed_columns(shop: Path, server: ChatServe
         assert styles["alt-text"].endswith(f"model {row['context']['title'].split()[-1]}.")
         assert row["tags"] in (["indoors", "text"], [])
         assert row["ocr"] == f"EXIT {row['sample_id'][:4]} / call [phone]"
-        (box,) = row["boxes"]  # the other one is outside of the image
+        (box,) = row["boxes"]  # the other box is outside of the image
         assert box["label"] == "dog" and 0 < box["bbox_2d"][0] < box["bbox_2d"][2] <= row["width_px"]
         assert row["finding"]["findings"] == [{"name": "opacity", "side": None}]
         assert row["finding"]["impression"] is None
@@ -206,7 +206,7 @@ def test_task_is_not_asked_if_a_result_that_it_needs_is_unusable(
     (shop / "more.yaml").write_text(more % "{{ results.size.unit | upper ~ results.size.unit.lower() }}")
     both = ("--task", "size.yaml", "--task", "more.yaml")
     done = synth(shop, "generate", "--source", "folder:photos", "--base-url", server.url, *both)
-    assert done.returncode == 1 and "None" in done.stderr  # the template was tried with null
+    assert done.returncode == 1 and "None" in done.stderr  # a check rendered the template with null
     assert len(server.bodies) == num_requests
     (shop / "more.yaml").write_text(more % "{{ 0 if results.size.n == 0 else 10 % (results.size.n - 1) }}")
     generate(shop, server, *both, "--out", "e")

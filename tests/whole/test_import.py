@@ -107,7 +107,7 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
     metrics = json.loads((photos / "captioner/metrics.json").read_text())
     assert metrics["data"]["texts"] == "human" and metrics["against"] == "references of the source"
     printed = synth(photos, "push", "captioner", "--repo", "me/captioner", "--dry-run").stderr
-    reason = "the license of the images is unknown, or the Hub does not list it (--public)"
+    reason = "the license of the images is unknown, or the Hub does not list it (to override: --public)"
     assert f"me/captioner, private: {reason}" in printed
 
 

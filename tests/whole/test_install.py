@@ -17,11 +17,11 @@ from tests.hostile import LONG
 from tests.resolve import EXTRAS, PLATFORM, PYTHONS, RESOLUTIONS, ROOT, UV, resolve
 from tests.whole.conftest import save_photos
 
-TRIED = PYTHONS if LONG else PYTHONS[-1:]  # `make resolve` tries all
+TRIED = PYTHONS if LONG else PYTHONS[-1:]  # `make resolve` tries all Python versions
 
 
 def test_all_extras_resolve_with_vllm_and_core_needs_no_torch() -> None:
-    with ThreadPoolExecutor(4) as pool:  # they wait for metadata
+    with ThreadPoolExecutor(4) as pool:  # resolvers mostly wait for downloads
         combinations = product(EXTRAS, TRIED, RESOLUTIONS)
         resolved = list(pool.map(lambda values: resolve(*values), combinations))
     assert [result for result in resolved if result.error] == []

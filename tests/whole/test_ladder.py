@@ -1,4 +1,7 @@
-"""Models of tasks and ladders, with two scripted servers whose error rates are known."""
+"""Models per task, and ladders: a larger model is asked for the texts that a smaller one failed to write.
+
+Two scripted servers have known error rates.
+"""
 
 import hashlib
 import json
@@ -109,11 +112,11 @@ def test_ladder_keeps_as_many_texts_as_the_large_model_with_half_of_its_requests
         result = servers.generate(name)
         kept[name] = result["steps"]["verify"]["kept"]
         sent[name] = servers.requests()
-        assert result["requests"]["total"] == result["requests"]["asked"]  # checks of replaced texts, too
+        assert result["requests"]["total"] == result["requests"]["asked"]  # includes checks of replaced texts
         priced[name] = {entry["texts"]: entry for entry in servers.manifest(name)["price"]}
     assert kept == {"small": COUNT // 2, "large": COUNT - 3, "ladder": COUNT - 3}
     assert sent == {"small": (COUNT, 0), "large": (0, COUNT), "ladder": (COUNT, COUNT // 2)}
-    # The checks of replaced texts are not counted, so the price of a ladder has no checks.
+    # The price of a ladder omits checks, because checks of replaced texts are not counted.
     assert priced["large"].keys() == {"captions", ""} and priced["ladder"].keys() == {"captions"}
     costs = {name: entries["captions"]["cost"] * 1e6 for name, entries in priced.items()}
     assert costs == pytest.approx({"small": 24 * 52, "large": 240 * 52, "ladder": (24 + 120) * 52})
@@ -143,7 +146,7 @@ def test_ladder_keeps_as_many_texts_as_the_large_model_with_half_of_its_requests
     failed = pq.read_table(servers.folder / "ladder/steps/verify/rejected.parquet").to_pylist()
     assert {(ids[row["sample_id"]], row["model"]) for row in failed} == {(n, "large") for n in LARGE_WRONG}
     assert not servers.generate("ladder")["is_new"] and servers.requests() == (0, 0)
-    # A damaged file of escalations is written again.
+    # A damaged list of the texts for the larger model is written again.
     (servers.folder / "ladder/ladder.parquet").write_bytes(b"PAR1")
     assert not servers.generate("ladder")["is_new"] and servers.requests() == (0, 0)
 

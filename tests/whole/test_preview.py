@@ -68,7 +68,7 @@ def test_preview_shows_texts_prompts_and_rejections(photos: Path, server: ChatSe
     done = run(photos, *command)
     assert len(server.bodies) == num_requests  # the replies are reused
     assert "rejected by filter: too few words" in done.stderr and " (detailed)\n" in done.stderr
-    asks = f"asks caption of model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); 2 requests per image"
+    asks = f"requests caption from model ({server.url}; {UNKNOWN_LICENSE}; {IMAGES}); 2 requests per image"
     assert asks in done.stderr
     assert done.stdout.strip() == "data/folder-photos/preview.html"
     assert not (photos / "data/folder-photos/.trial").exists()

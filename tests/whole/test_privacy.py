@@ -79,7 +79,7 @@ def test_model_receives_images_without_metadata(home: Path, server: ChatServer) 
 
 def test_pushed_images_are_upright_and_without_metadata(home: Path, hub: RunningHub) -> None:
     message = run(hub, home, "push", "--repo", "me/photos").stderr
-    reason = "the license of the images is unknown, or the Hub does not list it (--license)"
+    reason = "the license of the images is unknown, or the Hub does not list it (state it: --license)"
     assert f"repository: me/photos, private: {reason}" in message
     assert "dataset: data/folder-photos\n" in message
     assert "license of the images: unknown" in message

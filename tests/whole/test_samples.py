@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chosen(folder: Path) -> Chosen:
-    """Return the version with pairs, and the result of its run after one with a single caption."""
+    """Return the version with pairs, and the result of its run. An earlier run made single captions."""
     generate(folder)
     result = generate(folder, "--samples", str(SAMPLES), "--pairs")
     return read_version(folder / "d/versions/v2.0.0"), result

@@ -37,11 +37,11 @@ def test_preview_is_not_the_default_version(synth: Run, photos: Path, tmp_path: 
         "v1.0.0": True, "v1.1.0": False, "v1.1.1": True,
     }  # fmt: skip
     exported = synth("export", "--format", "csv", "--json")
-    assert "uses v1.1.0; v1.1.1 is newer, but a preview" in exported.stderr
+    assert "uses v1.1.0: the newer v1.1.1 is a preview" in exported.stderr
     assert json.loads(exported.stdout)["images"] == COUNT
     pushed = synth("push", "--repo", "ORG/NAME", "--dry-run", "--json")
     assert json.loads(pushed.stdout)["version"] == "v1.1.0"
-    assert "v1.1.1 is newer, but a preview" in pushed.stderr
+    assert "the newer v1.1.1 is a preview" in pushed.stderr
     named = synth("export", "data/elsewhere@v1.1.1", "--format", "csv", "--json")
     assert json.loads(named.stdout)["images"] == 3
     assert "v1.1.1 is a preview" in named.stderr

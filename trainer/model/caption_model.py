@@ -92,13 +92,13 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
     def max_new_tokens(self, num_states: int, prompt_tokens: int) -> int:
-        """Return the maximum tokens of a text: the limit of the config, or fewer if positions are lacking."""
+        """Return the maximum tokens of a text: the smaller of the config's limit and the positions left."""
         num_positions_left = self.decoder.max_positions - num_states - prompt_tokens
         return int(min(self.config.max_caption_tokens, num_positions_left))
 
     @cached_property
     def _writer(self) -> SynthCaptioner:
-        # no_init_weights changes torch.nn.init in all threads, so it runs once. The decoder's weights stay.
+        # The decoder keeps its weights. Cached, because no_init_weights affects torch.nn.init in all threads.
         with no_init_weights():
             return SynthCaptioner(SynthCaptionerConfig(decoder=self.config.decoder), self.decoder)
 

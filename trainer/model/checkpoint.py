@@ -126,7 +126,7 @@ def read_config(folder: Path) -> CaptionerConfig:
     if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
         raise ValueError(f"invalid max_caption_tokens: {config.max_caption_tokens}")
     TrainConfig.model_validate(config.data.get("decoding", {}), strict=True)
-    config.decoding()  # raises TypeError for other settings
+    config.decoding()  # raises TypeError for unknown options
     require_few_layers(config.decoder)
     return config
 
@@ -233,7 +233,7 @@ def _new_parts(config: TrainConfig, texts: list[TargetText]) -> tuple[Encoder, A
 def _continued_parts(
     start: Checkpoint, config: TrainConfig, texts: list[TargetText]
 ) -> tuple[Encoder, Any, CaptionTokenizer]:
-    """Return the same parts as `_new_parts` from `start`, with tokens for the prompts of `texts`."""
+    """Return the parts that `_new_parts` returns, from `start`, with added tokens for prompts of `texts`."""
     captioner, tokenizer = start.captioner, start.tokenizer.with_prompts(texts)
     encoder = Encoder(replace(captioner.encoder.config, frozen=config.encoder_lr == 0))
     encoder.load_state_dict(captioner.encoder.state_dict())

@@ -20,7 +20,7 @@ class DecodingConfig:
         lengths = {"max_new_tokens": max_tokens, "min_new_tokens": min(self.min_new_tokens, max_tokens)}
         options: dict[str, Any] = changed | lengths
         if self.num_beams == 1:
-            options.pop("length_penalty", None)  # transformers warns of it
+            options.pop("length_penalty", None)  # transformers warns if it is set without beam search
         if self.temperature > 0:
             options |= {"do_sample": True, "top_k": 0}
         return options

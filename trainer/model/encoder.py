@@ -194,7 +194,7 @@ def load_encoder(name: str, *, states: str = "all", frozen: bool | None = None) 
 
 
 def folder_name(folder: Path) -> str:
-    """Return the folder name of an encoder, with a slash appended if it equals a name in ENCODERS."""
+    """Return a folder's name to show for its encoder. A slash marks a folder named like a known encoder."""
     return f"{folder.name}/" if folder.name in ENCODERS else folder.name
 
 

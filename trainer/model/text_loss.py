@@ -85,7 +85,7 @@ def weight_of_learned(texts: TextBatch) -> Tensor:
 
 
 def packed_mask(segments_BS: Tensor, prefix_length: int = 0) -> Tensor:
-    """Return a causal mask (B, L, L) with L = prefix_length + S: prefix and own text are visible."""
+    """Return a causal mask (B, L, L) with L = prefix_length + S. Tokens see the prefix and their own text."""
     prefix = -2
     segments_BL = functional.pad(segments_BS, (prefix_length, 0), value=prefix)
     is_same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
@@ -98,7 +98,7 @@ def _sums_before(counts: Tensor) -> Tensor:
 
 
 # Maximum number of float32 logits per part. The minimum number of tokens takes precedence, because each part
-# reads the whole head.
+# reads the whole output matrix from memory.
 MAX_LOGITS_PER_PART, MIN_TOKENS_PER_PART = {"cpu": 1 << 23, "cuda": 1 << 27}, 256
 
 

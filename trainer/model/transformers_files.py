@@ -30,7 +30,7 @@ NEEDED_IMPORTS = {
     ),
     "trainer.model.encoder": "from transformers import AutoModel\n",
 }
-# Writes the last text of the user. The processor finds the style or the question in it.
+# Renders only the text of the last user message. The processor finds the style or the question in it.
 CHAT_TEMPLATE = """\
 {%- set user = (messages | selectattr("role", "equalto", "user") | list)[-1] -%}
 {%- if user.content is string %}{{ user.content }}{% else -%}

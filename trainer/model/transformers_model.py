@@ -107,7 +107,7 @@ class PrefixDecoder(nn.Module):
         is_default = states_BPD is not None and type(cache) is DynamicCache
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
-        # Move padding before the image. Recurrent layers and narrow windows see padding after the image.
+        # Move padding before the image: recurrent layers and narrow windows would see it after the image.
         place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         pads_B1 = (mask_BS.cumsum(-1) == 0).sum(-1, keepdim=True)
         from_BL = torch.where(place_L < pads_B1, place_L + prefix, place_L - pads_B1)
@@ -129,7 +129,7 @@ class PrefixDecoder(nn.Module):
 
 
 class _AtLastPosition(MaxLengthCriteria):
-    """Has its own type, because `generate` drops its default criterion if a custom one has the same type."""
+    """Ends texts at the last position. `generate` would drop its own limit if both had the same type."""
 
 
 class SynthCaptioner(PreTrainedModel, GenerationMixin):
@@ -186,8 +186,8 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return next-token logits (B, T, vocabulary), and the mean loss for `labels` (-100 is ignored).
 
-        `transformers.Trainer` passes the number of labels in all micro-batches as `num_items_in_batch`. A
-        language model returns its own cache in place of a new DynamicCache, which stays empty.
+        `transformers.Trainer` passes the number of labels in all micro-batches as `num_items_in_batch`. If
+        `past_key_values` is a new DynamicCache, a language model ignores it and returns its own cache.
         """
         if image_states is None and pixel_values is not None:
             image_states = self.encode(pixel_values)

@@ -61,7 +61,7 @@ def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None
     styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
     if question:
         if all(learned for _, learned in prompts):
-            hint = f"leave out --question: it writes captions ({', '.join(styles)})"
+            hint = f"leave out --question, to get captions ({', '.join(styles)})"
             raise TrainError("the captioner was not trained to answer questions", hint=hint)
     elif not styles:
         raise TrainError("the captioner was trained only on questions", hint="ask a question: --question")
@@ -78,7 +78,7 @@ def require_prompt(folder: Path, style: str | None, question: str = "") -> None:
 
 
 def read_models(folder: Path) -> dict[str, Any]:
-    """Return the settings that the captioner in a folder determines for a new run. Loads no weights."""
+    """Return the settings that a run must copy from the captioner it continues. Loads no weights."""
     with _config_of(folder) as config:
         encoder = config["encoder"]
         return {
@@ -99,7 +99,7 @@ def _config_of(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_data_digests(folder: Path) -> list[str]:
-    """Return the digests of the data of all trainings, newest first, or [] if they cannot be read."""
+    """Return the digest of each dataset a captioner was trained on, newest first, or [] if unreadable."""
     try:
         data = read_json(folder / "config.json")["data"]
         return [str(part["digest"]) for part in list_training_data(data)]

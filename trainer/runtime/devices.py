@@ -93,7 +93,7 @@ def gather_slices(own: list[T]) -> list[T]:
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """Set the precision of float32 matrix products within the context: TF32 on a GPU unless it is `fp32`."""
+    """Set the precision of float32 matrix products in a context: full for `fp32`, otherwise TF32 on a GPU."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     try:

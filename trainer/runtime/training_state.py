@@ -28,7 +28,7 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_resume(folder: Path, config: TrainConfig, run: str) -> dict[str, Any]:
-    """Load resume.pt. Raises TrainError if it is missing or damaged, or if its run had another digest."""
+    """Load resume.pt. Raises TrainError if it is missing, damaged, or of another run (compared by digest)."""
     path = folder / "resume.pt"
     if not path.exists():
         hint = "repeat --encoder and --decoder, pass --out FOLDER, or leave out --resume"
@@ -36,14 +36,14 @@ def load_resume(folder: Path, config: TrainConfig, run: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         if not {"run", "step"} <= state.keys() or not isinstance(state["step"], int):
-            raise ValueError("it has no run or step")
+            raise ValueError("it has no `run`, or no integer `step`")
     except Exception as error:  # noqa: BLE001  # torch may raise any exception for a damaged file
         is_known = isinstance(error, OSError | ValueError)
         reason = one_line(error) if is_known else "it is not a saved training state"
         hint = f"remove {path} and start without --resume"
         raise TrainError(f"{path} is damaged: {reason}", hint=hint) from None
     if state["run"] != run:
-        hint = f"undo this, choose another folder (--out DIR), or remove {path} and start without --resume"
+        hint = f"restore these, choose another folder (--out DIR), or remove {path} and leave out --resume"
         raise TrainError(f"{folder} was trained with {describe_difference(folder, config)}", hint=hint)
     return state
 

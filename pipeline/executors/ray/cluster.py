@@ -79,8 +79,8 @@ def open_cluster() -> Iterator[None]:
 def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> WorkerPlan:
     """Plan the workers that send requests. `wanted` overrides the default number of workers.
 
-    By default, there is one worker per GPU if workers start servers there, or else one per node if they load
-    models, or else one per CPU. Raises ClusterError if there are too few GPUs.
+    By default, there is one worker per GPU if workers start servers on GPUs. Otherwise, there is one per node
+    if workers load a model, or else one per CPU. Raises ClusterError if there are too few GPUs.
     """
     import ray
 

@@ -55,7 +55,11 @@ class ShardedRun:
         return self.plan.dataset.path
 
     def enter(self) -> None:
-        """Change to the command's working directory. Raises ClusterError if this node has other files."""
+        """Change to the command's working directory.
+
+        Raises ClusterError if this node lacks the directory, or if the files that workers read are different
+        here.
+        """
         try:
             os.chdir(self.working_dir)
         except OSError as error:

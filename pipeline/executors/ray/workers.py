@@ -73,7 +73,7 @@ def read_filled(run: ShardedRun, index: int) -> dict[str, Any]:
 
 
 class ShardWorker(AbstractContextManager["ShardWorker"]):
-    """Fills shards one after another with the same model or server. Applies all `works` to each shard."""
+    """Fills shards one after another with the same model or server. Calls all functions `works` per shard."""
 
     def __init__(self, run: ShardedRun, works: Sequence[Callable[[DatasetDir, Services], None]]) -> None:
         self.run, self.works = run, works
@@ -131,7 +131,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         expected = run.plan.models[name]
         choice = choose_engine(config, run.plan.requests, log, NullProgress())
         if choice.revision != expected.revision:
-            revisions = f"{choice.revision[:12]}, but the command has {expected.revision[:12]}"
+            revisions = f"revision {choice.revision[:12]}, but the command has {expected.revision[:12]}"
             problem = f"a worker has {choice.model} {revisions}"
             raise EngineError(problem, hint="use the same model on all nodes, or the same --base-url list")
         return choice

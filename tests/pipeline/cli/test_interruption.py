@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM interrupt every command, and name only the way to resume that the command has."""
+"""Ctrl-C and SIGTERM interrupt every command, and the message states how to resume that command."""
 
 import signal
 import sys
@@ -14,7 +14,7 @@ import pipeline.cli
     [
         ("generate", "all replies are kept; run the same command to resume", 130),
         ("train", "add --resume to the same command to resume", 130),
-        ("caption", "with --out, run the same command to resume", 130),
+        ("caption", "if you passed --out, run the same command to resume", 130),
         ("export", "run the same command again", 143),
     ],
 )

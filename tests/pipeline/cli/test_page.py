@@ -26,7 +26,7 @@ def examples(page: Path) -> Iterator[list[str]]:
 
 
 def parse(words: list[str]) -> list[str]:
-    """Parse a command without running it. Return its arguments without a place."""
+    """Parse a command without running it. Return the arguments that match no parameter."""
     name = max((name for name in COMMANDS if words[: len(name.split())] == name.split()), key=len)
     command = COMMANDS[name]
     parser = command.make_parser(command.context_class(command, info_name=name))
@@ -43,6 +43,6 @@ def test_commands_on_page_use_only_existing_options(page: Path) -> None:
         assert parse(words) == [], words
 
 
-def test_commands_in_real_check_use_only_existing_options() -> None:
+def test_commands_of_a_real_gpu_check_use_only_existing_options() -> None:
     for words in further_commands("data", "ORG/NAME"):
         assert parse(["synth", *words]) == [], words

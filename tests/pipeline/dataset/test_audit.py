@@ -88,7 +88,7 @@ def test_sample_has_one_text_per_image_and_equal_numbers_of_each_stratum() -> No
     assert len(frame.first(10_000)) == 600
 
 
-def test_verdicts_after_the_first_unreviewed_text_are_ignored() -> None:
+def test_audit_ignores_verdicts_after_the_first_text_without_a_verdict() -> None:
     frame = frame_of([texts_about(n) for n in range(90)])
     names = [text.name for text in frame.drawn[PLAIN]]
     verdicts = [judge(name, "wrong") for name in names]
@@ -101,7 +101,7 @@ def test_verdicts_after_the_first_unreviewed_text_are_ignored() -> None:
     assert estimate_errors(frame_of([], seed=1), verdicts)["reviewed"] == 0
 
 
-def test_style_without_verdicts_raises_the_upper_bound_of_its_task() -> None:
+def test_style_without_verdicts_raises_the_upper_bound_of_the_error_rate() -> None:
     frame = frame_of([texts_about(n) for n in range(90)])
     frame.texts[DETAILED] = 10
     audit = estimate_errors(frame, [judge(text.name, "right") for text in frame.drawn[PLAIN]])

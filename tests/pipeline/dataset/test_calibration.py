@@ -1,4 +1,4 @@
-"""Errors of checks: shares are corrected, intervals contain the truth, and the least evidence is chosen."""
+"""Errors of checks: corrected shares, intervals that contain the truth, and the choice of a level."""
 
 from itertools import product
 from typing import Any
@@ -45,7 +45,7 @@ def test_share_of_true_texts_is_corrected_for_false_alarms_and_misses() -> None:
     assert true["low"] < 0.87 and 0.93 < true["high"] < 1
     without_truths = correct_share(share(875, 1000), None, share(40, 200))
     assert without_truths == {"share": None, "low": pytest.approx(0.82, abs=0.01), "high": 1.0}
-    assert correct_share(share(1000, 1000), share(0, 200), share(200, 200)) is None  # a model that says yes
+    assert correct_share(share(1000, 1000), share(0, 200), share(200, 200)) is None  # confirms all claims
     assert correct_share(share(1000, 1000), share(0, 200), share(0, 0)) is None
 
 
@@ -57,7 +57,7 @@ def test_corrected_share_is_inside_its_interval_or_unknown() -> None:
         assert true is None or 0 <= true["low"] <= true["share"] <= true["high"] <= 1
 
 
-def test_human_captions_are_measured_if_the_model_wrote_only_questions() -> None:
+def test_checks_of_human_captions_are_counted_even_if_the_model_wrote_no_captions() -> None:
     question = row("a") | {"claim_evidence": None, "judged_wrong": False}
     found = findings(row("a", -2, 4, human=True) | {"judged_wrong": True}, question)
     assert found["claims"].found == {(-2, 4): 1} and found["claims"].by_model == 0
@@ -76,7 +76,7 @@ def test_interval_contains_the_true_share_in_95_of_100_samples() -> None:
     assert 0.93 <= covered / 400 <= 0.975
 
 
-def test_claims_of_one_image_count_less_if_they_are_wrong_together() -> None:
+def test_errors_concentrated_in_one_image_lower_the_effective_sample_size() -> None:
     together = Share.of(np.array([10, 0]), np.array([10, 10]), np.array([10, 90]))
     apart = Share.of(np.array([1]), np.array([10]), np.array([100]))
     assert together.value == apart.value == 0.1
@@ -86,7 +86,7 @@ def test_claims_of_one_image_count_less_if_they_are_wrong_together() -> None:
 def test_findings_state_shares_of_passed_claims_false_alarms_and_missed_errors_by_kind() -> None:
     found = findings(
         row("a", -2, -2, 4, reference=-2, color=4),
-        row("a", -2, human=True),  # a known truth, which does not count for the model's texts
+        row("a", -2, human=True),  # a human text: a known truth, not counted as a model's text
         row("b", -2, -2, reference=2, color=-2),
     )
     assert found.keys() == {"claims"}
@@ -96,17 +96,17 @@ def test_findings_state_shares_of_passed_claims_false_alarms_and_missed_errors_b
     assert found["claims"].describe(NEVER)["lost"] == 0
 
 
-def test_lowest_evidence_level_that_loses_at_most_the_given_share_is_chosen() -> None:
+def test_lowest_evidence_level_that_loses_an_accepted_share_of_true_captions_is_chosen() -> None:
     rows = [row(str(n), *[-2] * 8, reference=4 if n == 0 else 2 if n < 5 else -2) for n in range(100)]
     found = findings(*rows)["claims"]
     assert found.lost_share(2) == pytest.approx(1 - 0.95**8)
     assert found.lost_share(3) == pytest.approx(1 - 0.99**8)
     assert [found.choose_level(lost) for lost in (0.5, 0.1, 0.05)] == [2, 3, 4]
-    assert findings(row("a", 4))["claims"].choose_level(0.0) == 2  # nothing is known about false alarms
+    assert findings(row("a", 4))["claims"].choose_level(0.0) == 2  # no known truths: lowest level
 
 
 @pytest.mark.parametrize(("alarms", "count", "level"), [(1, 72, 4), (40, 400, NEVER)])
-def test_check_that_surely_errs_too_often_refutes_no_claim(alarms: int, count: int, level: int) -> None:
+def test_check_with_too_many_false_alarms_refutes_no_claim(alarms: int, count: int, level: int) -> None:
     rows = [row(str(n), *[-2] * 8, reference=4 if n < alarms else -2) for n in range(count)]
     assert findings(*rows)["claims"].choose_level(0.1) == level
 
@@ -123,7 +123,7 @@ def test_summary_states_true_share_and_check_errors_and_self_judgement() -> None
     assert checks_in_words({"model": {"name": "m"}}) == []
 
 
-def test_known_texts_are_drawn_by_the_seed_and_do_not_depend_on_the_order_of_samples() -> None:
+def test_choice_of_calibration_texts_depends_on_the_seed_but_not_on_the_order_of_samples() -> None:
     names = [f"{number:064x}" for number in range(20)]
     rows = [{"sample_id": name, "references": [f"Text {name}."] * (name != names[3])} for name in names]
     forward, backward = (

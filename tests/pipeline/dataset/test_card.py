@@ -93,7 +93,7 @@ def test_card_states_facts_of_the_manifest(more: dict[str, Any], texts: list[str
 
 
 @pytest.mark.parametrize("cost", [{}, {"cost": 0.5}])
-def test_table_of_a_ladder_has_as_many_cells_in_each_row(cost: dict[str, float]) -> None:
+def test_rows_of_the_model_ladder_table_have_equal_numbers_of_cells(cost: dict[str, float]) -> None:
     counts = dict.fromkeys(("requests", "prompt_tokens", "reply_tokens", "texts", "kept"), 3)
     rungs = [{"task": "caption", "model": name} | counts | cost for name in ("small", "large")]
     card = render_card(MANIFEST | {"ladder": rungs}, [])
@@ -119,4 +119,4 @@ def test_license_unknown_to_the_hub_becomes_other_with_name_and_link() -> None:
     values = metadata(MANIFEST | {"licenses": ["Shop terms"], "license_link": "https://example.org/terms"})
     assert (values["license_name"], values["license_link"]) == ("shop-terms", "https://example.org/terms")
     known = metadata(MANIFEST | {"licenses": ["cc-by-4.0"], "license_link": "https://example.org/terms"})
-    assert known["license"] == "cc-by-4.0" and "license_link" not in known  # the Hub has its own link
+    assert known["license"] == "cc-by-4.0" and "license_link" not in known  # the Hub adds the link

@@ -53,7 +53,7 @@ def test_each_custom_task_turn_has_a_prompt_and_the_value_as_json_or_text() -> N
     assert [*conversation.value_turns(empty, prompts)][1] == ("Find them.", "[]")
 
 
-def test_reader_columns_are_appended_unless_a_column_has_the_name() -> None:
+def test_text_and_messages_columns_are_added_unless_the_table_has_columns_of_that_name() -> None:
     row: dict[str, Any] = {"captions": [{"text": "A dog.", "style": "plain"}], "qa": []}
     rows = pa.Table.from_pylist([row, {"captions": [], "qa": []}], schema=row_schema(["captions", "qa"]))
     extended = conversation.with_reader_columns(rows, conversation.reader_columns(["image"]), {})

@@ -34,7 +34,7 @@ def version(request: pytest.FixtureRequest, tmp_path: Path) -> Version:
     return make_version(tmp_path / "data", samples, **scored)[0]
 
 
-def test_content_digest_equals_manifest_with_and_without_pixels(version: Version) -> None:
+def test_digest_of_rows_equals_the_manifest_with_and_without_images(version: Version) -> None:
     assert content_digest(version) == version.manifest["digest"]
     assert find_damage(version) == []
     without = Version(version.path, without_pixels(version, version.path))

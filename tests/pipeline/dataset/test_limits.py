@@ -1,4 +1,4 @@
-"""Limits of scores: what they keep, and the share of wrong texts among the reviewed ones."""
+"""Limits of scores: the share of texts that they keep, and error rates from reviews."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.pipeline.dataset.test_audit import judge
 from tests.scene_data import make_version, scene_samples, true_captions
 
 
-def test_curve_states_share_of_kept_texts_and_error_rates_in_and_above_each_tenth() -> None:
+def test_score_curve_has_kept_share_and_error_rates_for_each_tenth_of_the_texts() -> None:
     names = dict.fromkeys(SCORED)
     rows = [names | {"sample_id": f"{n:064x}", "task": "caption", "final_text": "A cat."} for n in range(20)]
     for n, row in enumerate(rows):
@@ -28,7 +28,7 @@ def test_curve_states_share_of_kept_texts_and_error_rates_in_and_above_each_tent
     assert score_curves([table], []) == {}
 
 
-def test_version_comparison_states_share_of_wrong_texts_among_kept_and_left_out_texts(tmp_path: Path) -> None:
+def test_comparison_of_versions_states_error_rates_of_kept_and_of_removed_texts(tmp_path: Path) -> None:
     samples = scene_samples(6)
     captions = true_captions(samples)
     before, _ = make_version(tmp_path, samples, captions)

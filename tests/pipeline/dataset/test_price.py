@@ -1,4 +1,4 @@
-"""The price of the texts of a version, per kept text and per right text."""
+"""The price of the texts of a version, per kept text and per correct text."""
 
 from typing import Any
 

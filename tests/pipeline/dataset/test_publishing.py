@@ -60,7 +60,7 @@ def test_datasets_and_duckdb_read_only_the_rows_of_each_version(tmp_path: Path) 
         version, _ = make_version(tmp_path / str(number), scene_samples(number))
         loaded = load_dataset(str(version.path), cache_dir=str(tmp_path / "cache"))
         assert sum(part.num_rows for part in loaded.values()) == number
-    # Rejections are not next to the rows.
+    # The folder of a version contains no rejected rows.
     count = duckdb.connect().execute(f"select count(*) from '{version.path}/*.parquet'").fetchall()
     assert count == [(number,)]
 

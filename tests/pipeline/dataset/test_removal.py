@@ -36,7 +36,7 @@ def test_name_of_pushed_version_is_not_reused_after_removal(dataset: DatasetDir)
     assert make_version(dataset.path, SAMPLES[:3])[0].name == "v2.0.0"
 
 
-def test_gc_removes_images_without_version_or_sample_list(tmp_path: Path) -> None:
+def test_gc_removes_images_that_no_version_and_no_sample_list_uses(tmp_path: Path) -> None:
     dataset, store = DatasetDir(tmp_path), ImageStore(tmp_path)
     make_version(tmp_path, SAMPLES[:20])
     write_samples(dataset, SAMPLES[10:30])

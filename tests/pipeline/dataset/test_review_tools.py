@@ -81,4 +81,4 @@ def test_broken_export_error_names_the_tools(tmp_path: Path) -> None:
     (tmp_path / "export.json").write_text('[{"id": 1}]')
     with pytest.raises(ConfigError, match="not exported by Label Studio or Argilla") as caught:
         read_lines(tmp_path / "export.json")
-    assert "the other tool" in (caught.value.hint or "")
+    assert "Label Studio or Argilla" in (caught.value.hint or "")

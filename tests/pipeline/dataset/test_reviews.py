@@ -74,7 +74,7 @@ def test_invalid_review_error_shows_line_number_and_reason(tmp_path: Path, line:
         ([EDIT, FOX], "edited", "A fox."),
         ([EDIT, BAD], "bad", None),
         ([EDIT, review("A dog.", "good")], "edited", "A dog."),  # approves the edit
-        ([EDIT, review("A cat.", "good")], "good", None),  # from an older report: removes the edit
+        ([EDIT, review("A cat.", "good")], "good", None),  # approves the original: removes the edit
         ([EDIT, review("A cat.", "edited", text="A cow.")], "edited", "A cow."),
         ([EDIT, review("A dog.", "edited", text="A cat.")], "edited", "A cat."),
     ],

@@ -1,4 +1,4 @@
-"""Tests of shards: rows keep their order, sizes are bounded, and pages of texts end by content."""
+"""Tests of shards: row order, bounded file sizes, and Parquet pages whose boundaries depend on content."""
 
 import hashlib
 import random

@@ -25,7 +25,7 @@ def test_interval_of_the_error_share_narrows_with_more_reviews() -> None:
     assert wilson_interval(20, 20) == pytest.approx((0.839, 1), abs=0.001)
 
 
-def test_content_has_lengths_openings_word_pairs_and_english_words() -> None:
+def test_text_statistics_include_lengths_openings_word_pairs_and_english_objects() -> None:
     first, second = Content(), Content()
     first.add("A woman possibly sits near a dog and a cat.", "a")
     first.add("A woman possibly stands.", "b")
@@ -36,7 +36,7 @@ def test_content_has_lengths_openings_word_pairs_and_english_words() -> None:
     assert result["frequent_openings"] == round(21 / 32, 4)
     assert result["phrases"] == {"hedge": round(2 / 32, 4), "mood": 0, "absence": 0, "image": 0}
     assert (result["objects"], result["people"]) == ({"sports": 30, "people": 2, "animals": 1}, {"female": 2})
-    # "a woman" and "woman possibly" repeat.
+    # The word pairs "a woman" and "woman possibly" occur twice, so 10 of 12 pairs are distinct.
     assert first.result()["distinct_pairs"] == round(10 / 12, 4) > 2 * result["distinct_pairs"]
     assert {"phrases", "objects", "people"}.isdisjoint(second.result("de"))
 

@@ -56,7 +56,7 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
     (warning,) = describe_empty_splits(version, SplitConfig(group_by="folder"))
     assert warning == (
         "the validation and the test splits have no images, but `synth train` needs some: "
-        "use more images, or, if the source states no splits, another --seed, or smaller groups (--group-by)"
+        "use more images or, for a source without splits, another --seed, or smaller groups (--group-by)"
     )
     (warning,) = describe_empty_splits(version, SplitConfig(test_frac=0))
     assert "the validation split" in warning
@@ -95,7 +95,8 @@ def test_start_of_a_run_states_the_tasks_of_each_model(tmp_path: Path) -> None:
     engines = {name: EngineChoice("vllm", name, name, Mock()) for name in models}
     plan = replace(Plan.resolve(config, DatasetDir(tmp_path), models), engines=engines)
     line = describe_start(plan)
-    assert all(text in line for text in ("caption of default (", "; qa of small (", "; checks of large ("))
+    texts = ("caption from default (", "; qa from small (", "; checks from large (")
+    assert all(text in line for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +105,10 @@ def test_start_of_a_run_states_the_tasks_of_each_model(tmp_path: Path) -> None:
         ({}, "; 3 requests per image"),
         ({"tasks": ["qa"]}, "; 1 request per image"),
         ({"generate": {"samples": 4}}, "; 9 requests per image"),
-        # 2 * (1 + 2 * 8)
+        # 2 captions, each with 1 request for its claims and 4 questions about each of 24 claims
         ({"verify": {"checks": ["claims"]}}, "3 requests per image, and up to 194 to check"),
-        ({"verify": {"checks": ["round_trip", "covers"]}}, "and up to 24 to check"),  # 8 + 2 * 8
-        ({"verify": {"judge": "j@http://h/v1"}}, "and up to 10 to check"),  # 2 captions, 8 questions
+        ({"verify": {"checks": ["round_trip", "covers"]}}, "and up to 24 to check"),  # 8 + 2 * 8 questions
+        ({"verify": {"judge": "j@http://h/v1"}}, "and up to 10 to check"),  # 2 captions + 8 questions
     ],
 )  # fmt: skip
 def test_start_of_run_states_requests_per_image(settings: dict[str, Any], text: str, tmp_path: Path) -> None:

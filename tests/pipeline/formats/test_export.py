@@ -196,7 +196,7 @@ SOURCE_NAMES = {
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in TABLES])
-def test_source_names_are_kept_where_they_are_safe_and_unique(kind: str, tmp_path: Path) -> None:
+def test_exported_files_keep_source_names_that_are_safe_and_unique(kind: str, tmp_path: Path) -> None:
     samples = zip(scene_samples(len(SOURCE_NAMES)), SOURCE_NAMES, strict=True)
     version, _ = make_version(tmp_path / "d", [replace(sample, source_row=row) for sample, row in samples])
     expected = {SOURCE_NAMES[item.source_row] or item.sample_id for item in read_items(version)}
@@ -244,7 +244,7 @@ def test_webdataset_reads_shards(version: Version, tmp_path: Path, monkeypatch: 
     assert seen == version.manifest["rows"]["train"]
 
 
-# By format: the source that reads it, and its file of captions.
+# For each export format: the source that reads it, and its caption file, if any.
 SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {
     "imagefolder": ("folder:{}/train", ""),
     "webdataset": ("archive:{}", ""),
@@ -260,7 +260,7 @@ def test_source_reads_only_human_texts_from_an_export(kind: str, version: Versio
     for number, item in enumerate(read_items(version, ["train"])):
         question_texts = {question for question, _ in item.questions}
         by_people = {item.captions[0][1], *question_texts} if number % 2 else set()
-        # The second one is also a caption of the model.
+        # The second reference equals a caption by the model.
         references = ["Of the source.", item.captions[1][1]] if number % 2 else []
         own = {"description": "By a model."}
         items[item.name] = replace(item, human_texts=frozenset(by_people), references=references, values=own)
@@ -277,10 +277,10 @@ def test_source_reads_only_human_texts_from_an_export(kind: str, version: Versio
         assert {*row.references} == human | {*of_source}
         questions = [pair for pair in item.questions if pair[0] in item.human_texts and keeps_all]
         assert [(one.question, one.answers[0]) for one in row.reference_qa or ()] == questions
-        # The other sources here read one split.
+        # Only the webdataset source sees split names. The other sources read the files of one split.
         assert row.split == (item.split if kind == "webdataset" else None)
     messages = [message for message in opened.messages if "model-written texts" in message]
-    assert len(messages) == (kind != "webdataset")  # an archive is not read before its rows
+    assert len(messages) == (kind != "webdataset")  # opening an archive reads no texts
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "coco", "webdataset"])
@@ -298,7 +298,7 @@ def test_source_reads_splits_of_an_export(kind: str, version: Version, exported:
         ({"text": "EXIT", "license": "plate"}, "model"),
     ],
 )
-def test_custom_value_named_like_a_text_column_sets_written_by_to_model(
+def test_row_with_a_custom_value_named_like_a_text_column_is_marked_as_model_written(
     version: Version, tmp_path: Path, values: dict[str, Any], writer: str
 ) -> None:
     (item, *_) = read_items(version, ["train"])
@@ -450,14 +450,14 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="already exists"):
         export_version(version, "csv", tmp_path / "there")
-    with pytest.raises(ConfigError, match="no format webdatset") as raised:
+    with pytest.raises(ConfigError, match="unknown format webdatset") as raised:
         export_version(version, "webdatset", tmp_path / "out")
     assert "did you mean webdataset?" in raised.value.hint
     with pytest.raises(ConfigError, match=r"no caption of v1\.0\.0 has the style breif") as raised:
         export_version(version, "csv", tmp_path / "out", style="breif")
     assert "brief" in raised.value.hint
     for kind in TABLES:
-        with pytest.raises(ConfigError, match=f"the format {kind} has no files of images"):
+        with pytest.raises(ConfigError, match=f"the format {kind} has no image files"):
             export_version(version, kind, tmp_path / "out", source_names=True)
     without_rows = version.manifest | {"rows": version.manifest["rows"] | {"test": 0}}
     with pytest.raises(ConfigError, match="has no rows in test"):
@@ -530,7 +530,7 @@ def test_sharegpt_pairs_and_boxes_suit_ms_swift_and_llama_factory(version: Versi
 
 @pytest.mark.parametrize("kind", ["paligemma", "vlmevalkit"])
 def test_export_has_a_line_for_each_text_and_question(kind: str, version: Version, tmp_path: Path) -> None:
-    """Check the rules of VLMEvalKit's ImageBaseDataset: an image of up to 64 characters is an index."""
+    """Check VLMEvalKit's rule: an image of up to 64 characters is the index of the row that contains it."""
     items = {item.source_row: item for item in read_items(version, ["train"])}
     first = next(iter(items.values()))
     style, text = first.captions[0]

@@ -189,7 +189,7 @@ def captioner_of(data: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("init", "published"), [("private/folders/first", "first"), ("ORG/first", "ORG/first"), ("own/a", "a")]
 )
-def test_card_of_a_captioner_has_derived_settings_and_no_folders(
+def test_card_of_a_captioner_has_computed_settings_and_no_local_folders(
     init: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -216,7 +216,9 @@ def test_card_of_a_continued_captioner_has_the_data_of_all_trainings() -> None:
     assert "images of 2 sources" in card and "and on **machine-generated captions**" in card
 
 
-def test_folder_with_model_name_is_not_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_folder_with_the_name_of_a_model_is_not_listed_as_a_base_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "enc" / "vit").mkdir(parents=True)
     ids = {"vit": "google/vit", "qwen3": "Qwen/Qwen3"}

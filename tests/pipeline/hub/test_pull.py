@@ -122,7 +122,9 @@ def test_file_damaged_in_cache_is_downloaded_again(
     assert next(Path(again["path"]).glob(name)).read_bytes() == whole
 
 
-def test_local_folder_is_not_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_of_an_existing_local_folder_is_not_read_as_a_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_hub_name("me/scenes@v1.0.0")
     assert is_hub_name("me/scenes")

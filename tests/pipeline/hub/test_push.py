@@ -157,11 +157,11 @@ def test_push_to_repository_with_foreign_data_is_refused(client: Pusher, version
 
 
 def test_second_push_with_a_changed_license_or_title_warns(client: Pusher, version: Version) -> None:
-    """The tag never moves. A commit without a tag, from an interrupted push, is made again."""
+    """A tag never moves. If an interrupted push left a commit without a tag, the next one commits again."""
     client.push(version, "me/stated", stated={"license": "mit"})
     again = client.push(version, "me/stated", stated={"license": "cc-by-4.0", "title": "Mine"})
     assert not again["is_new"]
-    assert "the published v1.0.0 has other values of license, title: tags never move" in again["warning"]
+    assert "the published v1.0.0 has a different license, title: tags never move" in again["warning"]
     assert client.push(version, "me/stated", stated={"license": "mit"})["warning"] == ""
     repo = repo_of(client, "me/stated")
     repo.tags.clear()

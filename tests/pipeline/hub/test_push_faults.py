@@ -101,7 +101,7 @@ def test_push_survives_or_reports_fault_at_any_request(world: World, fault: str)
         second = world.client.push(world.new)
         world.check_whole()
         assert second.get("tag") == "v1.1.0", (context, second)
-        assert len(world.repo.commits) == 3, context  # empty, old and new
+        assert len(world.repo.commits) == 3, context  # the empty first commit and two versions
 
 
 @pytest.mark.parametrize("after", [False, True])

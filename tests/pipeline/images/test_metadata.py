@@ -46,7 +46,7 @@ def encoded(kind: str, image: Image.Image | None = None, **more: object) -> byte
 
 
 def indexed(image: Image.Image, colors: int = 32) -> Image.Image:
-    """Return an image with a palette. Other methods take half a second."""
+    """Return an image with a palette, by the fast quantization method."""
     return image.quantize(colors, method=Image.Quantize.FASTOCTREE)
 
 
@@ -98,7 +98,7 @@ def avif(orientation: int = 1) -> bytes:
 
 
 def heic() -> bytes:
-    has_heif()  # registers the encoder, of the extra `dev`
+    has_heif()  # registers the HEIF encoder, which the extra `dev` installs
     return encoded("HEIF", exif=exif_of(), xmp=XMP)
 
 
@@ -158,7 +158,7 @@ def test_each_orientation_is_kept(make: Maker, orientation: int) -> None:
         encoded("JPEG", progressive=True),
         encoded("JPEG", photo(1).convert("L")),
         encoded("JPEG", photo(1).convert("CMYK")),
-        encoded("JPEG", icc_profile=PROFILE * 40),  # over several segments
+        encoded("JPEG", icc_profile=PROFILE * 40),  # the profile takes several segments
         encoded("PNG"),
         encoded("PNG", photo(1).convert("RGBA")),
     ],
@@ -210,7 +210,7 @@ def test_damaged_file_never_leaks_metadata(make: Maker) -> None:
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         try:
             clean = strip_metadata(bytes(damaged))
-            check_image(clean)  # like a source; a damaged chunk may hold anything
+            check_image(clean)  # sources reject files that fail here, which may contain anything
         except ImageError:
             continue
         assert leaked(clean) == []

@@ -44,7 +44,7 @@ def test_pages_are_rendered_in_order_at_one_size(tmp_path: Path) -> None:
     assert {image_of(page).size for page in pages} == {(1536, 864)}
     rows = [image_of(page).convert("RGB").crop((0, 200, 1536, 201)).tobytes() for page in pages]
     bars = [row.count(b"\xff\xff\xff") for row in rows]
-    assert bars == sorted(bars, reverse=True) and bars[0] > bars[2]  # the bar grows
+    assert bars == sorted(bars, reverse=True) and bars[0] > bars[2]  # each page has a longer bar
 
 
 def test_frames_are_read_at_the_requested_interval(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_damaged_file_is_refused_with_a_reason(name: str, tmp_path: Path) -> Non
 
 def test_thin_pages_and_encrypted_documents_are_refused(tmp_path: Path) -> None:
     (line,) = rendered(saved(tmp_path / "line.pdf", text_pdf(media_box="0 0 100000 2")))
-    assert line.data == b"" and "page 1: it is 100000 by 2 points" in line.fault
+    assert line.data == b"" and "page 1: its size is 100000 by 2 points" in line.fault
     (huge,) = rendered(saved(tmp_path / "huge.pdf", text_pdf(media_box="0 0 100000 50000")))
-    assert image_of(huge).size == (1536, 768)  # a page of 35 meters has as many pixels
+    assert image_of(huge).size == (1536, 768)  # as many pixels as a small page, although it is 35 m wide
     encryption = b"/Filter /Standard /V 1 /R 2 /P -4 /O (%s) /U (%s)" % (b"x" * 32, b"y" * 32)
     trailer = b"/Root 1 0 R /Encrypt << %s >> /ID [(a) (b)]" % encryption
     locked = text_pdf().replace(b"/Root 1 0 R", trailer)

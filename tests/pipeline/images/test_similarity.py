@@ -93,7 +93,7 @@ def test_recompressed_photo_is_a_copy(photos: list[Image.Image], change: Any, le
     assert (bits <= MAX_COPY_BITS).mean() >= least
 
 
-def test_photo_on_white_with_a_mark_near_a_corner_is_near_its_original(photos: list[Image.Image]) -> None:
+def test_photo_with_white_border_is_near_its_copy_with_text_in_the_border(photos: list[Image.Image]) -> None:
     on_white = [ImageOps.expand(image, 60, "white") for image in photos]
     marked = [image.copy() for image in on_white]
     for image in marked:
@@ -197,7 +197,7 @@ def test_mirrored_photo_is_a_copy_and_the_larger_one_is_kept(photos: list[Image.
 def choose_one_by_one(
     ids: list[str], splits: list[str | None], pixels: list[int], bits: Any, kind: str
 ) -> list[tuple[Any, ...]]:
-    """Return the result of `compare_samples` by its definition, from all distances."""
+    """Return the expected result of `compare_samples`, computed from all pairwise distances."""
     others = [np.flatnonzero(row <= MAX_NEAR_BITS[kind]).tolist() for row in bits]
     near = [[b for b in row if b != a] for a, row in enumerate(others)]
     kept: set[int] = set()
@@ -228,7 +228,7 @@ def test_duplicate_choice_equals_sequential_algorithm(seed: int, kind: ImageKind
     count = 80
     ids = [f"{n:04d}" for n in rng.permutation(count)]
     hashes = rng.integers(0, 2**64, (10, 4), dtype=np.uint64)[rng.integers(0, 10, count)]
-    for row in hashes:  # near or far from the center of its cluster
+    for row in hashes:  # flip some bits, so that distances within a cluster vary
         for bit in rng.choice(256, rng.integers(0, 36), replace=False).tolist():
             row[bit // 64] ^= np.uint64(1 << bit % 64)
     splits = [(None, "train", "validation", "test")[n] for n in rng.integers(0, 4, count)]
@@ -250,7 +250,7 @@ def samples_of(hashes: Any, splits: list[str | None]) -> pa.Table:
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_decks_with_only_common_pages_form_one_group(
+def test_decks_whose_pages_are_all_in_many_decks_form_one_group(
     kind: ImageKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.MAX_NEIGHBORS", 4)

@@ -109,7 +109,7 @@ def test_later_run_counts_the_cost_of_each_model(tmp_path: Path) -> None:
             queue.require_room()
 
 
-def test_journal_estimates_uncounted_tokens_like_the_run(tmp_path: Path) -> None:
+def test_journal_and_run_estimate_the_same_tokens_for_replies_without_counts(tmp_path: Path) -> None:
     replies = [reply(prompt_tokens=0, reply_tokens=0), reply(prompt_tokens=7, reply_tokens=3)]
     replies.append(dataclasses.replace(replies[0], finish_reason="server_error", text="overloaded " * 99))
     requests = list(build_requests("a" * 64, request_plan(resolve(source="scenes"))))
@@ -128,12 +128,12 @@ def test_max_cost_without_prices_is_refused() -> None:
         resolve(source="scenes", server={"max_cost": 5})
 
 
-def test_breaker_stops_a_run_if_too_many_of_the_last_replies_are_unusable() -> None:
+def test_run_stops_if_too_many_of_the_last_replies_are_unusable() -> None:
     breaker, never = CircuitBreaker(0.9), CircuitBreaker(1.0)
     for number in range(WINDOW_REPLIES):
         breaker.add(reply(), None if number < 10 else "not_json")
         never.add(reply(), "not_json")
-    breaker.check()  # 90 of 100 are allowed
+    breaker.check()  # 90 unusable replies of 100 are allowed
     never.check()
     breaker.add(reply(), "not_json")
     with pytest.raises(EngineError, match=r"91 of the last 100 replies are unusable \(91 not json\).*text"):
@@ -143,7 +143,7 @@ def test_breaker_stops_a_run_if_too_many_of_the_last_replies_are_unusable() -> N
 def test_resumed_run_stops_again_if_replies_are_still_unusable(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
         config = config_of(chat.url, tasks=["caption"])
-        count = WINDOW_REPLIES * 11 // 20  # two captions each
+        count = WINDOW_REPLIES * 11 // 20  # two caption requests per image
         samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(count)]
 
         def run_again() -> None:
@@ -161,4 +161,4 @@ def test_small_budget_sends_one_request_before_the_first_reply(tmp_path: Path) -
     with running_chat(ChatServer()) as chat:
         with pytest.raises(BudgetError, match=r"of 60 tokens"):
             run(tmp_path / "j", chat, max_total_tokens=60)
-        assert len(chat.bodies) == 1  # it takes 52 tokens
+        assert len(chat.bodies) == 1  # one request takes 52 tokens, so a second would exceed the limit

@@ -78,7 +78,7 @@ def slow_server(seconds: float) -> ChatServer:
 
 
 def always(act: Act, times: int = 1000) -> Script:
-    """Return a script that acts at the first `times` question requests of each image."""
+    """Return a script that applies `act` to the first `times` question requests about each image."""
     return lambda earlier, body: act if earlier < times and task_of(body) == "Task: qa" else None
 
 
@@ -232,9 +232,9 @@ def test_long_caption_of_a_large_image_fits_the_context_at_each_attempt(tmp_path
 @pytest.mark.parametrize(
     ("text", "has_image", "tokens"),
     [
-        ("Look.", True, (8192 - 640 - 512, 2048)),  # a retry may double the reply
+        ("Look.", True, (8192 - 640 - 512, 2048)),  # leaves room for a retry with twice 256 reply tokens
         ("x" * 8000, True, (8192 - 4000 - 512, 2048)),
-        ("x" * 16_000, True, (2048, 2048)),  # at least a quarter each
+        ("x" * 16_000, True, (2048, 2048)),  # image and reply get at least a quarter each
         ("x" * 8000, False, (0, 8192 - 4000)),
     ],
 )
@@ -338,7 +338,7 @@ def later(seconds: float, act: Callable[[], None]) -> None:
 
 
 def after_first_requests(chat: ChatServer, act: Callable[[], object]) -> None:
-    """Act when a server has received a few requests."""
+    """Call `act` in a thread, once the server has received four requests."""
 
     def wait() -> None:
         while len(chat.bodies) < 4:

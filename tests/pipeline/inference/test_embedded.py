@@ -94,7 +94,7 @@ def test_reply_does_not_depend_on_its_batch(engine: Engine) -> None:
     assert {name: reply for one in batch for name, reply in replies(engine, [one]).items()} == together
 
 
-def test_other_id_or_attempt_samples_other_tokens(engine: Engine) -> None:
+def test_different_request_id_or_attempt_gives_a_different_sampled_reply(engine: Engine) -> None:
     sampling = Sampling(temperature=1.0, max_tokens=256)
     qa = [replace(r, sampling=sampling) for r in requests(6) if r.task == "qa"]
     renamed = [replace(r, id=f"{n:064x}") for n, r in enumerate(qa)]

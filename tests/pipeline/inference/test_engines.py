@@ -55,10 +55,12 @@ def test_auto_engine_chooses_given_server_or_vllm_or_embedded(
         ({"engine": "embedded", "model": "a/b"}, "a/b needs a server: --engine embedded runs only the tiny"),
     ],
 )
-def test_settings_without_engine_are_refused(settings: dict[str, Any], problem: str, no_gpu: None) -> None:
+def test_settings_that_no_engine_supports_are_refused(
+    settings: dict[str, Any], problem: str, no_gpu: None
+) -> None:
     with pytest.raises(SynthError, match=problem) as caught:
         engine_of(resolve(**{"source": "scenes", **settings}))
-    # Another machine may have a server. The other mistakes are in the settings alone.
+    # A missing server is a problem of this machine (EngineError). The others are mistakes in the settings.
     assert type(caught.value) is (EngineError if "needs a server" in problem else ConfigError)
 
 

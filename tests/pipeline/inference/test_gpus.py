@@ -79,7 +79,7 @@ def test_each_gpu_runs_a_server_with_its_own_log(tmp_path: Path) -> None:
         (("--tensor_parallel_size", "4"), ["1,2,3,4"], 4),
         (("-tp=2",), ["1,2", "3,4"], 2),
         (("-tp", "2", "--pipeline-parallel-size=2"), ["1,2,3,4"], 4),
-        (("-tp", "4", "--tensor-parallel-size", "2"), ["1,2", "3,4"], 2),  # the last one counts
+        (("-tp", "4", "--tensor-parallel-size", "2"), ["1,2", "3,4"], 2),  # the last flag counts
     ],
 )
 def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(

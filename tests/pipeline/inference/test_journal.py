@@ -81,7 +81,9 @@ def test_import_copies_replies_and_keeps_existing_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", UNANSWERED)
-def test_failed_shared_request_is_replaced_by_reply_for_another_sample(tmp_path: Path, reason: str) -> None:
+def test_failed_request_that_two_samples_share_is_replaced_by_a_later_reply(
+    tmp_path: Path, reason: str
+) -> None:
     first = build_claims("A red cube.", "a" * 64, request_plan(CONFIG))
     second = build_claims("A red cube.", "b" * 64, request_plan(CONFIG))
     assert first.id == second.id

@@ -79,7 +79,7 @@ def test_server_without_schemas_is_refused_unless_enforced_schema_is_off(
         errors, texts, revision = run(tmp_path / "loose", chat, enforced_schema=False)
     assert errors == [None] * 3 * len(SAMPLES)
     retried = [body for body in chat.bodies if task_of(body) == "Task: qa"]
-    assert len(retried) == 2 * len(SAMPLES)  # each first reply was invalid
+    assert len(retried) == 2 * len(SAMPLES)  # the first reply to each request was invalid
     assert revision.endswith("+unenforced")
     assert any("does not enforce JSON schemas" in text for text in texts)
     assert not any("response_format" in body for body in chat.bodies)
@@ -170,7 +170,7 @@ def test_refusal_field_is_stored_as_a_reply(tmp_path: Path) -> None:
         assert Counter(errors) == {None: 2 * len(SAMPLES), "content_filter": len(SAMPLES)}
         asked = len(chat.bodies)
         run(tmp_path / "j", chat)
-    assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # each refusal has two retries
+    assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # each refused request is retried twice
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_servers_of_another_model_get_only_their_own_key_and_headers(monkeypatch
 
     for name in ("judge", "small"):
         assert headers_for(other, name) == (None, None)
-        # Another spelling of the writer's address is the same server.
+        # The address of the captioning model with a trailing slash is the same server.
         assert headers_for("http://127.0.0.1:1/w/v1/", name) == ("Bearer of-all", "b")
         monkeypatch.setenv(f"SYNTH_{name.upper()}_API_KEY", f"of-{name}")
         for address in (writer, other):

@@ -128,7 +128,7 @@ def test_interrupted_run_resumes_with_the_same_batches(tmp_path: Path) -> None:
         assert first.batches + second.batches == whole.batches
         with Journal(path) as journal:
             totals = journal.totals()
-        assert 1 <= totals["asked"] - totals["replies"] <= 3  # the group in flight
+        assert 1 <= totals["asked"] - totals["replies"] <= 3  # only the group in flight is asked again
 
 
 @pytest.mark.usefixtures("heard_sigint")
@@ -139,7 +139,7 @@ def test_interrupt_loses_no_reply(where: str, tmp_path: Path, monkeypatch: pytes
 
     def interrupted(*given: Any) -> Any:
         calls.append(1)
-        if len(calls) in (5, 6):  # twice in the second group of three
+        if len(calls) in (5, 6):  # interrupt twice within the second group of three
             signal.raise_signal(signal.SIGINT)
         return work(*given)
 

@@ -181,7 +181,7 @@ def test_request_id_of_a_check_depends_on_question_pages_and_model() -> None:
     assert request_id not in {request.id for request in changed}
 
 
-def test_blind_question_is_asked_once_for_all_images() -> None:
+def test_question_without_its_image_is_asked_once_for_all_images() -> None:
     checks = {name: [Check("blind", "How many?", "2", (), task=BLIND)] for name in "stu"}
     batches = [SampleBatch.of([("s", (b"1",)), ("t", (b"2",))]), SampleBatch.of([("u", (b"3",))])]
     built = [with_images(*chunk) for chunk in build_all(batches, checks, request_plan(config()))]

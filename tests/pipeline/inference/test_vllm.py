@@ -151,7 +151,7 @@ def test_only_the_dead_server_restarts_and_fails_with_its_last_error_after_max_r
             assert first.socket != second.socket
             assert (first.restarted, second.restarted) == (1, 0)
             assert "died 2 times, the last time with exit code 7" in str(first.failure)
-            assert first._process is None  # the system may reuse its number
+            assert first._process is None  # forgotten, because the system may reuse its pid
             return folder
 
     assert not asyncio.run(asyncio.wait_for(serve(), 60)).exists()
@@ -177,7 +177,7 @@ def test_server_log_is_private_and_does_not_follow_links(tmp_path: Path) -> None
         vllm.open_log(tmp_path / "link.log")
 
 
-def test_reaper_kills_the_engine_after_sigkill() -> None:
+def test_vllm_engine_is_killed_after_its_worker_gets_sigkill() -> None:
     """Ray kills the server, the child of a worker; the engine is a child of the server."""
     code = (
         "import os, subprocess; from pipeline.inference.vllm import _start_reaper;"

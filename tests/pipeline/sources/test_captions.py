@@ -72,7 +72,7 @@ def test_all_caption_formats_give_the_same_texts(tmp_path: Path, name: str) -> N
         (r"['it\'s a dog', 'a\\b']", ["it's a dog", r"a\b"]),
         (r"""['', 'so "" or \'\'', "it's ''"]""", ["so \"\" or ''", "it's ''"]),
         ("['a'" + " " * 90_000 + "]", ["a"]),
-        ("['a'" + " " * 99_999 + "]", [("['a'" + " " * 99_999)[:20_000]]),  # too long for a Python list
+        ("['a'" + " " * 99_999 + "]", [("['a'" + " " * 99_999)[:20_000]]),  # too long to be parsed as a list
         ("[" * 10_000 + "]", ["[" * 10_000 + "]"]),
         ("x" * 20_001, ["x" * 20_000]),
         ("[1, 2]", ["[1, 2]"]),  # an answer may be a box or an interval
@@ -124,10 +124,10 @@ def coco(images: str, annotations: str = "") -> bytes:
     [
         (b"", "has no caption and no question"),
         (b"[1]", "cannot read"),
-        (coco('{"id": 1}', '{"image_id": 1, "caption": "x"}'), "an object has no 'file_name'"),
+        (coco('{"id": 1}', '{"image_id": 1, "caption": "x"}'), "an object has no key 'file_name'"),
         (coco('{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}'), "two of its images have the id 1"),
         (coco('{"id": 1, "file_name": "a.jpg"}', '{"image_id": 1, "bbox": []}'), "has no caption"),
-        (b"caption\nA dog.\n", "a row has no file name of an image"),
+        (b"caption\nA dog.\n", "a row has no image file name"),
         (b'{"images": [1], "annotations": []}', "a value has another form than expected"),
         (b"image,caption,caption\na.jpg,A dog.,\n", "two columns are named caption"),
         (b"\xff\xfe\x00", "codec can"),
@@ -191,7 +191,7 @@ def test_caption_files_add_texts_and_splits_to_a_folder(tmp_path: Path) -> None:
 def test_caption_file_about_other_images_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "c.json").write_text(FORMS["coco.json"])
-    problem = r"no file name in .* is an image in .*its names: 000009\.jpg, 000012\.jpg"
+    problem = r"names no image in .*; it names 000009\.jpg, 000012\.jpg"
     with pytest.raises(SourceError, match=problem) as caught:
         open_folder(tmp_path, captions=[tmp_path / "c.json"])
     assert "a.png" in str(caught.value.hint)
@@ -200,7 +200,7 @@ def test_caption_file_about_other_images_is_refused(tmp_path: Path) -> None:
 def test_split_is_case_insensitive_and_unknown_split_is_refused(tmp_path: Path) -> None:
     rows = [{"image": "a", "text": "A dog.", "split": split} for split in ("Test", "TRAIN")]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert read_captions(tmp_path / "a.json")["a"].split == "test"  # the more held-out split of two
+    assert read_captions(tmp_path / "a.json")["a"].split == "test"  # the held-out split of two is chosen
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"image": "b", "text": "x", "split": "private"}]))
     with pytest.raises(SourceError, match="'private' is not a split"):
         read_captions(tmp_path / "a.json")
@@ -259,5 +259,5 @@ def test_question_in_an_export_keeps_all_answers() -> None:
     row = {"written_by": "people", "qa": [own, {**own, "question": "Where?"}], "reference_qa": [asked]}
     questions = [(one.question, one.answers) for one in human_questions(row)]
     assert questions == [("What runs?", ("dog", "dog", "a dog")), ("Where?", ("dog",))]
-    del row["written_by"]  # not an export of synth
+    del row["written_by"]  # without this key, it is not an export of synth
     assert [one.answers for one in human_questions(row)] == [("dog",), ("dog",)]

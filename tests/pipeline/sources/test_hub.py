@@ -68,7 +68,7 @@ def test_flickr30k_conversion_has_karpathys_split(hub: RunningHub) -> None:
     assert opened("flickr30k").revision == branches["refs/convert/parquet"]
     assert {sample.split for sample in read("flickr30k", source_split="test")[0]} == {"test"}
     train, _ = read("flickr30k", source_split="train")
-    assert (len(train), {sample.split for sample in train}) == (12, {None})  # some are held out later
+    assert (len(train), {sample.split for sample in train}) == (12, {None})  # some get held out later
     assert (opened("flickr30k").count(), opened("flickr30k", source_split="test").count()) == (20, 4)
 
 
@@ -161,7 +161,9 @@ def test_slidevqa_sample_is_a_deck_with_ordered_pages(hub: RunningHub) -> None:
 
 
 @pytest.mark.parametrize("token", [TOKEN, None])
-def test_gated_dataset_has_hint(hub: RunningHub, monkeypatch: pytest.MonkeyPatch, token: str | None) -> None:
+def test_gated_dataset_error_has_a_hint(
+    hub: RunningHub, monkeypatch: pytest.MonkeyPatch, token: str | None
+) -> None:
     datasets.seed_slidevqa(hub.hub.storage)
     if token is None:
         monkeypatch.delenv("HF_TOKEN")

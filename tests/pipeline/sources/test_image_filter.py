@@ -51,7 +51,7 @@ def test_unusable_images_are_rejected_by_default(folder: Path) -> None:
     assert reasons(folder) == {name: reason for name, (_, reason) in sorted(IMAGES.items())}
 
 
-def test_bounds_are_settings_and_can_be_turned_off(folder: Path) -> None:
+def test_image_filter_uses_the_bounds_in_settings_and_can_be_disabled(folder: Path) -> None:
     assert set(reasons(folder, enabled=False).values()) == {None}
     assert set(reasons(folder, min_side_px=1, max_aspect_ratio=50, min_contrast=0).values()) == {None}
     assert reasons(folder, min_side_px=1)["point.png"] == "one_color_image"

@@ -26,7 +26,7 @@ from tests.media import encoded
 from tests.notes import Notes
 from tests.pipeline.images import test_similarity
 
-# Settings that are part of the key in another form, such as digests of files.
+# Settings that affect the key indirectly, for example by digests of files.
 KEYED_OTHERWISE = ["limit", "seed", "exclude", "captions", "human_texts", "dedupe"]
 LATER_SETTINGS = (
     "title drop_context tasks custom_tasks models task_models engine model base_url generate server filter "
@@ -101,7 +101,7 @@ def rows(dataset: Path, which: str) -> list[dict[str, Any]]:
     return list(read_table(path).to_pylist()) if path.exists() else []
 
 
-def test_each_setting_is_classified_by_its_effect_on_reading() -> None:
+def test_each_setting_is_in_one_list_that_states_its_effect_on_reading() -> None:
     settings = [*READ_SETTINGS, *KEYED_OTHERWISE, *LATER_SETTINGS.split()]
     assert sorted(settings) == sorted(Config.model_fields)
 
@@ -195,7 +195,7 @@ def test_changed_file_of_source_or_step_is_read_again(photos: Path, tmp_path: Pa
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        starts = [] if name == "exclusions" else [39]  # the parts hold all rows
+        starts = [] if name == "exclusions" else [39]  # only the last row, because the parts hold all rows
         assert Reading(tmp_path / "d", settings(photos)).starts == starts, name
         path.unlink()
         assert Reading(tmp_path / "d", settings(photos)).starts == starts, name
@@ -208,12 +208,14 @@ def test_changed_file_of_source_or_step_is_read_again(photos: Path, tmp_path: Pa
         assert [Reading(tmp_path / "d", config).starts for _ in range(2)] == [[0], []]
 
 
-def test_damaged_or_old_part_is_reread(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_or_outdated_part_of_an_interrupted_reading_is_read_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Reading(tmp_path / "whole", settings(photos))
     with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "d", settings(photos), stop_at=20)
     (tmp_path / "d/steps/read/parts/00002.json").write_text('{"key": 1')
-    assert Reading(tmp_path / "d", settings(photos)).starts == [7]  # the last row of the first two parts
+    assert Reading(tmp_path / "d", settings(photos)).starts == [7]  # the last row in the two intact parts
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
     with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "e", settings(photos), stop_at=20)
@@ -221,7 +223,7 @@ def test_damaged_or_old_part_is_reread(photos: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr("pipeline.sources.folder.digest", lambda _: "unchanged")
     with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "f", settings(photos), stop_at=20)
-    (photos / "000a.jpg").write_bytes(photo(99))  # the last row of the parts is in another place
+    (photos / "000a.jpg").write_bytes(photo(99))  # row 19 has changed, so all rows are read again
     assert Reading(tmp_path / "f", settings(photos)).starts == [19, 0]
 
 
@@ -257,11 +259,11 @@ def banned(dataset: Path) -> list[str]:
 def test_unreadable_excluded_images_are_retried(
     photos: Path, others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The revisions of sources do not change, as after a decoder that was too slow.
+    # Keep the revisions of sources equal, as if an image had only been too slow to decode.
     monkeypatch.setattr("pipeline.sources.folder.digest_or_fault", lambda *_: "sha256")
     (others / "b.jpg").write_bytes(b"no image")
     config = settings(photos, exclude=[f"folder:{others}"])
-    for starts in ([0], [39]):  # the parts hold all rows
+    for starts in ([0], [39]):  # the second run reads only the last row, because the parts hold all rows
         reading = Reading(tmp_path / "d", config)
         assert any("1 rows could not be read, and were not excluded" in text for text in reading.notes.texts)
         assert (reading.starts, banned(tmp_path / "d")) == (starts, ["002.jpg"])
@@ -271,7 +273,9 @@ def test_unreadable_excluded_images_are_retried(
     assert Reading(tmp_path / "d", config).starts == []
 
 
-def test_damaged_record_is_replaced(photos: Path, others: Path, tmp_path: Path) -> None:
+def test_damaged_record_of_a_finished_reading_is_written_again(
+    photos: Path, others: Path, tmp_path: Path
+) -> None:
     config = settings(photos, exclude=[f"folder:{others}"])
     Reading(tmp_path / "d", config)
     for name, key in (("done", "source"), ("done", "result"), ("exclusions", "described")):
@@ -311,7 +315,9 @@ def test_excluded_images_are_read_once(
     assert banned(tmp_path / "d") == ["003.jpg", "005.jpg"]  # 005.jpg is 003.jpg in another size
 
 
-def test_failed_reading_with_other_settings_keeps_listed_images(photos: Path, tmp_path: Path) -> None:
+def test_failed_reading_with_other_settings_keeps_the_images_of_the_last_reading(
+    photos: Path, tmp_path: Path
+) -> None:
     Reading(tmp_path / "d", settings(photos))
     before = images(tmp_path / "d")
     with pytest.raises(SourceError, match="the connection is lost"):

@@ -55,7 +55,7 @@ def splits(source: Source) -> list[str | None]:
 def test_files_of_a_remote_folder_are_read_with_splits() -> None:
     source = opened("s3://photos/mine")
     assert splits(source) == ["test"] * 3 + ["train"] * 3
-    assert source.name == "parquet"  # without the path
+    assert source.name == "parquet"  # the name excludes the path
     assert len(splits(opened("s3://photos/mine/", source_split="train"))) == 3
 
 

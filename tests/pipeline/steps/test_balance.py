@@ -74,13 +74,13 @@ def test_result_depends_on_seed_but_not_on_row_order() -> None:
 
 
 def test_paired_questions_are_kept_first_and_broken_pairs_lose_their_id() -> None:
-    # Twenty of 300 questions answered yes equal a question answered no.
+    # Twenty questions occur twice: once answered yes, once answered no.
     rows = [question(f"Is there a thing {n if n < 20 else n + 1000}?", "yes") for n in range(300)]
     rows += [question(f"Is there a thing {n}?", "no") for n in range(100)]
     kept_rows = balance_rows(table(*rows))
     pairs = Counter(row["pair_id"] for row in kept_rows if row["pair_id"])
     assert set(pairs.values()) == {2} and len(pairs) == 20
-    # More questions of one side are paired than may stay: a question that lost its partner is in no pair.
+    # Some paired questions must be removed. Their partners then lose the pair id.
     rows = [question(f"Is it {n // 2}?", ("no", "yes")[n % 2]) for n in range(100)]
     rows += [question(f"Is it {n}?", "maybe") for n in range(50)]
     remaining = balance_rows(table(*rows), max_yes_no_frac=0.5, min_questions_per_type=1)

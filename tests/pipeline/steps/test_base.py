@@ -1,4 +1,4 @@
-"""Row steps keep every row, in every shard, and report comparisons that do not fit."""
+"""Row steps keep every row, in every shard, and refuse comparison results with repeated or unknown rows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,9 @@ def judging(judge: Callable[[pa.Table], pa.Table]) -> RowStep:
 
 
 @pytest.mark.parametrize("shards", [1, 3, 7])
-def test_comparison_result_is_joined_to_rows_of_shards(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_a_comparison_of_all_rows_are_joined_to_the_rows_of_each_shard(
+    shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base, "BATCH_ROWS", 4)
     columns = "range AS row, 'm' || range AS label, CASE WHEN range % 2 = 0 THEN 'even' END AS reason"
     query = f"SELECT {columns} FROM range(0, 50, 3) ORDER BY hash(range)"
@@ -82,7 +84,7 @@ def test_shard_judged_twice_has_the_same_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows_a_table", "min_rows"), [(1, 3), (3, 1), (100, 3)])
-def test_regrouped_tables_split_no_group(rows_a_table: int, min_rows: int) -> None:
+def test_tables_are_regrouped_without_splitting_rows_of_one_key(rows_a_table: int, min_rows: int) -> None:
     keys = list("aabbbbbcddefgggh")
     whole = pa.table({"key": keys})
     tables = [whole.slice(n, rows_a_table) for n in range(0, len(keys), rows_a_table)]

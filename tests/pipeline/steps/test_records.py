@@ -191,7 +191,7 @@ def test_run_without_missing_replies_needs_no_server(photos: Path, tmp_path: Pat
         changed = config.model_copy(update={"model": "other", "base_url": (other.url,)})
         with pytest.raises(EngineError, match="401"):
             generate_dataset(changed, tmp_path / "d")
-    # The interrupted run has no reply of the other model.
+    # The interrupted run received no reply from the other model.
     with pytest.raises(EngineError, match="no server answers"):
         generate_dataset(changed, tmp_path / "d")
     (photos / "new.jpg").write_bytes(photo(77))
@@ -307,7 +307,7 @@ def test_run_with_added_near_duplicates_equals_new_run(photos: Path, tmp_path: P
     assert again.funnel[0].rejected["near_duplicate_image"] == 10
 
 
-def test_key_of_verify_step_changes_with_clip_weights_and_judge(tmp_path: Path) -> None:
+def test_change_of_clip_weights_or_judge_reruns_the_verify_step(tmp_path: Path) -> None:
     clip = tmp_path / "clip"
     clip.mkdir()
     (clip / "model.safetensors").write_bytes(b"one")

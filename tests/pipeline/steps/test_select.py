@@ -41,7 +41,7 @@ def test_most_consistent_caption_is_kept() -> None:
     marked = selected(captions("A dog on grass.", "A dog runs on grass.", longest, "A cat sleeps."))
     assert marked["reason"].to_pylist() == ["not_the_best", None, "not_the_best", "not_the_best"]
     assert marked["rejected_text"].to_pylist() == [None, "A cat sleeps.", None, None]
-    # The F1 of its content words {dog, runs, on, grass} with those of each of the others.
+    # Mean F1 of its content words {dog, runs, on, grass} and the content words of each other caption.
     assert marked["selection_score"][1].as_py() == pytest.approx((6 / 7 + 8 / 10 + 0) / 3)
     repeated = "A cat sleeps on a mat."
     assert kept(captions("A dog.", repeated, repeated)) == [repeated]
@@ -78,7 +78,7 @@ def test_first_of_tied_captions_is_kept_without_a_rejected_text() -> None:
         assert marked["reason"].to_pylist().index(None) < len(texts)
         scores = marked["selection_score"].to_pylist()
         assert scores[: len(texts)] == scores[len(texts) :]
-    # A lower score, but the same words.
+    # A caption with a lower score but the same words is not a rejected text.
     swapped = captions("A red ring, a star.", "A star, a red ring.", alignment=[0.2, 0.1])
     assert selected(swapped, by="clip")["rejected_text"].null_count == 2
 
@@ -97,7 +97,7 @@ def test_only_captions_of_one_image_and_style_compete(shards: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"select": {"pairs": True}}, "needs several captions to choose from: --samples 4"),
+        ({"select": {"pairs": True}}, "needs several captions to choose from: pass --samples 4"),
         ({"select": {"by": "clip"}, "generate": {"samples": 2}}, "--verify alignment"),
         ({"select": {"by": "judge"}, "generate": {"samples": 2}}, "--judge MODEL@URL"),
     ],

@@ -31,7 +31,7 @@ def test_split_does_not_depend_on_other_images() -> None:
     assert splits(table(IDS))[:100] == splits(table(IDS[:100]))
 
 
-def test_shares_match_settings() -> None:
+def test_validation_and_test_shares_match_the_settings() -> None:
     config = SplitConfig(validation_frac=0.2, test_frac=0.3)
     counts = Counter(split_of(sample_id, config, 0) for sample_id in IDS)
     assert counts["validation"] / 4000 == pytest.approx(0.2, abs=0.02)

@@ -82,7 +82,7 @@ TRUE_CLAIM, FALSE_CLAIM = ("yes", "no"), ("no", "yes", "no", "yes")
         ([(None, None)], None, None), ([(None, "yes", None, "yes"), TRUE_CLAIM], 2, 0.5),
     ],
 )  # fmt: skip
-def test_evidence_is_refuting_minus_confirming_answers(
+def test_evidence_against_a_claim_is_refuting_minus_confirming_answers(
     claims: list[tuple[str | None, ...]], evidence: int | None, confirmed: float | None
 ) -> None:
     checks = [one for number, answers in enumerate(claims) for one in claim_checks(number, *answers)]
@@ -126,14 +126,14 @@ def known(*evidence: int, kind: str = "reference") -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("alarms", "max_lost", "evidence", "is_kept"),
     [
-        ([-2] * 9 + [2], 0.1, 2, False),  # one claim for each caption: 1 of 10 true captions is lost
+        ([-2] * 9 + [2], 0.1, 2, False),  # this level loses 1 of 10 true captions, which is allowed
         ([-2] * 9 + [2], 0.05, 2, True),
         ([-2] * 9 + [2], 0.05, 3, False),
-        ([-2] * 9 + [4], 0.05, 4, False),  # 1 of 10 may be by chance
-        ([-2] * 6 + [4] * 4, 0.05, 4, True),  # the model errs too often at any evidence
+        ([-2] * 9 + [4], 0.05, 4, False),  # the false alarm may be chance, so the check stays in use
+        ([-2] * 6 + [4] * 4, 0.05, 4, True),  # the model errs too often, so the check is not used
     ],
 )
-def test_min_evidence_follows_from_false_alarms_about_known_truths(
+def test_evidence_needed_to_reject_a_claim_depends_on_false_alarms_about_true_texts(
     alarms: list[int], max_lost: float, evidence: int, *, is_kept: bool
 ) -> None:
     row = CAPTION | {
@@ -191,7 +191,7 @@ def test_checks_in_batches_equal_checks_of_all_rows(tmp_path: Path, monkeypatch:
     parts, sent_in_parts, distinct_in_parts = checked(tmp_path / "parts")
     # Each batch has all three rows of its samples.
     assert len(held) > 5 and max(held) <= 6 and all(rows % 3 == 0 for rows in held)
-    # The last digits of CLIP depend on the batch.
+    # The last digits of CLIP scores depend on the batch.
     for one, other in zip(parts, whole, strict=True):
         assert one.pop("alignment") == pytest.approx(other.pop("alignment"), abs=1e-5)
     assert parts == whole
@@ -219,13 +219,15 @@ def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str,
 @pytest.mark.parametrize(
     ("foreign", "is_used"), [("A red ring.", False), ("The ring is red", False), ("A blue car.", True)]
 )
-def test_caption_of_another_image_is_not_used_if_it_may_be_true(foreign: str, *, is_used: bool) -> None:
+def test_caption_of_another_image_that_may_be_true_is_not_used_as_a_false_text(
+    foreign: str, *, is_used: bool
+) -> None:
     caption = CAPTION | {"sample_id": "a", "prompt_id": "caption/v1@1"}
     kinds = dict(KnownSample.of(KnownTexts((), foreign), [caption], seed=0).texts)
     assert kinds.get("other_image") == (foreign if is_used else None)
 
 
-def test_warning_about_unusable_replies_does_not_count_known_texts() -> None:
+def test_warning_about_unusable_replies_does_not_count_calibration_texts() -> None:
     warnings: list[str] = []
     progress = SimpleNamespace(warn=warnings.append)
     stub: Any = SimpleNamespace(splits_claims=True, requests=None, progress=progress)

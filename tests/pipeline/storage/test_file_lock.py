@@ -18,13 +18,13 @@ def test_lock_file_removed_by_its_holder_is_created_again(tmp_path: Path) -> Non
     first = lock_file(path, refuse, StoreError)
 
     def on_busy() -> None:
-        # The holder ends after another process has opened the file.
+        # Simulate a holder that ends after another process has opened the file.
         path.unlink()
         first.close()
 
     with lock_file(path, on_busy, StoreError) as second, path.open("rb") as current:
         assert not second.closed
-        # The lock is on the file that is at this path now.
+        # The new lock holds for the new file at this path, not for the removed one.
         with pytest.raises(BlockingIOError):
             fcntl.flock(current, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -141,6 +141,6 @@ def test_store_error_is_one_line_and_programming_error_passes_through(home: Path
         files.translate_disk_errors(home),
     ):
         raise PermissionError("Access\nDenied")
-    assert "keys of memory" in raised.value.hint
+    assert "keys for memory" in raised.value.hint
     with pytest.raises(TypeError), translate_store_errors(home):
         raise TypeError

@@ -1,4 +1,4 @@
-"""Tests of own lines: synth recognizes text that it wrote by file name and content."""
+"""Caption lines that synth wrote are recognized by file name and content."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_exported_line_is_recognized_only_in_the_file_it_was_written_to(tmp_path
     assert not is_own_line(tmp_path / "a.txt", "A blue ring.", own)
 
 
-def test_incomplete_note_does_not_damage_later_notes(tmp_path: Path) -> None:
+def test_list_of_exported_lines_with_an_incomplete_entry_accepts_new_entries(tmp_path: Path) -> None:
     note_own_lines(tmp_path / "a.txt", ["A red ring."])
     with (tmp_path / OWN_LINES).open("r+b") as file:
         file.truncate(20)
@@ -35,7 +35,7 @@ def test_incomplete_note_does_not_damage_later_notes(tmp_path: Path) -> None:
     assert is_own_line(tmp_path / "a.txt", "A star.", read_own_lines(tmp_path, None))
 
 
-def test_own_lines_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
+def test_list_of_exported_lines_that_is_a_link_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (tmp_path / "notes").write_text("private")
@@ -48,7 +48,7 @@ def test_own_lines_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "pipe with a reader", "folder"])
-def test_own_lines_path_that_is_not_a_regular_file_is_an_error(kind: str, tmp_path: Path) -> None:
+def test_list_of_exported_lines_that_is_not_a_regular_file_is_an_error(kind: str, tmp_path: Path) -> None:
     path = tmp_path / OWN_LINES
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if kind == "pipe with a reader" else -1

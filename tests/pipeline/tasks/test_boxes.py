@@ -14,7 +14,7 @@ SIDES = (*range(28, 4033, 61), 28, 56, 480, 640, 768, 1001, 1002, 1024, 3000, 40
 
 @pytest.mark.parametrize("limit", [None, 50_000, MAX_PIXELS, MAX_DETAIL_PIXELS])
 def test_predicted_image_size_equals_size_from_the_processor(limit: int | None) -> None:
-    """A server with its own limit at ours, and one without, see the same image."""
+    """The model sees the same image size, whether or not the server also applies our pixel limit."""
     for width in SIDES:
         for height in SIDES:
             sent_width, sent_height = sent_size(width, height, limit)
@@ -33,8 +33,8 @@ def test_predicted_image_size_equals_size_from_the_processor(limit: int | None) 
     ("frame", "coordinates", "box", "placed"),
     [
         (Frame(560, 280), "pixels", [56, 28, 112, 56], [56, 28, 112, 56]),
-        (Frame(570, 290), "pixels", [56, 28, 560, 280], [57, 29, 570, 290]),  # seen at 560 x 280
-        # Sent and seen at 980 x 476.
+        (Frame(570, 290), "pixels", [56, 28, 560, 280], [57, 29, 570, 290]),  # the model sees 560 x 280 px
+        # The image is scaled to 980 x 476 px before it is sent.
         (Frame(2000, 1000, 500_000), "pixels", [98, 98, 196, 196], [200, 206, 400, 412]),
         (Frame(2000, 1000), "thousandths", [100, 100, 500, 500], [200, 100, 1000, 500]),
         (Frame(560, 280), "pixels", [-3, 0, 565, 280], [0, 0, 560, 280]),  # cut at the edges

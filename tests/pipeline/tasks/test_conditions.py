@@ -54,7 +54,7 @@ def evaluate(text: str, values: dict[str, dict[str, Any]] = VALUES) -> str | Non
         "row.title == 'A lamp'\n  or row.title == 'A chair'", "true",
     ],
 )  # fmt: skip
-def test_condition_is_true(text: str) -> None:
+def test_supported_condition_is_true_and_its_negation_false(text: str) -> None:
     assert evaluate(text) is None
     assert evaluate(f"not ({' '.join(text.split())})") == CONDITION_FALSE
 

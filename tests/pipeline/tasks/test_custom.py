@@ -108,7 +108,9 @@ def test_each_invalid_row_has_a_reason(own: CustomTask, reply: Any, reasons: lis
         (task("question"), [WHO], {"qa": [WHO]}),
     ],
 )
-def test_reply_in_form_of_server_without_schemas_is_read(own: CustomTask, reply: Any, standard: Any) -> None:
+def test_reply_in_another_json_form_from_a_server_without_schemas_is_read(
+    own: CustomTask, reply: Any, standard: Any
+) -> None:
     assert read(own, reply) == read(own, standard)
     assert all(error is None for _, error in read(own, reply))
 

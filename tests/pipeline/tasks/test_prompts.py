@@ -77,11 +77,13 @@ def test_scene_prompt_ids_are_unchanged_since_training_of_the_tiny_model() -> No
         ("folder:x", "tiny", (SCENE_PROMPTS,)), ("folder:scenes", None, ()),
     ],
 )  # fmt: skip
-def test_scenes_and_tiny_use_scene_prompts(source: str, model: str | None, folders: tuple[Path, ...]) -> None:
+def test_scenes_source_and_tiny_model_use_the_prompts_for_scenes(
+    source: str, model: str | None, folders: tuple[Path, ...]
+) -> None:
     assert resolve(source=source, model=model).prompt_dirs == folders
 
 
-def test_draw_selects_wordings_and_question_types() -> None:
+def test_random_number_of_a_prompt_selects_its_wording_and_question_types() -> None:
     captions = [render(TASKS["caption"], style="plain", draw=draw).text for draw in range(DRAWS)]
     questions = [render(TASKS["qa"], draw=draw).text for draw in range(DRAWS)]
     assert (len(set(captions)), len(set(questions))) == (3, 8)

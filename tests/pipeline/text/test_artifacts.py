@@ -1,4 +1,4 @@
-"""Artifacts: markup, labels, placeholders, runs and unfinished ends, and good texts that resemble them."""
+"""Artifacts: markup, labels, placeholders, repetitions and unfinished ends. Good texts may resemble them."""
 
 import random
 import re
@@ -157,7 +157,7 @@ def test_bad_texts_are_detected_and_similar_good_texts_are_not(
 
 
 def _draw_match(tree: Any, draw: random.Random) -> str:
-    """Return a random text that a parsed pattern matches, except for its conditions."""
+    """Return a random text that matches a parsed pattern, ignoring its anchors and lookarounds."""
     text = ""
     for kind, argument in tree:
         match str(kind):
@@ -185,7 +185,7 @@ def _draw_match(tree: Any, draw: random.Random) -> str:
         (expression("refusal").replace("|plain|", "|"), "refusing"),
     ],
 )  # fmt: skip
-def test_each_pattern_match_has_a_word_that_is_looked_up_before_the_pattern(pattern: str, words: str) -> None:
+def test_fast_word_lookup_finds_every_text_that_a_pattern_matches(pattern: str, words: str) -> None:
     tree, draw = re._parser.parse(pattern), random.Random(0)  # type: ignore[attr-defined]
     matches, hints = [_draw_match(tree, draw) for _ in range(3000)], {*WORDS[words].split()}
     assert [text for text in matches if hints.isdisjoint(words_of(text))] == []
@@ -198,7 +198,7 @@ def test_each_pattern_match_has_a_word_that_is_looked_up_before_the_pattern(patt
         ("markup", lambda text: has_markup(text) or not re.search(expression("markup"), text)),
     ],
 )
-def test_each_pattern_match_has_a_character_that_is_looked_up_before_the_pattern(
+def test_fast_character_lookup_finds_every_text_that_a_pattern_matches(
     name: str, detects: Callable[[str], bool]
 ) -> None:
     tree, draw = re._parser.parse(expression(name)), random.Random(0)  # type: ignore[attr-defined]
@@ -219,7 +219,7 @@ def test_five_consecutive_words_of_the_prompt_are_an_echo() -> None:
         ("A kite flies.\n\nQuestion 1: What flies?\n\nAnswer: A kite.", "A kite flies."),
         ("A red kite over the harbour.\n\nThe image: a red kite.", "A red kite over the harbour."),
         ("A red kite flies high. Big.\n\nAgain: A red kite flies high.", "A red kite flies high. Big."),
-        # The step filter judges the first paragraph.
+        # The filter step judges the first paragraph.
         ("Caption: A kite.\nA kite.", "Caption: A kite.\nA kite."),
         ("\n\nA kite.\n", "\n\nA kite.\n"),
     ],

@@ -28,7 +28,7 @@ def test_each_kind_of_falsehood_changes_one_word(statement: str, kinds: set[str]
         assert len(changed) == 1 and changed[0][0][-1:].isalpha() == changed[0][1][-1:].isalpha()
 
 
-def test_words_in_texts_about_the_image_are_not_planted() -> None:
+def test_false_word_is_never_a_word_of_other_texts_about_the_image() -> None:
     colors = GROUPS["color"][0]
     said = {*colors} - {"pink"}
     assert dict(plant_falsehoods("A red car.", said, rank))["color"] == "A pink car."

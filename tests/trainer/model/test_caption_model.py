@@ -156,7 +156,9 @@ def test_decoding_options_change_score_and_length(build: Build, recwarn: pytest.
     assert not recwarn.list
 
 
-def test_only_the_first_generation_changes_torch_init(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_generations_do_not_patch_weight_initialization_again(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     captioner, states, prompt = build("scratch"), torch.randn(2, N, V), torch.tensor([[2, 3]] * 2)
     texts = captioner.generate(states, prompt, GREEDY)
     monkeypatch.setattr("trainer.model.caption_model.no_init_weights", None)

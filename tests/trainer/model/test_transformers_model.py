@@ -188,7 +188,9 @@ def test_saved_captioner_generates_the_same_tokens_without_this_package(
     assert written["sampled"] == 2
 
 
-def test_copy_by_transformers_has_same_tokens(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
+def test_captioner_saved_again_by_transformers_generates_the_same_tokens(
+    checkpoint: Path, photos: list[Path], tmp_path: Path
+) -> None:
     for part in load_with_transformers(checkpoint):
         part.save_pretrained(tmp_path / "saved")
     tokens = [generate(load_checkpoint(path), photos[:8], BRIEF) for path in (checkpoint, tmp_path / "saved")]

@@ -8,7 +8,9 @@ import pytest
 from trainer.runtime.checkpoint_folder import CAPTIONER_FILES, find_captioner
 
 
-def test_each_call_returns_the_newest_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_search_for_a_hub_captioner_returns_the_newest_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commits = [tmp_path / "old", tmp_path / "new"]
     for folder in commits:
         folder.mkdir()

@@ -36,7 +36,9 @@ def test_default_worker_count_follows_gpus_nodes_or_cpus(
     assert plan_workers(wanted, loads_model=own_server, own_server=own_server) == plan
 
 
-def test_more_workers_with_servers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_workers_than_gpus_are_refused_if_each_worker_starts_a_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 32, "GPU": 4})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
     with pytest.raises(ClusterError, match="5 workers, each with its own server, do not fit") as caught:

@@ -1,4 +1,4 @@
-"""A run over shards makes the version of a run in one process, on a disk and in an object store."""
+"""A run over shards makes the same version as a run in one process, on a disk and in an object store."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -119,7 +119,7 @@ def test_replies_of_a_local_run_are_used_by_workers(
     assert stored(run) == 1
 
 
-def test_files_of_a_shard_that_another_node_filled_are_removed(run: ShardedRun) -> None:
+def test_local_files_of_a_shard_are_removed_after_another_node_finished_its_requests(run: ShardedRun) -> None:
     leftover = scratch_folder(run, 2)
     keep(leftover, 0)
     record = {"key": run.key, "folder": "00002/a", "total": 1, "cost": {}}
@@ -128,7 +128,9 @@ def test_files_of_a_shard_that_another_node_filled_are_removed(run: ShardedRun) 
     assert not leftover.journal.exists()
 
 
-def test_linked_scratch_is_refused(run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_folder_that_is_a_link_is_refused(
+    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp" / f"synth-{os.getuid()}").symlink_to(tmp_path / "target")
