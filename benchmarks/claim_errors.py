@@ -29,7 +29,7 @@ from pipeline.dataset.calibration import NEVER, TRUE, Evidence, Findings
 
 IMAGES, KNOWN, MAX_LOST = 200, 3, 0.1
 ERRORS, WRONG, ALWAYS_YES = (0.02, 0.1, 0.3), (0.0, 0.05, 0.1, 0.2), (0.0, 0.3)
-NOISE = (0.0, 1.0, 2.0)  # standard deviations of the noise in the logarithm of log-odds
+NOISE = (0.0, 1.0, 2.0)  # log-odds are multiplied by exp(noise): its standard deviations
 UNSURE_FRAC = 0.25
 Array = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]

@@ -73,7 +73,7 @@ def run(
         repeated = todo[: names.index(verify.STEP.name)]
         climb(work, [step for _, step in repeated], stats, partial(run_steps, work, repeated))
     run_steps(work, todo)
-    # With a ladder of models, `attempts` also counts the checks of replaced texts, but `total` does not.
+    # With a ladder of models, only `attempts` counts the checks of texts that a later model replaced.
     stats.total = max(stats.total, stats.attempts.total())
     work.summaries = [step.summarize(work) for step in steps[:-1]]
     for previous, summary in pairwise(work.summaries[2:]):

@@ -128,7 +128,7 @@ def _warn_of_unlearned(
     num_cut = sum(count > limit for count in checkpoint.tokenizer.count_tokens(texts))
     if num_cut > MAX_CUT_SHARE * len(texts):
         share = f"{num_cut:,} of {len(texts):,} texts are longer than {limit} tokens"
-        progress.warn(f"{share}: they are cut off after a sentence (max_caption_tokens)")
+        progress.warn(f"{share}: they are cut after the last sentence that fits (max_caption_tokens)")
     earlier = list_training_data(checkpoint.captioner.config.data)[1:]
     if any(data.get("source") != version.manifest["source"] for data in earlier):
         source = "another source, which may include test images of"

@@ -165,7 +165,7 @@ def review_sample(
         path, drawn = write_audit(version, dataset, texts, seed, tool)
     fewer = "" if drawn == texts else " (at most one of each image)"
     where = "on this page" if tool == "page" else f"with these tasks for {tool}"
-    say(f"drew {drawn} texts of {version.name}{fewer}; judge them {where}, and apply the exported file:")
+    say(f"drew {drawn} texts of {version.name}{fewer}; judge them {where}, then apply its exported file:")
     echo(path)
 
 

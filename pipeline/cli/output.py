@@ -79,7 +79,7 @@ def print_estimate(estimate: Mapping[str, Any], *, as_json: bool) -> None:
     low, high = e["lost_share"]
     show_line(
         f"kept: {e['kept_images']:,} images, {e['kept_annotations']:,} of {e['annotations']:,} annotations; "
-        f"{low:.0%} to {high:.0%} are rejected (95 % interval), more if texts repeat each other"
+        f"expect {low:.0%} to {high:.0%} to be rejected (95 % interval), or more if texts repeat each other"
     )
     for ladder in e["ladders"]:
         for choice in ladder["choices"]:

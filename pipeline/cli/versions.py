@@ -53,7 +53,8 @@ def versions_list(data: Dataset = None, as_json: AsJson = False) -> None:
         return
     for row in rows:
         counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
-        counts += f"  (from {row['parent'] or 'nothing'}{', a preview' if row['preview'] else ''})"
+        counts += f"  (from {row['parent']})" if row["parent"] else ""
+        counts += "  (preview)" if row["preview"] else ""
         shown = f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {size(row['bytes']):>10}"
         echo(f"{shown}  {counts}")
         for repo in row["pushed"]:

@@ -255,7 +255,7 @@ class Config(Section):
 
     @property
     def splits_claims(self) -> bool:
-        """Whether the model splits captions into claims. Rules split captions of scenes that synth drew."""
+        """Whether a model splits captions into claims. Those of drawn scenes are split by rules instead."""
         return "claims" in self.verify.checks and not self.has_scene_prompts
 
     @property

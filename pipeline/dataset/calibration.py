@@ -147,7 +147,7 @@ class Findings:
 
     def describe(self, level: int) -> dict[str, Any]:
         """Return the errors of the check, and the corrected share of true texts before any rejection."""
-        shown = min(level, MAX_EVIDENCE)  # at NEVER, describe the errors of the highest level
+        shown = min(level, MAX_EVIDENCE)  # NEVER itself has no errors to describe
         found, alarms, missed = share_refuted(self.found, shown).rest, self.alarms(shown), self.missed(shown)
         lost = self.lost_share(level)
         return {

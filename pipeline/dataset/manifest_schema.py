@@ -179,7 +179,7 @@ class Manifest(_Part):
             if name in (*ROW.names, "split") or name not in columns & {*self.features}:
                 raise ValueError(f"has an invalid column of a custom task: {name!r}")
             if own.is_list and not pa.types.is_list(arrow_type_of(self.features[name])):
-                raise ValueError(f"has a list column whose type is not a list: {name!r}")
+                raise ValueError(f"declares the column {name!r} as a list, but its type is not a list")
         if ("context" in columns) != bool(self.context) or len({*self.context}) < len(self.context):
             raise ValueError("has context names that do not match its columns")
         return self

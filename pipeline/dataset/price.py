@@ -32,10 +32,11 @@ class _RightShare(NamedTuple):
 def describe_price(
     spent: Mapping[str, int], measured: Mapping[str, Any], tasks: Tasks, servers: Servers
 ) -> list[dict[str, Any]]:
-    """Return the manifest entries of the price: one for each kind of text, and one for all checks.
+    """Return the price for the manifest: an entry for each kind of text, and one for all checks.
 
     `spent` has requests and tokens by TASK.MODEL.UNIT (Journal.spent), and `measured` the statistics of the
-    rows. `kept` counts texts that a model wrote, or images with a value of a custom task.
+    rows. `kept` in an entry is the number of kept texts that a model wrote. For a custom task, it is
+    the number of images with a value.
     """
     entries: dict[str, dict[str, Any]] = {}
     for name, model in sorted({(*key.split(".")[:2],) for key in spent}):

@@ -139,7 +139,7 @@ class CircuitBreaker:
             return
         reasons = ", ".join(f"{count} {flaw.replace('_', ' ')}" for flaw, count in flaws.most_common(3))
         sample = " ".join(self._last.split())[:MAX_SHOWN_CHARACTERS]
-        hint = "check --model and the prompts with `synth preview`; server.max_failure_frac: 1 never stops"
+        hint = "check --model and the prompts with `synth preview`, or set server.max_failure_frac: 1"
         if sum(flaws[reason] for reason in UNANSWERED) > flaws.total() / 2:
             hint = "look at the log of the server, then run the same command: it sends these requests again"
         problem = f"{flaws.total()} of the last {WINDOW_REPLIES} replies are unusable ({reasons})"

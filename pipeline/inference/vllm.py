@@ -459,7 +459,8 @@ async def run_servers(launches: Sequence[VllmCommand], progress: Progress) -> As
 def _start_reaper(group: int) -> int:
     """Start a process that kills a process group when this process ends. Return a pipe that stops it.
 
-    The new process is orphaned on purpose, since Ray kills a worker's children, but not vLLM's engine.
+    Ray kills the children of a worker, but not the engine that vLLM starts. So the new process must not be a
+    child of this process.
     """
     reader, writer = os.pipe()
     command = ["/bin/sh", "-c", REAPER, "sh", str(group)]

@@ -17,7 +17,7 @@ from pipeline.report.rows import read_rows
 from pipeline.storage.files import write_text
 from pipeline.tables import SPLITS
 
-# Base64 adds a third, so a page (or a file of tasks for another tool) has at most 60 MB.
+# A page, or a file of tasks for another tool, has at most 60 MB: Base64 makes images larger by a third.
 MAX_IMAGE_BYTES, MAX_IMAGES_BYTES = 80_000, 45_000_000
 IMAGE_PIXELS = 900 * 900
 BATCH_ROWS = 64

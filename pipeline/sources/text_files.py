@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipeline.errors import SourceError, one_line
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 
-MAX_FILE_BYTES = 256_000_000  # also after unpacking
+MAX_FILE_BYTES = 256_000_000  # of the file, and of its unpacked content
 MAX_VALUES = 20_000_000  # Karpathy's file about COCO has 11 million values
 MAX_PROBLEM_CHARACTERS = 300
 _VALUE_MARKS = {"JSON": ",[{\n", "CSV": ",;\t|\n\r"}  # each value comes after one of these characters

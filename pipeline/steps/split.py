@@ -75,7 +75,7 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
 
 
 def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> pa.Table:
-    """Return the split group of each image group. Images with related source names share a split group."""
+    """Map each image group to a split group, whose images must stay in one split: their names are related."""
     db = comparison.db
     key_of = partial(name_key, by=by)
     names = (
@@ -115,7 +115,7 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
 
 
 def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the split group of each image group. Each pair holds an image group and a name key.
+    """Map each image group to its split group. Each pair holds an image group and a name key.
 
     Image groups that share a key, directly or through others, form one split group. Its name is the first of
     its keys in alphabetical order.

@@ -27,6 +27,6 @@ STEP = RowStep(
         "result_missing": "`synth report` shows why the result that these tasks need was rejected",
         "condition_without_value": "test the value in `when`, as in `row.title is not null and ...`",
         "box_outside_image": "set `coordinates`, the unit of the boxes of your model (pixels or thousandths)",
-        "answer_not_yes_or_no": "use --tasks caption: questions in another language need a custom task",
+        "answer_not_yes_or_no": "for other languages, use `--tasks caption`, or a custom task for questions",
     },
 )

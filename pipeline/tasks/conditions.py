@@ -112,7 +112,7 @@ def parse_condition(text: str) -> Condition:
         raise ConditionError(1, "this cannot be read") from None
     after = len(text.encode()[: tree.end_col_offset].decode())  # the rest is parentheses, spaces or a comment
     if (position := text.find("#", after)) >= 0:
-        raise ConditionError(position + 1, "a condition has no comments", "leave out the text from # on")
+        raise ConditionError(position + 1, "a condition cannot have comments", "leave out the text from # on")
     level: list[ast.AST] = [tree]
     for _ in range(MAX_DEPTH):
         level = [child for node in level for child in ast.iter_child_nodes(node)]
@@ -256,7 +256,7 @@ class _Checker:
         a, b = self.type_of(left), self.type_of(right)
         if isinstance(op, ast.Is | ast.IsNot):
             if b["type"] != "null" or not _path_of(left):
-                self.fail(right, "`is` and `is not` compare a name with `null`", "use == and !=")
+                self.fail(right, "`is` and `is not` can only compare a name with `null`", "use == and !=")
             return
         if "null" in (a["type"], b["type"]):
             self.fail(right, "`null` needs `is` or `is not`", "write `NAME is null` or `NAME is not null`")

@@ -33,8 +33,8 @@ from pipeline.tasks.caption import Caption, tidy_caption
 from pipeline.tasks.output_schema import Schema, UnusableSchemaError, require_field, without_null
 from pipeline.text.normalize import tidy
 
-NOTHING_FOUND = "nothing_found"  # error for an empty list of rows
-NOTHING = "[]"  # `record` for an empty list of rows
+NOTHING_FOUND = "nothing_found"  # error code if the list of rows is empty
+NOTHING = "[]"  # value of `record` if the list of rows is empty
 JOINING = ("caption", "question")  # kinds that add to the captions or questions of built-in tasks
 TEMPLATE = "{prompt}\nReply as {{{{ reply }}}}.\nTask: {name}\n"
 PLAIN_TEMPLATE = "{prompt}\nReply with the text alone.\nTask: {name}\n"

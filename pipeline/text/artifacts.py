@@ -55,7 +55,7 @@ _QUESTION_AT_END = re.compile(
 _PLACEHOLDER = pattern("placeholder")
 _RUN = re.compile(r"(\S)\1{7}|(\S{2,8}?)\2{3}|\d{20}")
 MIN_RUN_CHARACTERS = 16
-# A list of more numbers is a loop if most numbers continue the count.
+# A longer list of numbers is a loop if most of them are one more than the previous number.
 MAX_COUNTED = 15
 MAX_DIGITS = 18  # longer numbers are not counted
 _CUT_OFF = pattern("cut_off", after="$")

@@ -218,7 +218,7 @@ def test_invalid_response_fails_only_its_own_request(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", part_of(list(BODIES), 6))
-def test_invalid_response_to_model_list_or_probe_is_one_error(name: str, tmp_path: Path) -> None:
+def test_invalid_response_to_a_model_list_or_probe_raises_a_single_error(name: str, tmp_path: Path) -> None:
     def script_for(is_bad: Callable[[str, bytes], bool]) -> Script:
         def script(path: str, body: bytes, send: Send) -> None:
             send_body(name, send) if is_bad(path, body) else well_behaved(path, body, send)

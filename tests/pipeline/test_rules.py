@@ -299,7 +299,7 @@ def test_markup_is_rejected_in_custom_texts_unless_they_are_read_from_the_image(
     assert marked["reason"].to_pylist() == ["junk", "label", None, "repetitive", None, None, None, None]
 
 
-def test_openings_and_personal_data_are_removed_from_clean_columns() -> None:
+def test_clean_columns_omit_stock_openings_and_personal_data() -> None:
     text = "The image shows a sign that says mail@example.org in red."
     marked = filter_annotations(table(text, ("Which address is shown?", "mail@example.org")), FilterConfig())
     assert marked["text"].to_pylist() == [text, None]

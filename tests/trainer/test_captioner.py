@@ -69,7 +69,9 @@ def test_pil_image_path_and_bytes_give_the_same_caption(captioner: Captioner, tm
     assert image.size == photo(3).size
 
 
-def test_style_question_and_beams_change_text(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_depends_on_style_and_question_and_beams(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = [photo(number) for number in range(6)]
     assert captioner.styles == ["brief", "detailed"]
     assert captioner.usual_style == "brief"

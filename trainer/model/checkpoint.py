@@ -233,7 +233,7 @@ def _new_parts(config: TrainConfig, texts: list[TargetText]) -> tuple[Encoder, A
 def _continued_parts(
     start: Checkpoint, config: TrainConfig, texts: list[TargetText]
 ) -> tuple[Encoder, Any, CaptionTokenizer]:
-    """Return the parts that `_new_parts` returns, from `start`, with added tokens for prompts of `texts`."""
+    """Return the same parts as `_new_parts`, taken from `start`. The prompts of `texts` get new tokens."""
     captioner, tokenizer = start.captioner, start.tokenizer.with_prompts(texts)
     encoder = Encoder(replace(captioner.encoder.config, frozen=config.encoder_lr == 0))
     encoder.load_state_dict(captioner.encoder.state_dict())

@@ -96,7 +96,7 @@ def test_findings_state_shares_of_passed_claims_false_alarms_and_missed_errors_b
     assert found["claims"].describe(NEVER)["lost"] == 0
 
 
-def test_lowest_evidence_level_that_loses_an_accepted_share_of_true_captions_is_chosen() -> None:
+def test_lowest_evidence_level_that_rejects_few_enough_true_captions_is_chosen() -> None:
     rows = [row(str(n), *[-2] * 8, reference=4 if n == 0 else 2 if n < 5 else -2) for n in range(100)]
     found = findings(*rows)["claims"]
     assert found.lost_share(2) == pytest.approx(1 - 0.95**8)

@@ -54,7 +54,7 @@ def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
         open_folder(tmp_path / ("x" * 300))
 
 
-def test_tilde_is_the_home_folder_unless_it_begins_a_name(
+def test_tilde_before_a_slash_is_the_home_folder_but_not_before_a_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
