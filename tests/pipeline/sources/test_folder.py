@@ -126,7 +126,7 @@ def test_unusable_links_are_reported_and_other_images_are_read(tmp_path: Path, t
     source = open_folder(tmp_path)
     assert [row.source_row for row in samples_of(source)] == ["a.png"]
     assert [(row.source_row, row.reason) for row in rejected_of(source)] == [("b.png", "unreadable_file")]
-    assert source.messages == ("not read: 2 (a.txt, c.mp4)",)
+    assert source.messages == ("files that are not images: 2 (a.txt, c.mp4)",)
     (tmp_path / "metadata.csv").symlink_to("metadata.csv" if target == "itself" else target)
     with pytest.raises(SourceError, match=r"cannot read .*metadata\.csv"):
         open_folder(tmp_path)
