@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from pipeline.errors import TrainError
+from trainer.model.adapters import merged_state
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder, EncoderConfig
-from trainer.model.language_model import PretrainedDecoder, merged_state
+from trainer.model.language_model import PretrainedDecoder
 from trainer.model.transformers_model import SynthCaptioner, SynthCaptionerConfig
 from trainer.tokenizer import TextBatch
 
