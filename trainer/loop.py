@@ -319,6 +319,9 @@ def build_trainer(
         trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
     weights = checkpoint.captioner.state_dict()
     trainer.frozen_key = weights_digest(b"", {name: weights[name] for name in trainer.frozen_names()})
+    with autocast(config.precision, device):
+        if torch.is_autocast_enabled(device.type):
+            checkpoint.captioner.reduce_frozen()
     return trainer
 
 
@@ -364,7 +367,9 @@ def run_steps(
                     raise TrainError(problem, hint="use lower learning rates (--lr)")
             if is_scored:
                 progress.message("scoring the validation split", transient=True)
-                trainer.validation.score(out, log, done)
+                # Frozen weights in bfloat16 need autocast.
+                with autocast(config.precision if config.lora_rank else "fp32", trainer.device):
+                    trainer.validation.score(out, log, done)
                 trainer.end_stage_early(done, progress)
             progress(stage, done, trainer.schedule.total_steps, shown_loss | trainer.validation.shown)
             if log and (is_scored or is_interrupted or time.monotonic() - saved_at >= SAVE_EVERY_S):

@@ -1,5 +1,6 @@
 """Training steps: they overfit, and do not depend on micro-batches or processes."""
 
+import shutil
 import subprocess
 from math import inf, nan
 from pathlib import Path
@@ -8,13 +9,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.notes import Steps
-from tests.trainer.small_trainings import CPU, PROCESS, TWO_PROCESSES, losses, replace
+from tests.trainer.small_trainings import CPU, LORA, PROCESS, TWO_PROCESSES, losses, replace, use_autocast
+from tests.trainer.small_trainings import weights as saved_weights
 from trainer.data import choose_examples, examples_in, texts_of
 from trainer.evaluate import evaluate
 from trainer.features import OnlineFeatures
@@ -123,6 +126,49 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     # The remaining time has no evaluations before the first one.
     assert "evaluations" in shown[10] and "evaluations" not in shown[11]
     assert len(losses(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("is_stored_in_bf16", [False, True])
+def test_frozen_weights_in_bf16_keep_loss_gradients_and_saved_weights(
+    version: Version,
+    clip: str,
+    language_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_stored_in_bf16: bool,
+) -> None:
+    folder = Path(shutil.copytree(language_model, tmp_path / "lm"))
+    if is_stored_in_bf16:
+        path = folder / "model.safetensors"
+        save_file({name: w.bfloat16() for name, w in load_file(path).items()}, path, {"format": "pt"})
+    settings: dict[str, Any] = {"encoder": clip, "decoder": str(folder), "precision": "bf16", **LORA}
+    torch.manual_seed(0)
+    plain = trainer_of(version, **settings)
+    use_autocast(monkeypatch)
+    torch.manual_seed(0)
+    reduced = trainer_of(version, **settings)
+    sizes, losses = [], []
+    for trainer in (plain, reduced):
+        frozen, captioner = trainer.frozen_names(), trainer.checkpoint.captioner
+        weights = {name: w for name, w in captioner.state_dict().items() if name in frozen}
+        sizes.append({name: w.nbytes for name, w in weights.items()})
+        captioner.train()
+        torch.manual_seed(1)
+        losses.append(trainer.forward_backward(trainer.loader.load(trainer.loader.examples[:4])))
+        trainer.checkpoint.save(tmp_path / str(len(sizes)))
+    halved = {name for name, size in sizes[1].items() if 2 * size == sizes[0][name]}
+    assert {name.rpartition(".")[0] for name in halved} >= {
+        "encoder.tower.encoder.layers.0.mlp.fc1", "decoder.model.model.layers.1.mlp.up_proj"
+    }  # fmt: skip
+    # A rounded embedding would change the inputs of the first layer.
+    assert ("decoder.model.lm_head.weight" in halved) == is_stored_in_bf16
+    assert not any("norm" in name for name in halved)
+    assert torch.equal(*losses)
+    captioners = plain.checkpoint.captioner, reduced.checkpoint.captioner
+    for one, other in zip(*(captioner.parameters() for captioner in captioners), strict=True):
+        assert one.grad is other.grad is None or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+    assert saved_weights(tmp_path / "1") == saved_weights(tmp_path / "2")
 
 
 def test_step_that_does_not_fit_in_memory_is_repeated_with_recomputed_blocks_and_equal_dropout(

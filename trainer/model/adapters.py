@@ -4,6 +4,7 @@ Shapes: K tokens, D input width, O output width, R rank.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,9 @@ class LoraLinear(nn.Linear):
         y_KO.addmm_(low_KR, self.lora_B.to(y_KO.dtype).T, alpha=SCALE)
         return y_KO.unflatten(0, x.shape[:-1])
 
-    def merged_weight(self) -> Tensor:
-        """Return the weight of a layer without an adapter that has the same outputs, in float32."""
-        delta_OD = SCALE * self.lora_B.detach() @ self.lora_A.detach()
-        return self.weight.detach().float() + self._oriented(delta_OD)
+    def delta(self) -> Tensor:
+        """Return the change of the weight that has the effect of the adapter."""
+        return self._oriented(SCALE * self.lora_B.detach() @ self.lora_A.detach())
 
     def _oriented(self, weight: Tensor) -> Tensor:
         """Convert a weight from the layout of the layer to (O, D), or back. Conv1D of GPT-2 has (D, O)."""
@@ -52,7 +52,7 @@ class LoraLinear(nn.Linear):
 
 
 def add_adapters(model: nn.Module, head: nn.Module, rank: int, dropout: float) -> int:
-    """Freeze a model, and add adapters to its linear layers, except head and experts. Returns their number."""
+    """Freeze a model, and add adapters to its linear layers except head and experts. Returns their number."""
     model.requires_grad_(False)
     # A subclass of nn.Linear may compute something else.
     linear = [(name, layer) for name, layer in model.named_modules() if type(layer) in (nn.Linear, Conv1D)]
@@ -67,10 +67,33 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def merged_state(module: nn.Module) -> dict[str, Tensor]:
+def reduce_frozen(module: nn.Module, embedding: nn.Embedding) -> dict[str, Tensor]:
+    """Store frozen weights of linear layers in bfloat16, to which autocast would cast them in each pass.
+
+    The input `embedding` is also stored in bfloat16 if this rounds no weight. Its output stays float32.
+    Returns the float32 weights that were rounded, on the CPU.
+    """
+    exact: dict[str, Tensor] = {}
+    for name, layer in module.named_modules():
+        is_embedding = layer is embedding and type(layer) is nn.Embedding
+        if not (is_embedding or type(layer) in (nn.Linear, Conv1D, LoraLinear)) or layer.weight.requires_grad:
+            continue
+        reduced = layer.weight.detach().bfloat16()
+        if not torch.equal(reduced.float(), layer.weight):
+            if layer.weight is embedding.weight:
+                continue
+            exact[f"{name}.weight"] = layer.weight.detach().cpu()
+        layer.weight.data = reduced
+        if is_embedding:
+            layer.register_forward_hook(lambda _layer, _ids, states: states.float())
+    return exact
+
+
+def merged_state(module: nn.Module, exact: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the state dict with adapters merged into their base weights.
 
-    If there are adapters, the tensors are on the CPU.
+    If there are adapters, the tensors are on the CPU, and in float32. `exact` holds the weights that
+    `reduce_frozen` rounded.
     """
     state = {name: weights for name, weights in module.state_dict().items() if not is_adapter(name)}
     if len(state) == len(module.state_dict()):
@@ -78,9 +101,10 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
     # Copy to the CPU, because a GPU may not hold a second language model. Tied weights stay tied.
     places = {name: (weights.data_ptr(), weights.shape) for name, weights in state.items()}
     copies = {places[name]: weights.cpu() for name, weights in state.items()}
-    merged = {
-        f"{name}.weight": layer.merged_weight().cpu()
-        for name, layer in module.named_modules()
-        if isinstance(layer, LoraLinear)
-    }
-    return {name: copies[places[name]] for name in state} | merged
+    copies |= {places[name]: weights for name, weights in (exact or {}).items()}
+    copies = {place: w.float() if w.dtype == torch.bfloat16 else w for place, w in copies.items()}
+    merged = {name: copies[place] for name, place in places.items()}
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLinear):
+            merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.delta().cpu()
+    return merged
