@@ -149,14 +149,14 @@ def test_frozen_weights_in_bf16_keep_loss_gradients_and_saved_weights(
     torch.manual_seed(0)
     reduced = trainer_of(version, **settings)
     sizes, losses = [], []
-    for trainer in (plain, reduced):
-        frozen, captioner = trainer.frozen_names(), trainer.checkpoint.captioner
+    for one in (plain, reduced):
+        frozen, captioner = one.frozen_names(), one.checkpoint.captioner
         weights = {name: w for name, w in captioner.state_dict().items() if name in frozen}
         sizes.append({name: w.nbytes for name, w in weights.items()})
         captioner.train()
         torch.manual_seed(1)
-        losses.append(trainer.forward_backward(trainer.loader.load(trainer.loader.examples[:4])))
-        trainer.checkpoint.save(tmp_path / str(len(sizes)))
+        losses.append(one.forward_backward(one.loader.load(one.loader.examples[:4])))
+        one.checkpoint.save(tmp_path / str(len(sizes)))
     halved = {name for name, size in sizes[1].items() if 2 * size == sizes[0][name]}
     assert {name.rpartition(".")[0] for name in halved} >= {
         "encoder.tower.encoder.layers.0.mlp.fc1", "decoder.model.model.layers.1.mlp.up_proj"
@@ -166,8 +166,9 @@ def test_frozen_weights_in_bf16_keep_loss_gradients_and_saved_weights(
     assert not any("norm" in name for name in halved)
     assert torch.equal(*losses)
     captioners = plain.checkpoint.captioner, reduced.checkpoint.captioner
-    for one, other in zip(*(captioner.parameters() for captioner in captioners), strict=True):
-        assert one.grad is other.grad is None or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+    gradients = ([weights.grad for weights in captioner.parameters()] for captioner in captioners)
+    for expected, gradient in zip(*gradients, strict=True):
+        assert expected is gradient is None or torch.equal(gradient, expected)  # type: ignore[arg-type]
     assert saved_weights(tmp_path / "1") == saved_weights(tmp_path / "2")
 
 
