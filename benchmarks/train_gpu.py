@@ -212,7 +212,8 @@ class _Kernels(TorchDispatchMode):
 
 def count_kernels(step: Callable[[], float]) -> int:
     """Return the number of operations in a step that compute something."""
-    with _Kernels() as kernels:  # type: ignore[no-untyped-call]
+    kernels = _Kernels()  # type: ignore[no-untyped-call]
+    with kernels:
         step()
     return kernels.count
 

@@ -113,9 +113,12 @@ class Validation:
         """
         config = self.checkpoint.captioner.config
         prompt, decoding = scored_prompt(config.prompts), config.decoding(num_beams=1)
-        result = evaluate(self.checkpoint, self.examples, self.loader.features, prompt, decoding)
+        # Frozen weights in bfloat16 need autocast.
+        precision = self.loader.config.precision if self.loader.config.lora_rank else "fp32"
+        with autocast(precision, self.checkpoint.captioner.device):
+            result = evaluate(self.checkpoint, self.examples, self.loader.features, prompt, decoding)
+            loss = self.loss()
         cider_d, shuffled_cider_d = result["scores"]["cider_d"], result["shuffled_scores"]["cider_d"]
-        loss = self.loss()
         if loss is not None and not math.isfinite(loss):
             hint = "use lower learning rates (--lr) or `precision: fp32` in a settings file"
             raise TrainError(f"the validation loss is {loss} at step {done}", hint=hint)
@@ -367,9 +370,7 @@ def run_steps(
                     raise TrainError(problem, hint="use lower learning rates (--lr)")
             if is_scored:
                 progress.message("scoring the validation split", transient=True)
-                # Frozen weights in bfloat16 need autocast.
-                with autocast(config.precision if config.lora_rank else "fp32", trainer.device):
-                    trainer.validation.score(out, log, done)
+                trainer.validation.score(out, log, done)
                 trainer.end_stage_early(done, progress)
             progress(stage, done, trainer.schedule.total_steps, shown_loss | trainer.validation.shown)
             if log and (is_scored or is_interrupted or time.monotonic() - saved_at >= SAVE_EVERY_S):

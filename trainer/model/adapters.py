@@ -40,11 +40,11 @@ class LoraLinear(nn.Linear):
         low_KR = functional.linear(functional.dropout(x_KD, self.dropout, self.training), self.lora_A)
         # In place, so that the sum needs no kernel and no memory. Autocast skips operations in place.
         y_KO.addmm_(low_KR, self.lora_B.to(y_KO.dtype).T, alpha=SCALE)
-        return y_KO.unflatten(0, x.shape[:-1])
+        return y_KO.view(*x.shape[:-1], self.out_features)
 
     def delta(self) -> Tensor:
-        """Return the change of the weight that has the effect of the adapter."""
-        return self._oriented(SCALE * self.lora_B.detach() @ self.lora_A.detach())
+        """Return the change of the weight that has the effect of the adapter, on the CPU."""
+        return self._oriented(SCALE * self.lora_B.detach().cpu() @ self.lora_A.detach().cpu())
 
     def _oriented(self, weight: Tensor) -> Tensor:
         """Convert a weight from the layout of the layer to (O, D), or back. Conv1D of GPT-2 has (D, O)."""
@@ -106,5 +106,5 @@ def merged_state(module: nn.Module, exact: Mapping[str, Tensor] | None = None) -
     merged = {name: copies[place] for name, place in places.items()}
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLinear):
-            merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.delta().cpu()
+            merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.delta()
     return merged
