@@ -75,16 +75,18 @@ def reduce_frozen(module: nn.Module, embedding: nn.Embedding) -> dict[str, Tenso
     """
     exact: dict[str, Tensor] = {}
     for name, layer in module.named_modules():
-        is_embedding = layer is embedding and type(layer) is nn.Embedding
-        if not (is_embedding or type(layer) in (nn.Linear, Conv1D, LoraLinear)) or layer.weight.requires_grad:
+        is_linear = type(layer) in (nn.Linear, Conv1D, LoraLinear)
+        if not (is_linear or layer is embedding) or layer.weight.requires_grad:
             continue
         reduced = layer.weight.detach().bfloat16()
-        if not torch.equal(reduced.float(), layer.weight):
-            if layer.weight is embedding.weight:
-                continue
+        is_rounded = not torch.equal(reduced.float(), layer.weight)
+        # A subclass of nn.Embedding may compute something else. The head may share the weight.
+        if layer.weight is embedding.weight and (is_rounded or type(embedding) is not nn.Embedding):
+            continue
+        if is_rounded:
             exact[f"{name}.weight"] = layer.weight.detach().cpu()
         layer.weight.data = reduced
-        if is_embedding:
+        if layer is embedding:
             layer.register_forward_hook(lambda _layer, _ids, states: states.float())
     return exact
 

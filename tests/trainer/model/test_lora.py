@@ -5,7 +5,7 @@ import torch
 
 from pipeline.errors import TrainError
 from tests.trainer.model.test_language_model import batch, decoder_of
-from trainer.model.adapters import LoraLinear, is_adapter, merged_state
+from trainer.model.adapters import LoraLinear, is_adapter, merged_state, reduce_frozen
 
 FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss")
 
@@ -38,6 +38,26 @@ def test_merged_weights_have_the_loss_of_the_adapters(family: str) -> None:
     expected = decoder.loss(prefix, texts)
     torch.testing.assert_close(plain.loss(prefix, texts), expected, rtol=1e-4, atol=1e-3)
     assert abs(decoder_of(family).eval().loss(prefix, texts).item() - expected.item()) > 0.01
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "gemma3_text"])
+def test_frozen_weights_in_bf16_have_the_loss_of_autocast(family: str) -> None:
+    """The embedding of Gemma is scaled, and shares its weight with the head."""
+    plain, reduced = decoder_of(family).eval(), decoder_of(family).eval()
+    torch.manual_seed(1)
+    plain.add_adapters(4, 0.0)
+    with torch.no_grad():
+        for weights in plain.parameters():
+            weights.copy_(weights.bfloat16())
+    reduced.add_adapters(4, 0.0)
+    reduced.load_state_dict(plain.state_dict())
+    _ = plain.probed, reduced.probed
+    assert not reduce_frozen(reduced, reduced.embedding)
+    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reduced.loss(prefix, texts), plain.loss(prefix, texts))
+    num_bytes = [sum(weights.nbytes for weights in one.parameters()) for one in (plain, reduced)]
+    assert num_bytes[1] < 0.9 * num_bytes[0]
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True])
