@@ -1,15 +1,17 @@
 """Measure training steps, captioning and the feature store on a GPU, or small decoders on a CPU.
 
-    python benchmarks/train_gpu.py [--cpu] [--states 50] [--rounds 20] [--json FILE]
+    python benchmarks/train_gpu.py [--cpu] [--layers 28] [--states 50] [--rounds 20] [--json FILE]
 
 Needs no network or weight files: models have their real shapes, but random weights. A step consists of
 forward, backward, clipping and AdamW for 64 images with 5 captions each. States have the shape of CLIP
 ViT-B/32, or of ViT-B/16 with `--states 197`. `packed` means all captions of an image in one row, as in
 training, and `apart` means one row per caption with its own copy of the image. `of the floor` is the step
 time divided by the time for its (packed) matrix products at the speed of one large product on this machine.
-1.0 is optimal, and the inverse is the MFU. With `--cpu`, seconds are CPU time. Kernel launches and
-synchronizations are counted only on a GPU. For the feature store, hidden states of JPEGs (500 x 375 px) are
-stored and read as in training. The speed of storing is compared with the encoder alone.
+1.0 is optimal, and the inverse is the MFU. With `--cpu`, seconds are CPU time. `kernels` are the operations
+of a step that compute something. Kernel launches and synchronizations are counted only on a GPU. With
+`--cpu --layers 2`, a Qwen3 of two layers is measured, too, also with the autocast of a GPU. For the feature
+store, hidden states of JPEGs (500 x 375 px) are stored and read as in training. The speed of storing is
+compared with the encoder alone.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import torch
 from photos import noise_jpeg
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from train_throughput import encoder_config, vars_of
 
@@ -37,7 +40,7 @@ from trainer.features import store_features
 from trainer.model.caption_model import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
-from trainer.runtime.devices import autocast, matmul_precision
+from trainer.runtime.devices import matmul_precision
 from trainer.tokenizer import TextBatch
 
 CAPTIONS, TOKENS = 5, (10, 22)  # TOKENS: shortest and longest caption
@@ -87,6 +90,9 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
             CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields)
         )
     if isinstance(captioner.decoder, PretrainedDecoder):
+        with torch.no_grad():
+            for weights in captioner.decoder.parameters():
+                weights.copy_(weights.bfloat16())  # Qwen3 is stored in bfloat16
         captioner.decoder.add_adapters(32, 0.05)
     return captioner.to(device).train()
 
@@ -113,7 +119,7 @@ def step_of(
     def step() -> float:
         optimizer.zero_grad()
         with matmul_precision(precision):
-            with autocast(precision, device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = captioner.loss(states_BNV.to(device, non_blocking=True), texts) / tokens
             loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -162,6 +168,8 @@ def cell(
     """Measure one kind of step."""
     torch.manual_seed(0)
     captioner = build(name, device)
+    if precision == "bf16":
+        captioner.reduce_frozen()  # as in training
     step = step_of(captioner, images, precision, packed=packed, states=states)
     for _ in range(2):
         step()
@@ -183,10 +191,31 @@ def cell(
         "captions_per_s": images * CAPTIONS / median,
         "of_the_floor": median / floor,
         "waited_frac": statistics.median(waited) / median,  # near 0 if Python is the bottleneck
+        "kernels": count_kernels(step),
+        "weights_gb": sum(weights.nbytes for weights in captioner.parameters()) / 1e9,
     }
     if device.type == "cuda":
         row |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9, **_launches_and_syncs(step)}
     return row
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts operations, except views and allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        self.count += not (func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view")))
+        return func(*args, **(kwargs or {}))
+
+
+def count_kernels(step: Callable[[], float]) -> int:
+    """Return the number of operations in a step that compute something."""
+    kernels = _Kernels()  # type: ignore[no-untyped-call]
+    with kernels:
+        step()
+    return kernels.count
 
 
 def _launches_and_syncs(step: Callable[[], float]) -> dict[str, int]:
@@ -269,20 +298,25 @@ def main() -> None:
     parser.add_argument(
         "--states", type=int, default=STATES, help="States per image: 50 for CLIP ViT-B/32, 197 for ViT-B/16."
     )
+    parser.add_argument("--layers", type=int, help="Layers of Qwen3-0.6B; default: 28, or 0 on a CPU.")
     parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
     arguments = parser.parse_args()
     if not arguments.cpu and not torch.cuda.is_available():
         parser.error("there is no GPU here: --cpu measures a little on the CPU")
     device = torch.device("cpu" if arguments.cpu else "cuda")
     images = arguments.images or (8 if arguments.cpu else 64)
-    names = list(SCRATCH) if arguments.cpu else [*SCRATCH, "Qwen3-0.6B, LoRA 32"]
-    precisions: tuple[Precision, ...] = ("fp32",) if arguments.cpu else ("fp32", "tf32", "bf16")
+    layers = (0 if arguments.cpu else 28) if arguments.layers is None else arguments.layers
+    QWEN3["num_hidden_layers"] = layers
+    names = [*SCRATCH, *([f"Qwen3-0.6B x {layers}, LoRA 32"] if layers else [])]
     print(
         f"{'CPU' if arguments.cpu else torch.cuda.get_device_name()}, torch {torch.__version__}, {images} "
         "images a step"
     )
     rows = []
     for name in names:
+        precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
+        if arguments.cpu:
+            precisions = ("fp32",) if name in SCRATCH else ("fp32", "bf16")
         for precision in precisions:
             for packed in (True, False):
                 row = cell(name, precision, images, arguments.states, arguments.rounds, device, packed=packed)
@@ -290,7 +324,7 @@ def main() -> None:
                 figures = "  ".join(
                     f"{key} {value:,.3g}" for key, value in row.items() if not isinstance(value, str)
                 )
-                print(f"{name:<20} {precision:<13} {row['texts']:<7} {figures}", flush=True)
+                print(f"{name:<27} {precision:<13} {row['texts']:<7} {figures}", flush=True)
     written = {
         f"{name}, {decoding.num_beams} beams": captions_per_s(
             name, images, arguments.states, arguments.rounds, decoding, device

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from pipeline.progress import Progress
 from pipeline.storage.lock import lock_file
 from trainer.data import Example
 from trainer.model.encoder import Encoder
-from trainer.runtime.devices import autocast
+from trainer.runtime.devices import autocast, own_slice, sum_over_processes
 
 BATCH_IMAGES, BATCHES_AHEAD = 64, 4
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
@@ -123,38 +123,54 @@ def store_features(
 ) -> Features:
     """Return stored features for all examples. Missing features are computed first.
 
-    Raises TrainError if the disk is full.
+    Each process encodes its share of the images. Processes on several machines share all images if their
+    disk is shared. Raises TrainError if the disk is full.
     """
     online = OnlineFeatures(encoder, device)
     num_states, width = online(examples[:1]).shape[1:]
     name = slugify(encoder.config.made_from["name"])
     store = _Store(folder / f"{name}-{encoder.key()[:16]}", record_bytes=2 * num_states * width)
     example_of = {hashlib.sha256(example.sample_id.encode()).digest(): example for example in examples}
-    with store.lock(progress):
-        row_of = store.rows()
-        missing = [key for key in example_of if key not in row_of]
-        store.require_room(len(missing))
-        pending: list[tuple[list[bytes], Tensor]] = []  # batches that are not on disk yet
-        saved_at = time.monotonic()
-        batches = [missing[start : start + BATCH_IMAGES] for start in range(0, len(missing), BATCH_IMAGES)]
-        parts = ([example_of[key] for key in batch] for batch in batches)
-        loaded = load_ahead(online.load, parts, count=1)  # pixels take much more memory than states
-        for number, (batch, pixels_BCHW) in enumerate(zip(batches, loaded, strict=True), 1):
-            with autocast("bf16", device):  # states are stored in bf16
-                states_BNV = online.states(pixels_BCHW, device).bfloat16()
-            pending.append((batch, states_BNV.cpu().contiguous()))
-            if number == len(batches) or time.monotonic() - saved_at >= SAVE_EVERY_S:
-                keys = [key for batch, _ in pending for key in batch]
-                states_BNV = torch.cat([states_BNV for _, states_BNV in pending])
-                store.append(len(row_of), states_BNV.view(torch.uint8).numpy(), keys)
-                row_of |= {key: row for row, key in enumerate(keys, len(row_of))}
-                pending, saved_at = [], time.monotonic()
-            progress("features", min(number * BATCH_IMAGES, len(missing)), len(missing))
-        # Open the file while the lock is held. Afterwards, another process may delete it.
-        shape = (len(row_of), store.record_bytes)
-        stored = np.memmap(store.path / STATES, dtype=np.uint8, mode="r", shape=shape)
+    own = own_slice()
+    # The first process holds the lock for all, so other runs wait and do not remove the store.
+    with store.lock(progress) if not own.start else nullcontext():
+        while True:
+            sum_over_processes([0])  # wait until all have written
+            store.create()
+            row_of = store.rows()
+            missing = [key for key in example_of if key not in row_of]
+            if not missing:
+                shape = (len(row_of), store.record_bytes)
+                stored = np.memmap(store.path / STATES, dtype=np.uint8, mode="r", shape=shape)
+            if not any(sum_over_processes([len(missing)])):
+                break
+            store.require_room(len(missing))
+            _encode(store, online, {key: example_of[key] for key in missing}, own, progress)
+            own = own_slice(on_machine=True)  # images that other machines have stored on their own disks
     rows = {example.sample_id: row_of[key] for key, example in example_of.items()}
     return Features(rows, stored, (num_states, width))
+
+
+def _encode(
+    store: "_Store", online: OnlineFeatures, missing: dict[bytes, Example], own: slice, progress: Progress
+) -> None:
+    """Store the states of this process's share of the missing images."""
+    keys = [*missing][own]
+    batches = [keys[start : start + BATCH_IMAGES] for start in range(0, len(keys), BATCH_IMAGES)]
+    parts = ([missing[key] for key in batch] for batch in batches)
+    pending: list[tuple[list[bytes], Tensor]] = []  # batches that are not on disk yet
+    saved_at = time.monotonic()
+    loaded = load_ahead(online.load, parts, count=1)  # pixels take much more memory than states
+    for number, (batch, pixels_BCHW) in enumerate(zip(batches, loaded, strict=True), 1):
+        with autocast("bf16", online.device):  # states are stored in bf16
+            states_BNV = online.states(pixels_BCHW, online.device).bfloat16()
+        pending.append((batch, states_BNV.cpu().contiguous()))
+        if number == len(batches) or time.monotonic() - saved_at >= SAVE_EVERY_S:
+            states_BNV = torch.cat([states_BNV for _, states_BNV in pending])
+            records = states_BNV.flatten(1).view(torch.uint8).numpy()
+            store.append([key for batch, _ in pending for key in batch], records)
+            pending, saved_at = [], time.monotonic()
+        progress("features", min(number * BATCH_IMAGES * (own.step or 1), len(missing)), len(missing))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,37 +178,41 @@ class _Store:
     """The folder for one encoder. states.bin holds one record per image. ids.bin holds the id digests.
 
     A digest is written only after its record is on disk, so an interrupted build can resume after the last
-    batch.
+    batch. Processes of one run write at the same time, so `append` locks ids.bin.
     """
 
     path: Path
     record_bytes: int
 
     def lock(self, progress: Progress) -> BinaryIO:
-        """Create and lock the store. Waits for other processes.
-
-        Raises TrainError if a file is a symbolic link.
-        """
+        """Create and lock the store. Waits for other runs. Raises TrainError if a file is a symbolic link."""
         waiting = f"waiting for another training run that writes to {self.path}"
+        return self._lock(LOCK, lambda: progress.message(waiting))
+
+    def _lock(self, name: str, on_busy: Callable[[], None]) -> BinaryIO:
         while True:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for file in (self.path, self.path / IDS, self.path / STATES):
-                if file.is_symlink():  # a link in a downloaded dataset could point to any file
-                    raise TrainError(f"{file} is a link, which synth does not create", hint="remove it")
+            self.create()
             with suppress(FileNotFoundError):  # another process may have removed the file
-                return lock_file(self.path / LOCK, lambda: progress.message(waiting), TrainError)
+                return lock_file(self.path / name, on_busy, TrainError)
+
+    def create(self) -> None:
+        """Create the folder if it is missing. Raises TrainError if a file is a symbolic link."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in (self.path, self.path / IDS, self.path / STATES):
+            if file.is_symlink():  # a link in a downloaded dataset could point to any file
+                raise TrainError(f"{file} is a link, which synth does not create", hint="remove it")
 
     def rows(self) -> dict[bytes, int]:
         """Map id digests to rows of states.bin. A repeated digest means damage, so later rows are ignored."""
         ids, states = self.path / IDS, self.path / STATES
         data = ids.read_bytes() if ids.exists() else b""
         num_states = states.stat().st_size // self.record_bytes if states.exists() else 0
+        count = min(len(data) // ID_BYTES, num_states)
+        keys = [data[start : start + ID_BYTES] for start in range(0, count * ID_BYTES, ID_BYTES)]
         rows: dict[bytes, int] = {}
-        for row in range(min(len(data) // ID_BYTES, num_states)):
-            key = data[row * ID_BYTES : (row + 1) * ID_BYTES]
-            if key in rows:
+        for row, key in enumerate(keys):
+            if rows.setdefault(key, row) != row:
                 break
-            rows[key] = row
         return rows
 
     def require_room(self, count: int) -> None:
@@ -203,16 +223,19 @@ class _Store:
             hint = "use --encoder-states 2x2 to store a quarter, or feature_storage: none to store nothing"
             raise TrainError(f"{need}, but {free_bytes / 1e9:.1f} GB are free", hint=hint)
 
-    def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:
-        """Write records (images, ...) after the first `count` records, and then their id digests."""
-        if (self.path / IDS).exists():  # remove id digests without records
-            os.truncate(self.path / IDS, min(count * ID_BYTES, (self.path / IDS).stat().st_size))
-        for name, size, data in (
-            (STATES, self.record_bytes, records.tobytes()),
-            (IDS, ID_BYTES, b"".join(ids)),
-        ):
-            with (self.path / name).open("r+b" if (self.path / name).exists() else "w+b") as file:
-                file.seek(count * size)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+    def append(self, ids: Sequence[bytes], records: np.ndarray) -> None:
+        """Write records (images, bytes), and then their id digests. Skips ids that the store has."""
+        with self._lock(IDS, lambda: None):
+            row_of = self.rows()
+            new = [index for index, key in enumerate(ids) if key not in row_of]
+            # Remove id digests without records.
+            os.truncate(self.path / IDS, len(row_of) * ID_BYTES)
+            for name, size, data in (
+                (STATES, self.record_bytes, records[new].tobytes()),
+                (IDS, ID_BYTES, b"".join(ids[index] for index in new)),
+            ):
+                with (self.path / name).open("r+b" if (self.path / name).exists() else "w+b") as file:
+                    file.seek(len(row_of) * size)
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())

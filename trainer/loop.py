@@ -113,9 +113,12 @@ class Validation:
         """
         config = self.checkpoint.captioner.config
         prompt, decoding = scored_prompt(config.prompts), config.decoding(num_beams=1)
-        result = evaluate(self.checkpoint, self.examples, self.loader.features, prompt, decoding)
+        # Frozen weights in bfloat16 need autocast.
+        precision = self.loader.config.precision if self.loader.config.lora_rank else "fp32"
+        with autocast(precision, self.checkpoint.captioner.device):
+            result = evaluate(self.checkpoint, self.examples, self.loader.features, prompt, decoding)
+            loss = self.loss()
         cider_d, shuffled_cider_d = result["scores"]["cider_d"], result["shuffled_scores"]["cider_d"]
-        loss = self.loss()
         if loss is not None and not math.isfinite(loss):
             hint = "use lower learning rates (--lr) or `precision: fp32` in a settings file"
             raise TrainError(f"the validation loss is {loss} at step {done}", hint=hint)
@@ -319,6 +322,9 @@ def build_trainer(
         trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
     weights = checkpoint.captioner.state_dict()
     trainer.frozen_key = weights_digest(b"", {name: weights[name] for name in trainer.frozen_names()})
+    with autocast(config.precision, device):
+        if torch.is_autocast_enabled(device.type):
+            checkpoint.captioner.reduce_frozen()
     return trainer
 
 

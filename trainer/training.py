@@ -168,7 +168,7 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     trainer.checkpoint.captioner.decoder.to("meta")  # free memory for the captioner loaded next
     checkpoint, features = load_checkpoint(out, trainer.device), trainer.loader.features
     captioner = checkpoint.captioner
-    if not captioner.encoder.config.frozen:
+    if isinstance(features, OnlineFeatures):
         features = OnlineFeatures(captioner.encoder, trainer.device)
     prompt, decoding = scored_prompt(captioner.config.prompts), captioner.config.decoding()
     metrics: dict[str, Any] = {

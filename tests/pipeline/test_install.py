@@ -25,7 +25,6 @@ NEEDS = [
     (("train",), TRAIN, []),
     (("train",), (), ["torch", "safetensors", "transformers"]),  # pipeline/images/clip.py
     (EXTRAS["serve-captioner"], ("trainer.server",), []),
-    (("lora",), (), ["peft"]),
     (("ray",), (), ["ray"]),
     (("s3",), (), ["s3fs", "aiobotocore"]),
     *(((extra,), (), [package]) for extra, package in PACKAGES.items()),

@@ -2,8 +2,15 @@
 
 import itertools
 import os
+import random
 import shutil
+import socket
+import time
 from collections import namedtuple
+from collections.abc import Callable
+from itertools import chain
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,6 +18,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from pipeline.dataset.version import Version, read_version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
@@ -19,6 +27,7 @@ from trainer import features
 from trainer.data import Example, examples_in
 from trainer.features import OnlineFeatures, load_ahead, store_features
 from trainer.model.encoder import Encoder, load_encoder
+from trainer.runtime.devices import join_processes
 
 CPU = torch.device("cpu")
 QUIET = NullProgress()
@@ -38,13 +47,18 @@ class Counted(NullProgress):
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
-    return examples_in(make_version(tmp_path_factory.mktemp("data"), scene_samples(30))[0], "train")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    return make_version(tmp_path_factory.mktemp("data"), scene_samples(30))[0]
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    return load_encoder(save_clip(tmp_path_factory.mktemp("clip")))
+def examples(version: Version) -> list[Example]:
+    return examples_in(version, "train")
+
+
+@pytest.fixture(scope="module")
+def encoder(clip: str) -> Encoder:
+    return load_encoder(clip)
 
 
 def test_stored_states_equal_computed_ones(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
@@ -68,6 +82,88 @@ def test_interrupted_build_resumes(
     left = Counted()
     stored = store_features(encoder, examples, tmp_path, CPU, left)
     assert left.done[0] == (8, len(examples) - 15)
+    assert torch.equal(stored(examples), OnlineFeatures(encoder, CPU)(examples))
+
+
+Start = Callable[..., list[ForkServerProcess]]
+
+
+@pytest.fixture(scope="module")
+def start() -> Start:
+    """Start processes that store features, as torchrun does."""
+    context = get_context("forkserver")  # imports the modules once for all processes
+    context.set_forkserver_preload([__name__])
+
+    def start(count: int, *arguments: Any) -> list[ForkServerProcess]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+            group |= {"MASTER_PORT": str(free.getsockname()[1])}
+        processes = []
+        for rank in range(count):
+            environment = group | {"RANK": str(rank)}
+            processes.append(context.Process(target=store_in_process, args=(environment, *arguments)))
+            processes[-1].start()
+        return processes
+
+    return start
+
+
+def store_in_process(
+    environment: dict[str, str], version: Path, clip: str, out: Path, sleep_s: float
+) -> None:
+    encoder, examples = load_encoder(clip), examples_in(read_version(version), "train")
+    os.environ |= environment
+    rank, _ = join_processes()
+    torch.set_num_threads(1)
+    features.BATCH_IMAGES, features.SAVE_EVERY_S = 2, 0.0
+    load, loaded = OnlineFeatures.load, list[str]()
+
+    def count(online: OnlineFeatures, examples: list[Example]) -> torch.Tensor:
+        time.sleep(sleep_s)
+        loaded.extend(example.sample_id for example in examples)
+        return load(online, examples)
+
+    features.OnlineFeatures.load = count  # type: ignore[assignment, method-assign]
+    # In the second build, the third process is on another machine, which has its own disk.
+    for name in ("shared", f"machine{rank // 2}"):
+        loaded.clear()
+        stored = store_features(encoder, examples, out / name, CPU, QUIET)
+        # The first image that is loaded shows the shape.
+        torch.save((stored(examples), loaded[1:]), out / f"{name}-{rank}.pt")
+        os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": str(2 - rank // 2)}
+
+
+def test_processes_share_the_encoding(
+    version: Version, clip: str, encoder: Encoder, examples: list[Example], tmp_path: Path, start: Start
+) -> None:
+    processes = start(3, version.path, clip, tmp_path, 0)
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    expected, ids = OnlineFeatures(encoder, CPU)(examples), sorted(e.sample_id for e in examples)
+    for name, ranks in {"shared": (0, 1, 2), "machine0": (0, 1), "machine1": (2,)}.items():
+        results = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in ranks]
+        assert all(torch.equal(states, expected) for states, _ in results)
+        # Machines with their own disks also encode the share of the other machine.
+        assert sorted(chain.from_iterable(loaded for _, loaded in results)) == ids
+        counts = [len(loaded) for _, loaded in results]
+        assert max(counts) - min(counts) <= 1 + (name == "machine0")
+
+
+def test_killed_processes_resume(
+    version: Version, clip: str, encoder: Encoder, examples: list[Example], tmp_path: Path, start: Start
+) -> None:
+    processes = start(2, version.path, clip, tmp_path, 0.1)
+    while not any(path.stat().st_size > 4 * 32 for path in tmp_path.glob("shared/*/ids.bin")):
+        assert all(process.is_alive() for process in processes)
+        time.sleep(random.random() / 10)
+    for process in processes:
+        process.kill()
+        process.join()
+    left = Counted()
+    stored = store_features(encoder, examples, tmp_path / "shared", CPU, left)
+    assert 0 < left.done[-1][0] < len(examples)
     assert torch.equal(stored(examples), OnlineFeatures(encoder, CPU)(examples))
 
 

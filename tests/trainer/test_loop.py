@@ -1,5 +1,6 @@
 """Training steps: they overfit, and do not depend on micro-batches or processes."""
 
+import shutil
 import subprocess
 from math import inf, nan
 from pathlib import Path
@@ -8,20 +9,22 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.notes import Steps
-from tests.trainer.small_trainings import CPU, PROCESS, TWO_PROCESSES, losses, replace
+from tests.trainer.small_trainings import CPU, LORA, PROCESS, TWO_PROCESSES, losses, replace, use_autocast
+from tests.trainer.small_trainings import weights as saved_weights
 from trainer.data import choose_examples, examples_in, texts_of
 from trainer.evaluate import evaluate
 from trainer.features import OnlineFeatures
 from trainer.loop import BatchLoader, Trainer, build_trainer
 from trainer.model.checkpoint import build_checkpoint, load_checkpoint
 from trainer.optimizer import build_optimizer
-from trainer.runtime.training_state import read_log
+from trainer.runtime.training_state import Log, read_log
 from trainer.training import train_captioner
 
 
@@ -123,6 +126,56 @@ def test_steps_read_no_value_from_the_device_until_the_log_is_written(
     # Until the first evaluation, a note states that the remaining time excludes evaluations.
     assert "evaluations" in shown[10] and "evaluations" not in shown[11]
     assert len(losses(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("is_stored_in_bf16", [False, True])
+def test_frozen_weights_in_bf16_keep_loss_gradients_and_saved_weights(
+    version: Version,
+    clip: str,
+    language_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_stored_in_bf16: bool,
+) -> None:
+    folder = Path(shutil.copytree(language_model, tmp_path / "lm"))
+    if is_stored_in_bf16:
+        path = folder / "model.safetensors"
+        save_file({name: w.bfloat16() for name, w in load_file(path).items()}, path, {"format": "pt"})
+    settings: dict[str, Any] = {"encoder": clip, "decoder": str(folder), "precision": "bf16", **LORA}
+    torch.manual_seed(0)
+    plain = trainer_of(version, **settings)
+    use_autocast(monkeypatch)
+    torch.manual_seed(0)
+    reduced = trainer_of(version, **settings)
+    sizes, losses = [], []
+    for one in (plain, reduced):
+        frozen, captioner = one.frozen_names(), one.checkpoint.captioner
+        kept = {name: w for name, w in captioner.state_dict().items() if name in frozen}
+        sizes.append({name: w.nbytes for name, w in kept.items()})
+        captioner.train()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for weights in captioner.decoder.parameters():
+                if weights.requires_grad:
+                    weights.normal_(std=0.1)
+        losses.append(one.forward_backward(one.loader.load(one.loader.examples[:4])))
+        one.checkpoint.save(tmp_path / str(len(sizes)))
+    halved = {name for name, size in sizes[1].items() if 2 * size == sizes[0][name]}
+    assert {name.rpartition(".")[0] for name in halved} >= {
+        "encoder.tower.encoder.layers.0.mlp.fc1", "decoder.model.model.layers.1.mlp.up_proj"
+    }  # fmt: skip
+    # A rounded embedding would change the inputs of the first layer.
+    assert ("decoder.model.lm_head.weight" in halved) == is_stored_in_bf16
+    assert not any("norm" in name for name in halved)
+    assert torch.equal(*losses)
+    captioners = plain.checkpoint.captioner, reduced.checkpoint.captioner
+    gradients = ([weights.grad for weights in captioner.parameters()] for captioner in captioners)
+    for expected, gradient in zip(*gradients, strict=True):
+        assert expected is gradient is None or torch.equal(gradient, expected)
+    (tmp_path / "best").mkdir()
+    reduced.validation.score(tmp_path / "best", Log(tmp_path / "log.jsonl", 0), 1)
+    assert saved_weights(tmp_path / "1") == saved_weights(tmp_path / "2") == saved_weights(tmp_path / "best")
 
 
 def test_step_that_does_not_fit_in_memory_is_repeated_with_recomputed_blocks_and_equal_dropout(

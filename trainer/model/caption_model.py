@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from pipeline.errors import TrainError
+from trainer.model.adapters import merged_state, reduce_frozen
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder, EncoderConfig
-from trainer.model.language_model import PretrainedDecoder, merged_state
+from trainer.model.language_model import PretrainedDecoder
 from trainer.model.transformers_model import SynthCaptioner, SynthCaptionerConfig
 from trainer.tokenizer import TextBatch
 
@@ -58,6 +59,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         else:
             self.decoder = ScratchDecoder(DecoderConfig(**config.decoder))
         self.connector = self.decoder.make_connector(self.encoder.width)
+        self.exact: dict[str, Tensor] = {}  # frozen weights that `reduce_frozen` rounded
 
     def loss(self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
         """Return the negative log-likelihood summed over all target tokens, weighted by `texts.weight_C`.
@@ -107,9 +109,15 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         """The device of the weights."""
         return next(self.connector.parameters()).device
 
+    def reduce_frozen(self) -> None:
+        """Store frozen weights in bfloat16 if adapters are trained. Afterwards, passes need autocast."""
+        if isinstance(self.decoder, PretrainedDecoder) and self.decoder.frozen_names():
+            _ = self.decoder.probed  # measured in float32
+            self.exact = reduce_frozen(self, self.decoder.embedding)
+
     def without_adapters(self) -> "CaptionerModel":
         """Return a captioner with LoRA adapters merged into the weights, or `self` if it has no adapters."""
-        state = merged_state(self)
+        state = merged_state(self, self.exact)
         if len(state) == len(self.state_dict()):
             return self
         with torch.device("meta"):

@@ -5,7 +5,7 @@ continue from the prefix, and a mask limits attention to the prefix and the toke
 recurrent layers ignore such a mask. The first use therefore compares packed and separate texts. If their
 states differ, texts are not packed.
 
-LoRA adapters (Hu et al., 2021) come from peft. Saved weights include them in merged form.
+LoRA adapters (adapters.py) are merged into the saved weights.
 
 Shapes: B images, C texts, T tokens per text, P prefix states, S tokens per packed row, L = P + S, D width,
 V vocabulary.
@@ -25,16 +25,14 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import TrainError, one_line
-from pipeline.install import install_command
 from trainer.config import DECODERS
-from trainer.model import pretrained, text_loss
+from trainer.model import adapters, pretrained, text_loss
+from trainer.model.adapters import is_adapter
 from trainer.model.transformers_model import PrefixDecoder
 from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
-ADAPTER = "default"  # adapter name in peft
 PROBE_TOKENS = 6
 # In standard deviations of the states. Rounding causes differences of 1e-6, convolutions at least 4e-4.
 MAX_STATE_DIFFERENCE = 1e-4
@@ -62,24 +60,10 @@ class PretrainedDecoder(PrefixDecoder):
     def add_adapters(self, rank: int, dropout: float) -> None:
         """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes other weights.
 
-        Raises TrainError if peft is not installed or supports no layer of the model.
+        Raises TrainError if the model has no such layers.
         """
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise TrainError("lora_rank needs the package peft", hint=install_command("lora")) from None
-        head = self.model.get_output_embeddings()
-        layers = [(name, layer) for name, layer in self.model.named_modules() if "expert" not in name]
-        linear = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)]
-        names = [name for name, layer in linear if layer is not head]
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=names)
-        try:
-            if not names:
-                raise ValueError("it has no linear layers")
-            inject_adapter_in_model(config, self.model, ADAPTER)
-        except ValueError as error:
-            hint = "train the whole model: --lora-rank 0"
-            raise TrainError(f"this model does not support LoRA adapters: {error}", hint=hint) from None
+        if not adapters.add_adapters(self.model, self.model.get_output_embeddings(), rank, dropout):
+            raise TrainError("this model has no linear layers", hint="train the whole model: --lora-rank 0")
 
     def recompute_blocks(self) -> bool:
         """Recompute blocks in the backward pass from now on. Returns False if nothing changes."""
@@ -248,32 +232,3 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
         hint = "pass scratch, qwen3, smollm2, a folder, or a Hub id"
         raise TrainError(f"cannot load decoder {name}: {pretrained.reason_of(error)}", hint=hint) from None
     return decoder, CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))
-
-
-def is_adapter(name: str) -> bool:
-    """Return whether a weight with this name belongs to an adapter."""
-    return ".lora_" in name
-
-
-def merged_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict with adapters merged into their base weights.
-
-    If there are adapters, the tensors are on the CPU.
-    """
-    state = {name: weights for name, weights in module.state_dict().items() if not is_adapter(name)}
-    if len(state) == len(module.state_dict()):
-        return state
-    from peft.tuners.lora import LoraLayer
-
-    # Copy to the CPU, because a GPU may not hold a second language model. Tied weights stay tied.
-    places = {name: (weights.data_ptr(), weights.shape) for name, weights in state.items()}
-    copies = {places[name]: weights.cpu() for name, weights in state.items()}
-    state = {name: copies[places[name]] for name in state}
-    for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer):
-            with torch.no_grad():
-                delta: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
-                state[f"{name}.weight"] = state.pop(f"{name}.base_layer.weight") + delta.cpu()
-            if f"{name}.base_layer.bias" in state:
-                state[f"{name}.bias"] = state.pop(f"{name}.base_layer.bias")
-    return state

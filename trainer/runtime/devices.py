@@ -74,10 +74,12 @@ def sum_over_processes(numbers: Sequence[float]) -> list[float]:
     return list(sums.tolist())
 
 
-def own_slice() -> slice:
-    """Return the slice of a list that this process works on."""
+def own_slice(*, on_machine: bool = False) -> slice:
+    """Return the slice of a list that this process works on, among all processes or those on its machine."""
     if not torch.distributed.is_initialized():
         return slice(None)
+    if on_machine:  # torchrun sets both variables
+        return slice(int(os.environ.get("LOCAL_RANK", 0)), None, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
 
 

@@ -1,13 +1,11 @@
 """LoRA adapters: only they learn, they start without effect, and merge into the saved weights."""
 
-import sys
-
 import pytest
 import torch
 
 from pipeline.errors import TrainError
 from tests.trainer.model.test_language_model import batch, decoder_of
-from trainer.model.language_model import is_adapter, merged_state
+from trainer.model.adapters import LoraLinear, is_adapter, merged_state, reduce_frozen
 
 FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss")
 
@@ -42,6 +40,26 @@ def test_merged_weights_have_the_loss_of_the_adapters(family: str) -> None:
     assert abs(decoder_of(family).eval().loss(prefix, texts).item() - expected.item()) > 0.01
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "gemma3_text"])
+def test_frozen_weights_in_bf16_have_the_loss_of_autocast(family: str) -> None:
+    """The embedding of Gemma is scaled, and shares its weight with the head."""
+    plain, reduced = decoder_of(family).eval(), decoder_of(family).eval()
+    torch.manual_seed(1)
+    plain.add_adapters(4, 0.0)
+    with torch.no_grad():
+        for weights in plain.parameters():
+            weights.copy_(weights.bfloat16())
+    reduced.add_adapters(4, 0.0)
+    reduced.load_state_dict(plain.state_dict())
+    _ = plain.probed, reduced.probed
+    assert not reduce_frozen(reduced, reduced.embedding)
+    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reduced.loss(prefix, texts), plain.loss(prefix, texts))
+    num_bytes = [sum(weights.nbytes for weights in one.parameters()) for one in (plain, reduced)]
+    assert num_bytes[1] < 0.9 * num_bytes[0]
+
+
 @pytest.mark.parametrize("is_recomputed", [False, True])
 def test_blocks_with_adapters_are_recomputed_on_request(*, is_recomputed: bool) -> None:
     decoder, calls = decoder_of("qwen3").train(), list[None]()
@@ -56,8 +74,46 @@ def test_blocks_with_adapters_are_recomputed_on_request(*, is_recomputed: bool) 
     assert len(calls) == 1 + is_recomputed
 
 
-def test_error_without_peft_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(TrainError, match="lora_rank needs the package peft") as refused:
-        decoder_of("llama").add_adapters(4, 0.0)
-    assert refused.value.hint == "pip install 'peft>=0.18'"
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loss_and_gradients_equal_those_of_peft(family: str) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    decoder, other = decoder_of(family).eval(), decoder_of(family).eval()
+    decoder.add_adapters(4, 0.0)
+    names = [name for name, layer in decoder.model.named_modules() if isinstance(layer, LoraLinear)]
+    is_gpt2 = family == "gpt2"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=names, fan_in_fan_out=is_gpt2)
+    inject_adapter_in_model(config, other.model)
+    own = {name: weights for name, weights in decoder.named_parameters() if weights.requires_grad}
+    theirs = {name: weights for name, weights in other.named_parameters() if weights.requires_grad}
+    assert {name.replace(".default.weight", "") for name in theirs} == own.keys()
+    with torch.no_grad():
+        for name, weights in theirs.items():
+            own[name.replace(".default.weight", "")].copy_(weights.normal_(std=0.1))
+    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
+    loss, expected = decoder.loss(prefix, texts), other.loss(prefix, texts)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for name, weights in theirs.items():
+        torch.testing.assert_close(own[name.replace(".default.weight", "")].grad, weights.grad)
+
+
+def test_dropout_drops_inputs_of_adapters_only_in_training() -> None:
+    layer = LoraLinear(torch.nn.Linear(1000, 1, bias=False), 1, 0.25)
+    with torch.no_grad():
+        for weights in (layer.lora_A, layer.lora_B):
+            weights.fill_(1.0)
+        layer.weight.zero_()
+    inputs = torch.ones(50, 1000)
+    in_training = layer.train()(inputs)
+    assert in_training.std() > 10 and in_training.mean().item() == pytest.approx(2000, rel=0.02)
+    assert torch.equal(layer.eval()(inputs), torch.full((50, 1), 2000.0))
+
+
+def test_model_without_linear_layers_is_refused() -> None:
+    decoder = decoder_of("llama")
+    decoder.model = torch.nn.Sequential(torch.nn.LayerNorm(4))
+    decoder.model.get_output_embeddings = lambda: None
+    with pytest.raises(TrainError, match="this model has no linear layers"):
+        decoder.add_adapters(4, 0.0)
