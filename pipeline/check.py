@@ -93,7 +93,10 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
 
 
 def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Checked:
-    """Return the state of a file, which `describe` reads. Raises FileNotFoundError if the file is gone."""
+    """Return the state of a file. `describe` reads the file, and returns a summary of its content.
+
+    Raises FileNotFoundError if the file is gone.
+    """
     try:
         return Checked(str(path), describe(path))
     except FileNotFoundError:

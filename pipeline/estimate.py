@@ -25,7 +25,8 @@ from pipeline.tasks.conditions import is_no_loss
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
-# The cost of a ladder depends on pass rates, which 32 images measure too roughly.
+# Sample size if a task has several models. Its cost depends on the share of texts that pass all checks, which
+# 32 images measure too roughly.
 LADDER_IMAGES = 100
 # Stop after this many images that need no request.
 MAX_COMPLETE_IMAGES = 512
@@ -36,15 +37,15 @@ BYTES_PER_TOKEN = 4
 def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Return the likely hours, requests, tokens, money, bytes and kept rows of a run.
 
-    `sampled_*` were spent on the sample, whose replies the run reuses. `remaining_*`, hours, tokens and
-    `cost` are for the rest, and `total_*` for all images. Replies in the journal cannot be timed, so images
-    with such replies come last in the sample, and without other images `total_*` are 0. Raises SynthError as
-    `generate_dataset` does.
+    `sampled_*` values were spent on the sample, whose replies the run reuses. `remaining_*`, hours, tokens
+    and `cost` are for the other images, and `total_*` for all images. Replies in the journal cannot be timed,
+    so images with such replies come last in the sample. If all images have such replies, `total_*` are 0.
+    Raises SynthError as `generate_dataset` does.
     """
     config, folder, source = plan.config, plan.dataset, plan.source
     assert source is not None
     stats = RequestStats()
-    # The trial calibrates checks on the same share of its images as the real run.
+    # The run on the sample calibrates checks on the same share of images as the real run.
     size = LADDER_IMAGES if plan.requests.num_rungs > 1 else SAMPLED_IMAGES
     images = config.limit or source.count() or size
     calibration = math.ceil(min(1.0, size / images) * config.verify.calibration)
@@ -145,7 +146,7 @@ def _scale_counts(
     stats: RequestStats,
     choices: Collection[str],
 ) -> dict[str, Any]:
-    """Scale the counts of a trial to the whole run.
+    """Scale the counts of a run on a sample to the whole run.
 
     The steps in `choices` choose among good rows, so their rejections do not count as losses.
     """

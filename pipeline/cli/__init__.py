@@ -107,7 +107,7 @@ review = typer.Typer(cls=Group, no_args_is_help=True, help="Draw texts to judge,
 
 
 def add(group: str, *commands: Callable[..., None], **more: Any) -> None:
-    """Add commands with their examples to a group in the help."""
+    """Add commands to a group of `synth --help`. The help of each command shows its examples."""
     for command in commands:
         name = command.__name__.replace("_", "-")
         epilog = "\n\n".join(f"Example: {example}" for example in EXAMPLES.get(name, ())) or None
@@ -154,7 +154,7 @@ def main() -> None:
     finally:
         if isolation := sys.modules.get("pipeline.images.isolation"):
             isolation.end_workers()
-        gc.freeze()  # without it, the exit takes a second longer once torch is loaded
+        gc.freeze()  # makes the exit a second faster once torch is loaded
 
 
 def _run(terminated: list[int]) -> None:

@@ -77,8 +77,8 @@ def read_pairs(text: str, option: str) -> dict[str, str]:
 def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
     """Return the path of a dataset or a version.
 
-    Without a name, the path is that of the dataset made last. A name such as v1.0.0 is a version of this
-    dataset. With `is_only`, raises StoreError if several datasets were made here.
+    Without a name, return the path of the dataset with the newest version. A name such as v1.0.0 is a version
+    of this dataset. With `is_only`, raises StoreError if there are several datasets in `data/`.
     """
     from pipeline.dataset.directory import newest_dataset
     from pipeline.dataset.version import VERSION_NAME
@@ -91,9 +91,9 @@ def dataset_path(name: str | None, *, is_only: bool = False) -> Path:
 
 
 def open_data(name: str | None, images: str | None) -> "Version":
-    """Open a version, local or on the Hub, with its images or those in `--images`.
+    """Open a local version or a version on the Hub. If it has no images, read them from `images`.
 
-    The name of a dataset opens its newest complete version.
+    If `name` is a dataset, open its newest complete version.
     """
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
     from pipeline.sources.join import with_pixels

@@ -211,9 +211,9 @@ class Config(Section):
     def of_model(self, name: str) -> "Config":
         """Return the settings for one model, as if it were the only model of the run.
 
-        The model is in `models`, or is the judge. Requests to its servers contain its own key and headers. If
-        it has neither, and all of its servers are in `base_url`, they contain the key and headers of
-        `server`.
+        `name` is a model in `models`, or the judge. Requests to its servers contain the key and headers of
+        this model. If the model has no key or headers, and all of its servers are in `base_url`, requests
+        contain the key and headers from `server`.
         """
         if name == DEFAULT_MODEL:
             return self
@@ -255,7 +255,7 @@ class Config(Section):
 
     @property
     def splits_claims(self) -> bool:
-        """Whether a model splits captions into claims. Those of drawn scenes are split by rules instead."""
+        """Whether a model splits captions into claims. For drawn scenes, fixed rules split the captions."""
         return "claims" in self.verify.checks and not self.has_scene_prompts
 
     @property

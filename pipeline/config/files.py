@@ -132,7 +132,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             near = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
             hint = did_you_mean(key, known) or f"known keys: {', '.join(near or known)}"
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
-        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # without list indexes and names of union members
+        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # remove list indexes and type names
         if not key:
             problem = flaw["msg"].removeprefix("Value error, ")
         elif flaw["type"] == "missing":

@@ -54,7 +54,7 @@ PATTERNS = {
 Task = Annotated[str, Field(pattern=TASK, max_length=40)]
 ModelName = Task
 Style = Annotated[str, Field(pattern=STYLE, max_length=40)]
-AT_SERVER = "@http"  # between the name of a judge and its address
+AT_SERVER = "@http"  # separates the name of a judge from the address of its server
 AnySection = TypeVar("AnySection", bound="Section")
 Item = TypeVar("Item")
 
@@ -139,7 +139,7 @@ class TaskConfig(Section):
     labels: Distinct[Label] = ()
     needs: Distinct[Annotated[str, Field(pattern=NEED)]] = ()
     when: Expression | None = None  # the task is asked only about images for which this is true
-    keep_if: Expression | None = None  # images for which it is false are dropped before other tasks are asked
+    keep_if: Expression | None = None  # if false, the image is dropped before other tasks are asked
     show_image: bool = True
     temperature: float = Field(default=0.0, ge=0, le=2)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -313,7 +313,7 @@ def cost_of(tokens: Mapping[str, tuple[float, float]], servers: Servers) -> floa
 
 
 class ModelConfig(Section):
-    """A model of `models`, with its engine or servers. The other settings are those of `server`."""
+    """A model in `models`, with its engine or servers. All other settings come from the section `server`."""
 
     model: str | None = None
     base_url: Distinct[BaseUrl] = ()
@@ -398,7 +398,7 @@ Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignmen
 
 
 class VerifyConfig(Section):
-    """Checks that ask the model about annotations again. With a null threshold, a check only measures."""
+    """Checks that ask the model whether annotations are true. With a null threshold, they reject no text."""
 
     checks: Distinct[Check] = ()
     """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`."""

@@ -109,8 +109,8 @@ class _Rate:
         shares = {text: wrong_shares[text.name] for text in reviewed if text.name in wrong_shares}
         total = sum(text.weight for text in shares)
         wrong = sum(text.weight * share for text, share in shares.items()) / max(1, total)
-        # Unequal weights widen the interval, more so if texts of large weight are wrong more often. So
-        # the smaller of two effective sample sizes counts: Kish's, and that of the linearized variance.
+        # Unequal weights widen the interval, especially if texts with large weights are wrong more often.
+        # So use the smaller of two effective sample sizes: Kish's, or that of the linearized variance.
         trials = total**2 / max(1, sum(text.weight**2 for text in shares))
         squares = sum((text.weight * (share - wrong)) ** 2 for text, share in shares.items())
         if squares:
@@ -178,7 +178,7 @@ def combine_rates(strata: Sequence[tuple[int, float, float]]) -> tuple[float, fl
     """Return the mean share over strata, weighted by their texts, with its 95 % Wilson interval.
 
     Strata are (texts, share, trials). The interval is that of a simple random sample with the same variance.
-    Only to compute this variance, shares are smoothed: it would be 0 for a small sample without errors.
+    The variance is computed from smoothed shares, since it would be 0 for a small sample without errors.
     """
     texts = sum(count for count, _, _ in strata)
     weights = [count / texts for count, _, _ in strata]

@@ -136,7 +136,7 @@ def _redact(value: Any) -> Any:
 
 
 def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.ListType) -> pa.ListArray:
-    """Return one list per sample: those of its annotations for which `mask` is True."""
+    """Return a list for each sample. It has the annotations of the sample for which `mask` is True."""
     selected = annotations.filter(pa.array(mask))
     is_edited = pc.equal(final_column(selected, "prompt_id", pa.string()), REVIEWED)
     fields = []

@@ -1,9 +1,9 @@
 """Measure how often a check errs, and correct its findings by these errors.
 
-The verify step asks a check about texts that are known to be true (human captions of the image) or false
-(captions of other images, and claims in which one word was replaced). The check's false alarms and misses
-show how reliable its findings about the other texts are. They also set the minimum evidence that refutes a
-claim: the lowest value at which at most a given share of true captions is rejected.
+The verify step also applies a check to texts that are known to be true (human captions of the image) or
+false (captions of other images, and claims in which one word was replaced). The check's false alarms and
+misses show how reliable its findings about all other texts are. They also set the minimum evidence that
+refutes a claim: the lowest value at which at most a given share of true captions is rejected.
 
 Claims about one image are not independent, so intervals are computed from an effective number of claims: the
 size of a simple random sample with the same variance.
@@ -60,7 +60,7 @@ Evidence = Counter[tuple[int, ...]]  # (evidence against each claim of an image)
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A share of `count` claims. `trials` is the effective number of claims."""
+    """The share `value` of `count` claims. `trials` is the effective number of claims."""
 
     count: int
     value: float
@@ -68,9 +68,9 @@ class Share:
 
     @classmethod
     def of(cls, hits: Any, counts: Any, images: Any = 1) -> "Share":
-        """Return the share of hits among claims.
+        """Return the share of hits among claims, from arrays.
 
-        `hits` and `counts` are the hits and claims of one image. `images` images have these numbers.
+        For each element, an image has `hits` hits among `counts` claims, and there are `images` such images.
         """
         n = int(np.sum(counts * images))
         value = float(np.sum(hits * images)) / max(1, n)
@@ -123,7 +123,10 @@ class Findings:
         return sorted(self.known.keys() - {TRUE})
 
     def lost_share(self, level: int) -> float | None:
-        """Estimate the share of true captions with a refuted claim if errors are independent, or None."""
+        """Estimate the share of true captions in which a claim is refuted, assuming independent errors.
+
+        Returns None if no texts are known to be true, or if no claims were checked.
+        """
         if level == NEVER:
             return 0.0
         alarms = self.alarms(level)
@@ -136,8 +139,8 @@ class Findings:
     def choose_level(self, max_lost: float) -> int:
         """Return the lowest level at which at most the share `max_lost` of true captions is lost.
 
-        If every level loses more, return the highest level. If even the lower bound of its false alarms loses
-        more, return NEVER, at which no claim is refuted.
+        If every level loses more, return the highest level. But if the highest level loses more even at the
+        lower bound of its rate of false alarms, return NEVER, at which no claim is refuted.
         """
         for level in LEVELS:
             if (self.lost_share(level) or 0.0) <= max_lost:
@@ -162,7 +165,7 @@ class Findings:
 
 
 def read_findings(tables: Iterable[pa.Table]) -> dict[str, Findings]:
-    """Return the findings of each check in rows of the verify step. Rows of one image must be adjacent."""
+    """Read the findings of each check from rows of the verify step. Rows of one image must be adjacent."""
     findings = {CLAIMS: Findings(), JUDGE: Findings()}
     rows = (row for table in tables for row in table.select(FINDINGS).to_pylist())
     for _, group in groupby(rows, itemgetter("sample_id")):
@@ -175,7 +178,7 @@ def read_findings(tables: Iterable[pa.Table]) -> dict[str, Findings]:
                 known[text["check"], text["kind"]].append(text["evidence"])
         for check, one in findings.items():
             # Evidence against texts by humans (False) and by a model (True). If an image has a text by a
-            # model, its human captions are known truths, so they are not measured.
+            # model, its human captions are used as texts known to be true, so they are not measured.
             evidence: dict[bool, list[list[int]]] = {False: [], True: []}
             for row in of_image:
                 if against := row["claim_evidence"] if check == CLAIMS else _judged(row["judged_wrong"]):

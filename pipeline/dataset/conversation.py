@@ -24,7 +24,7 @@ QUESTIONS = {
     "tags": "List tags for this image.",
     "ocr": "What text can be read in this image?",
 }
-REPHRASE = "Say it in other words."  # precedes another caption of the same style
+REPHRASE = "Say it in other words."  # the question before each further caption of a style
 PART = pa.struct([pa.field("type", STRING), pa.field("text", STRING)])
 MESSAGE = pa.struct([pa.field("role", STRING), pa.field("content", pa.list_(PART))])
 READER_COLUMNS = pa.schema([pa.field("text", STRING), pa.field("messages", pa.list_(MESSAGE))])

@@ -29,8 +29,8 @@ def score_curves(
     """Return a curve for each kind of score. It has one row for each tenth of the texts, ordered by score.
 
     A row has the lowest score of the tenth, and the share of texts that are kept if this score is the limit.
-    Then it has the shares of wrong texts, as strings: in the tenth, and among the kept texts. Scores without
-    reviewed texts are left out. `tables` have the columns SCORED.
+    The last two values are strings: the shares of wrong texts in the tenth, and among the kept texts. Scores
+    without reviewed texts are left out. `tables` have the columns SCORED.
     """
     shares = wrong_shares(verdicts)
     reviewed = pa.array({sample_id for sample_id, _ in shares}, pa.string())
@@ -60,8 +60,7 @@ def _curve(
 def describe_changes(before: Version, after: Version, verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Yield lines about the number of texts in two versions, and about the reviewed texts in `before`.
 
-    Nothing is yielded if both versions have the same rows. This is so after an audit, since only the error
-    rates differ.
+    Nothing is yielded if both versions have the same rows, as after an audit, which changes only error rates.
     """
     if before.manifest["digest"] == after.manifest["digest"]:
         return

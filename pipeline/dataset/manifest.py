@@ -99,7 +99,7 @@ def describe_data(
 def describe_decontamination(
     source: dict[str, Any], funnel: list[StepSummary], groups: int
 ) -> dict[str, Any]:
-    """Return the manifest fields about near-duplicate images. `groups` is the number of their groups."""
+    """Return the manifest fields about near-duplicate images. `groups` is the number of image groups."""
     rejected = {summary.step: summary.rejected for summary in funnel}
     return {
         "compared_as": source["compared_as"],

@@ -22,7 +22,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, StringConstraints(pattern=r"^v\d{1,9}\.\d{1,9}\.\d{1,9}$")]
 OwnColumnName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Split = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(SPLITS)})$")]
-# A file with another name must not be read or published.
+# A file whose name does not match this pattern must not be read or published.
 ShardName = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(SPLITS)})-\d{{5}}\.parquet$")]
 PixelColumn = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(PIXELS)})$")]
 Score = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(ADDED_FIELDS)})$")]
@@ -84,7 +84,10 @@ class Step(_Part):
 
 
 class Result(_Part):
-    """Results of an audit, a check, a price, or one model of a ladder. Each has only some of the keys."""
+    """The result of an audit, of a check, of a price, or of one model of a ladder.
+
+    Each kind of result has only some of the keys. A ladder lists models that are asked one after another.
+    """
 
     share: Share | None = None
     low: Share = 0
@@ -115,7 +118,7 @@ class OwnColumnEntry(BaseModel):
 
 
 class TaskSettings(_Part):
-    """The settings of a custom task, as far as conversations read them."""
+    """The settings of a custom task that are used to build conversations."""
 
     name: Name
     prompt: str

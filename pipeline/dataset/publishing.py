@@ -138,11 +138,11 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish the rows of all shards as the next version. Return the version, and whether it is new.
 
-    If the newest version has the same rows, audit and errors of checks, no version is made, and the newest is
-    returned. A complete version is still made if the newest is only a preview. `draft` is a scratch folder
-    next to the versions. `digests` (DIGESTS) is sorted by id. `provenance` has the manifest fields about the
-    run. `check` raises StoreError if another command has taken over the folder. Raises TableError if no row
-    is left or the shards have different columns, and StoreError if images are missing.
+    If the newest version has the same rows, audit and errors of checks, it is returned instead of a new
+    version. A complete run never returns a preview. `draft` is a scratch folder next to the versions.
+    `digests` (DIGESTS) is sorted by id. `provenance` has the manifest fields about the run. `check` raises
+    StoreError if another command has taken over the folder. Raises TableError if no row is left or the shards
+    have different columns, and StoreError if images are missing.
     """
     if not digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"
@@ -203,7 +203,8 @@ def next_version(
 ) -> str:
     """Return the next version name. The names of `pushed` versions are not reused, even after a removal.
 
-    The major number increases if columns or scores change, the minor if images are added, else the patch.
+    The major number increases if columns or scores change. Otherwise, the minor number increases if images
+    are added, or else the patch number.
     """
     numbers = [parse_version(name) for name in pushed if VERSION_NAME.fullmatch(name)]
     numbers += [parent.number] if parent else []

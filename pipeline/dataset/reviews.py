@@ -55,7 +55,7 @@ class Verdict(_NamedText):
 
 
 class Review(_NamedText):
-    """A review from browsing a report. An edit holds the complete new text."""
+    """A review that a user made in a report. An edit contains the complete new text."""
 
     verdict: Literal["good", "bad", "edited"]
     reason: Reason | None = None
@@ -141,8 +141,8 @@ def merge_lines(lines: Iterable[T]) -> list[T]:
 class AppliedReviews:
     """The review of each annotation, by the name of the unedited text, and the reviews that were not applied.
 
-    Reviews are applied in order, and a later review of a text replaces an earlier one. It may name an edited
-    text by its old or its new name. Reviews in `pending` match no annotation.
+    Reviews are applied in order, and a later review of a text replaces an earlier one. A review of an edited
+    text may use the old or the new name of the text. Reviews in `pending` match no annotation.
     """
 
     by_name: dict[TextName, Review] = field(default_factory=dict)
@@ -173,7 +173,7 @@ class AppliedReviews:
 
 
 def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> str | None:
-    """Return the problem of an annotation (tables.ANNOTATION) after an edit, or None."""
+    """Return why the edit of an annotation (tables.ANNOTATION) is invalid, or None if it is valid."""
     if final_value(row, "record") is not None:
         return "values of a custom task can be reviewed as good or bad, but not edited"
     is_caption = final_value(row, "text") is not None

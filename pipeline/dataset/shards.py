@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
-GROUP_ROWS, TEXT_GROUP_ROWS = 64, 4_096  # rows in a row group with and without images
+GROUP_ROWS, TEXT_GROUP_ROWS = 64, 4_096  # rows per row group: with images, and without images
 # A row group of several rows has at most GROUP_BYTES, and a shard ends at SHARD_BYTES.
 GROUP_BYTES, SHARD_BYTES = 16_000_000, 300_000_000
 # Parquet column names of the pixels in a version and in an image store.

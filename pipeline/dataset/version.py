@@ -71,7 +71,7 @@ class Version:
 
     @property
     def dataset_dir(self) -> Path:
-        """The folder for outputs from this version: its dataset folder, or else the parent of its folder."""
+        """The folder for files derived from this version: its dataset folder, or the parent of `path`."""
         if self.repo:
             return dataset_folder(self.repo)
         # `path` may be a symbolic link. If the link is in a folder `versions`, use the dataset of that
@@ -224,7 +224,7 @@ def require_values(rows: pa.Table | pa.RecordBatch) -> None:
 
 
 def dataset_dir_of(version: Path) -> Path:
-    """Return the dataset folder of a version folder, or its parent if it is not in a folder `versions`."""
+    """Return the dataset folder of a version in a folder `versions`, or the parent of any other version."""
     return version.parent.parent if version.parent.name == "versions" else version.parent
 
 

@@ -33,7 +33,7 @@ class LocalExecutor:
         self._services = Services(plan.dataset, engine, plan.config.servers, stats, progress)
 
     def __enter__(self) -> "LocalExecutor":
-        # Cluster runs store replies in the shards of the same dataset folder.
+        # Reuse the replies that cluster runs stored in the shards of this dataset folder.
         paths = sorted(self.dataset.path.glob("shards/*/journal/local.sqlite")) if self.plan.source else []
         for path in paths:
             # Merge the write-ahead log that a killed worker may have left.
@@ -57,7 +57,7 @@ class LocalExecutor:
         work(self.dataset, self._services)
 
     def wait(self) -> None:
-        """See Executor. Unloads the model, unless a task has several models, which may be asked later."""
+        """See Executor. Unloads the model, unless a task has several models that later passes may use."""
         if self.plan.requests.num_rungs == 1:
             self._engine.close()
 

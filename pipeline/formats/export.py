@@ -26,7 +26,7 @@ RECORD = ".synth-export"  # the digest of the version and the settings of an exp
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The folder of an export with facts about it. Without `is_new`, the folder had this export already."""
+    """The folder of an export, with counts. `is_new` is False if the folder already had this export."""
 
     folder: Path
     images: int  # number of images written
@@ -51,9 +51,9 @@ def export_version(
     """Write a version to a folder, as PARQUET or in one of FORMATS. `style` selects captions.
 
     `source_names` names files as in the source (`read_items`). `absolute` writes absolute paths of images.
-    `trigger` begins each caption, for a LoRA. `opening` is removed from the beginning of each caption.
-    If the folder already has this export, nothing is written. Raises ConfigError if it has anything else or
-    is in use, the format is unknown, or there is nothing to write.
+    `opening` is removed from the beginning of captions. Then `trigger` is prepended, to train a LoRA. If the
+    folder already has this export, nothing is written. Raises ConfigError if the folder has other content or
+    is in use, if the format is unknown, or if there is nothing to write.
     """
     report, splits, opening = progress or NullProgress(), tuple(splits), opening.strip()
     image_root = f"{out.absolute().as_posix()}/" if absolute else ""
@@ -105,7 +105,10 @@ def export_version(
 
 
 def _has_export(out: Path, settings: str) -> bool:
-    """Return whether a folder exists. Raises ConfigError unless it has the export with these settings."""
+    """Return True if a folder has the export with these settings, or False if the folder does not exist.
+
+    Raises ConfigError if the folder has other content.
+    """
     if not out.exists():
         return False
     record = out / RECORD

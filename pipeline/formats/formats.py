@@ -49,7 +49,7 @@ RATINGS = {
 
 
 class Format:
-    """Base of all formats. `image_root` precedes the paths of images in texts and tables."""
+    """Base of all formats. `image_root` is prepended to the image paths that an export lists."""
 
     def __init__(self, folder: Path, image_root: str = "") -> None:
         self.folder, self.image_root = folder, image_root
@@ -338,7 +338,7 @@ class VlmEvalKit(Format):
     _num_lines = 0
 
     def add(self, item: Item) -> bool:
-        # The reader finds the image of the other lines by the index of the first line.
+        # In the other lines, the image column has the index of the first line, which has the image.
         image, first = base64.b64encode(item.image).decode(), self._num_lines
         for index, (question, answer) in enumerate(item.single_turns, first):
             values = {"image": image if index == first else first, "question": question, "answer": answer}
@@ -481,5 +481,5 @@ FORMATS: dict[str, Callable[[Path, str], Format]] = {
     "dpo": partial(ParquetRows, columns={"image": IMAGE, **_DIALOG}, rows_of=_preference_rows),
 }
 
-PARQUET = "parquet"  # not in FORMATS: all columns are written at once (dataset/publishing.py)
-TABLES = (PARQUET, "cauldron", "messages", "dpo", "vlmevalkit")  # images are in the rows
+PARQUET = "parquet"  # not in FORMATS, because dataset/publishing.py writes it
+TABLES = (PARQUET, "cauldron", "messages", "dpo", "vlmevalkit")  # formats that store images in the rows

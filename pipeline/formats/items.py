@@ -21,7 +21,7 @@ MAX_NAME_BYTES = 200  # file systems allow 255, including the suffix
 _UNSAFE_NAME = re.compile(
     r"""|con|prn|aux|nul|com\d|lpt\d|[0-9a-f]{64}|[-. ].*|.*[. ]|.*[\\:*?"<>|].*""", re.IGNORECASE
 )
-ALL = "all"  # the style that stands for every caption
+ALL = "all"  # the value of --style that selects captions of all styles
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: several JPEGs of a camera in one file
 
 
@@ -84,9 +84,9 @@ class Item:
 def choose_texts(item: Item, *, style: str | None, trigger: str, opening: str, only_one: bool) -> Item:
     """Return an item with only the captions and pairs of a style.
 
-    Without a style, all captions are kept, or with `only_one` the preferred caption. The style ALL keeps all.
-    `opening` is removed from the captions. Then `trigger` is prepended. If a model's caption is then equal to
-    a human one, both count as written by the model.
+    Without a style, or with the style ALL, captions of all styles are kept. With `only_one`, only the
+    preferred caption is kept, unless the style is ALL. `opening` is removed from the captions. Then `trigger`
+    is prepended. If a model's caption is then equal to a human one, both count as written by the model.
     """
 
     def edit(text: str) -> str:

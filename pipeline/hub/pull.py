@@ -24,7 +24,7 @@ from pipeline.storage.files import scratch_folder, translate_disk_errors
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
 from pipeline.tables import SPLITS
 
-# Exports in other formats are not downloaded.
+# The files of a version. Exports in other formats, which a repository may also have, are not downloaded.
 DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, REJECTIONS_FILE, *(f"{split}-*.parquet" for split in SPLITS)]
 
 

@@ -29,7 +29,7 @@ from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import ImageInfo, check_image
 from pipeline.images.metadata import strip_metadata
 
-# Per image. Unlike the limit on CPU time, this limit also ends workers that sleep. It is high, because the
+# Time limit per image. Unlike the limit on CPU time, it also ends workers that sleep. It is high, because the
 # machine may be busy.
 WALL_SECONDS = 300.0
 AHEAD_BYTES = 128_000_000  # total size of the queued images
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 MEMORY_BYTES = 1_500_000_000  # in addition to the memory of an idle worker
 CPU_SECONDS = 30
 MAX_HEADER_BYTES = 1_000_000
-MAX_STRIPPED_BYTES = 400_000_000  # of a file without metadata: a TIFF may become a larger PNG
-UNCHANGED = b""  # the message for an image without metadata
+MAX_STRIPPED_BYTES = 400_000_000  # file size after metadata is removed: a TIFF may become a larger PNG
+UNCHANGED = b""  # sent instead of an image that had no metadata
 
 
 # --- this process
@@ -281,7 +281,7 @@ def allow_cpu() -> None:
 
 
 def _check(images: list[bytes]) -> list[bytes]:
-    """Return the answer to a request: a JSON header, then each image without metadata or UNCHANGED."""
+    """Return a JSON header, then for each image its file without metadata, or UNCHANGED if it had none."""
     try:
         stripped, infos = [], []
         for image in images:

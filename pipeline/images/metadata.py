@@ -16,7 +16,7 @@ from PIL import ImageOps
 from pipeline.images.decode import JPEG_QUALITY, MAX_SCANS, ORIENTATION, open_image, too_many_scans
 
 _ICC_PROFILE = b"ICC_PROFILE\0"
-_MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 are part of the scan
+_MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # FF 00 and FF D0 to FF D7 are part of the scan
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks that are needed to decode pixels and their colors. The last three (acTL, fcTL and fdAT) hold the
@@ -63,7 +63,7 @@ def _strip_jpeg(data: bytes) -> Iterator[bytes]:
             raise ValueError("not a segment")
         content = data[start + 4 : end]
         if kind == 0xE0 and content.startswith(b"JFIF\0") and len(content) >= 14:
-            yield b"\xff\xe0\x00\x10" + content[:12] + b"\0\0"  # without its thumbnail
+            yield b"\xff\xe0\x00\x10" + content[:12] + b"\0\0"  # without the JFIF thumbnail
         elif kind == 0xE1 and not has_orientation:  # EXIF or XMP: write the orientation only once
             has_orientation = True
             if (orientation := _orientation(data)) != 1:

@@ -80,7 +80,8 @@ def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
 def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_]) -> NearPairs:
     """Return the near pairs of `hashes`. Its rows must be sorted from the best image to the worst.
 
-    Each hash is paired with at most MAX_NEIGHBORS better hashes, so that many similar images fit in memory.
+    Each hash is paired with at most MAX_NEIGHBORS better hashes, so that the pairs of many similar
+    images fit in memory.
     Pairs with a page of a deck (`is_page`) are all returned, since decks are near if they share enough pages.
     """
 
@@ -187,8 +188,8 @@ def _near_decks(near: NearPairs, owners: Rows, num_pages: Rows) -> NearPairs:
     """Return the near pairs of decks from pairs of near pages. `owners` are the decks of the pages."""
     decks, pair_of = np.unique(owners[near.first] * len(num_pages) + owners[near.second], return_inverse=True)
     first, second = decks // len(num_pages), decks % len(num_pages)
-    # For each deck of a pair, count the pages that are near a page of the other deck, and add up the smallest
-    # distance of each.
+    # For each deck of a pair, count the pages that are near a page of the other deck, and sum the distances
+    # from these pages to their nearest page.
     num_shared, total_bits = np.zeros((2, len(decks)), np.int64), np.zeros(len(decks))
     for deck, pages in enumerate((near.first, near.second)):
         shared, index = np.unique(pair_of * len(owners) + pages, return_inverse=True)

@@ -46,9 +46,9 @@ DEMUXERS = {
 }
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pdf": (".pdf",), "video": tuple(DEMUXERS)}
 _PR_SET_PDEATHSIG = 1
-MAX_PACKETS = 3_000_000  # over 24 hours of video
-MAX_DAMAGED_PACKETS = 1_000  # number of damaged packets to skip
-HEARTBEAT_PACKETS = 500  # packets between messages while no frame is due
+MAX_PACKETS = 3_000_000  # enough for more than 24 hours of video
+MAX_DAMAGED_PACKETS = 1_000  # maximum number of damaged packets that are skipped
+HEARTBEAT_PACKETS = 500  # a message is sent after this many packets, even if no frame is due
 SPARE_MS = 1_000  # a video may exceed its stated length by this much
 Answer = tuple[dict[str, Any], bytes | None]
 _SERVE = "from pipeline.images.rendering import serve; serve()"

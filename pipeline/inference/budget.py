@@ -15,7 +15,7 @@ from pipeline.types import DEFAULT_MODEL, UNANSWERED, Reply, Request
 WINDOW_REPLIES = 100
 ASSUMED_PROMPT_TOKENS = 1500  # a one-megapixel image and a prompt, if the server reports no token counts
 CHARACTERS_PER_TOKEN = 4
-FIRST_REQUESTS = 32  # at most this many are sent before the length of a prompt is known
+FIRST_REQUESTS = 32  # maximum requests in flight before the length of a prompt is known
 MAX_SHOWN_CHARACTERS = 120
 
 
@@ -39,9 +39,10 @@ def likely_tokens(reply: Reply) -> tuple[int, int]:
 class Budget:
     """Counts the requests, estimated tokens and cost of a dataset over all runs.
 
-    A request in flight reserves the longest prompt so far and `max_tokens`. While no request is in flight,
-    the next request needs to fit only with the mean cost so far. A limit is exceeded by at most one request,
-    plus the additional tokens of prompts in flight that are longer than all earlier prompts.
+    A request in flight reserves the tokens of the longest prompt so far, plus `max_tokens`. While no request
+    is in flight, the next one is sent if the mean cost so far fits the budget. So a limit is exceeded by
+    at most one request, plus the additional tokens of prompts in flight that are longer than all earlier
+    prompts.
     """
 
     servers: Servers

@@ -29,14 +29,15 @@ from pipeline.inference.vllm import Server, VllmCommand, run_servers
 from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
-FIRST_REQUESTS, MAX_REQUESTS = 32, 128  # first and largest limit per server that synth did not start
+# First and maximum limit on requests in flight, for each server that synth did not start.
+FIRST_REQUESTS, MAX_REQUESTS = 32, 128
 BUSY_SECONDS = 1.0  # busy answers and timeouts within this time count once
 MAX_FILES = 65_536
 RESERVED_FILES = 128  # file descriptors that are not used for connections
 GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
 SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
 FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
-# The least estimate for a prompt. It makes all built-in tasks send images of the same size.
+# Minimum estimate of the tokens in a prompt. With it, all built-in tasks send images of the same size.
 MIN_PROMPT_TOKENS = 640
 BYTES_PER_TOKEN = 2  # words of any script have more bytes per token, but numbers may have only 1
 FINISH_SECONDS = 60.0  # after a fatal error, wait this long for replies in flight, which are already paid for
@@ -53,7 +54,7 @@ class Concurrency:
         self.limit = self._usual = first  # the limit without busy answers
         self._max = maximum
         self._busy_at = 0.0
-        self._replies, self._seconds = 0, 0.0  # since the last change
+        self._replies, self._seconds = 0, 0.0  # replies and their total time since the limit changed
         self._fastest_s = math.inf
 
     def slow_down(self) -> None:
@@ -255,7 +256,7 @@ class Client:
             await asyncio.wait(in_flight.running, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
         if in_flight.running:
             await asyncio.sleep(GROUP_SECONDS)
-        if in_flight.error and not in_flight.replies:  # replies are first yielded, so that they are stored
+        if in_flight.error and not in_flight.replies:  # yield replies first, so that they are stored
             raise in_flight.error
         replies, in_flight.replies = in_flight.replies, []
         return replies

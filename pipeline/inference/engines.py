@@ -160,7 +160,7 @@ def _find_weights(model: str, progress: Progress, *, decks: bool = False) -> tup
 def download_model(model: str, commit: str, progress: Progress) -> Path:
     """Return the folder of a Hub model in the local cache. An interrupted download resumes.
 
-    The download precedes the start of a server, because that start has a time limit. Raises EngineError if
+    Call this before starting a server, because the start of a server has a time limit. Raises EngineError if
     the Hub does not answer, the model has no safetensors, or the disk is too small.
     """
     from huggingface_hub import snapshot_download
@@ -214,7 +214,7 @@ def _make_client(
 
 def plan_server(model: str, server: ServerConfig, progress: Progress) -> VllmCommand:
     """Return the command of `synth serve`, for the first GPU or group of GPUs."""
-    require_vllm()  # reported before the Hub is asked
+    require_vllm()  # fail before any request to the Hub
     revision, find_folder = _find_weights(model, progress)
     revision += _output_affecting_flags(server.flags)
     command, *others = plan_servers(

@@ -67,7 +67,7 @@ class Journal:
         # The requests whose replies were used, and the tokens of all their attempts, by TASK.MODEL.UNIT. A
         # reply that several samples use counts for each of them, so the sums do not depend on the shards.
         self.spent = Counter[str]()
-        self.counted: set[tuple[str, str]] = set()  # the sample and request ids of `spent`
+        self.counted: set[tuple[str, str]] = set()  # (sample id, request id) counted in `spent`
         self._db = sqlite3.connect(path.absolute())
         self._db.text_factory = _decode
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()

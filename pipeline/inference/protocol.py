@@ -34,7 +34,8 @@ MAX_BODY_BYTES = 8_000_000  # for lists of models and replies to the probe
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
 MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
-# A token has about 4 characters. A reply with more than 64 per token is cut. A JSON escape has 6 bytes.
+# A token has about 4 characters. A reply with more than 64 characters per token is cut. In JSON, an escaped
+# character has 6 bytes.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
 MAX_LOGPROB_BYTES = 2048  # for a token with its bytes and log-probability
 MAX_COUNTED_TOKENS = 1_000_000_000
@@ -152,7 +153,8 @@ def request_headers(key: str) -> dict[str, str]:
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
     """Return the body of a chat request. `images` is the JSON of the image parts.
 
-    Without enforced schemas, the prompt states the schema. No seed is sent, since vLLM on CPUs would crash.
+    If the server does not enforce schemas, the prompt states the schema. No seed is sent, since vLLM on CPUs
+    would crash.
     """
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)

@@ -47,9 +47,9 @@ from pipeline.types import (
     SourceTexts,
 )
 
-Chunk = tuple[Sequence[Request], SampleBatch]  # requests without images, and the samples they are about
+Chunk = tuple[Sequence[Request], SampleBatch]  # requests whose images are not read yet, and their samples
 NO_SAMPLES = SampleBatch((), tuple)
-TextsOf = Callable[[str], SourceTexts]  # by sample id
+TextsOf = Callable[[str], SourceTexts]  # the argument is a sample id
 NO_TEXTS: TextsOf = lambda _: NO_INPUTS  # noqa: E731
 
 
@@ -316,8 +316,9 @@ def read_annotations(
 ) -> Iterator[pa.Table]:
     """Yield a table of annotations (tables.ANNOTATION) for each list of samples.
 
-    Human annotations of a sample come first, then those of each model of a ladder. `escalated` has a function
-    like `texts` for each further model of a ladder. The journal must have a reply to every request.
+    Human annotations of a sample come first, then those of each model of a ladder. `texts` returns the inputs
+    for the first model of a ladder, and `escalated` has one such function for each further model. The journal
+    must have a reply to every request.
     """
     rungs = [(replace(plan, rung=rung), of_rung) for rung, of_rung in enumerate((texts, *escalated))]
     for chunk in samples:

@@ -32,7 +32,7 @@ FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told abo
 # on its name.
 FILTER_KEYS = ("min_words", "max_words", "model")
 RESULT_MISSING = "result_missing"  # reply_error of a task that was not asked, since it needs a missing result
-IMAGE_SIZE = ("width_px", "height_px")  # names in `row` of conditions, besides the columns of the source
+IMAGE_SIZE = ("width_px", "height_px")  # conditions may use these like source columns
 CHECKS = "checks"  # the key in `task_models` for the tasks that check texts
 Pair = tuple[str, str]  # task and style, which is "" for most tasks
 
@@ -51,7 +51,7 @@ class RequestPlan:
     has_decks: bool  # whether samples are documents of several pages
     shows_detail: bool  # whether the images are pages
     default_model: str
-    ladders: tuple[tuple[str, tuple[str, ...]], ...]  # names of the models of tasks, in order, by task
+    ladders: tuple[tuple[str, tuple[str, ...]], ...]  # (task, names of its models in order)
     revisions: tuple[tuple[str, str], ...]  # digests or commits of models, by name
     rung: int = 0  # position of the model to ask in each ladder
 
@@ -67,7 +67,7 @@ class RequestPlan:
         )  # fmt: skip
 
     def models_of(self, task: str) -> tuple[str, ...]:
-        """Return the names of the models of a task. Each is asked for texts that failed before."""
+        """Return the names of a task's models. Each later model replaces texts that failed a check."""
         return dict(self.ladders).get(task, (self.default_model,))
 
     def model_of(self, task: str) -> str:

@@ -89,7 +89,7 @@ def claim_checks(claim: str) -> list[Check]:
 def rule_checks(caption: str) -> list[list[Check]]:
     """Return a single check for each claim that rules find in a caption of a drawn scene.
 
-    Its answer has the maximum weight, so it decides alone.
+    The answer to this check has the maximum weight, so it alone confirms or refutes the claim.
     """
     from pipeline.scenes.claims import extract_claims  # this import compiles large regular expressions
 
@@ -123,7 +123,7 @@ def _usable_rows(task: Task, request: Request, journal: Journal) -> list[dict[st
 
 
 def build_repair(caption: str, claims: Sequence[str], sample_id: str, plan: RequestPlan) -> Request:
-    """Return the request that asks the model to remove these claims from a caption."""
+    """Return the request that asks the model to remove `claims` from a caption."""
     fields, shared_digest = plan.fields(REPAIR, caption=caption, claims=tuple(claims))
     return _text_request(fields, shared_digest, sample_id, "repair")
 

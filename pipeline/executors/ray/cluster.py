@@ -104,10 +104,10 @@ def map_on_workers(
 ) -> list[T]:
     """Apply a function to every index below `count` on workers, and return the results in order.
 
-    `work` is pickled. Each worker uses one copy for all its indices, and exits the copy at the end if it
-    is a context manager. An index is started again if its worker dies. After an error, no further index is
-    started, but each worker finishes its current index. `report` gets the number of finished indices. Raises
-    the first SynthError of a worker, or ClusterError if workers die repeatedly.
+    `work` is pickled. Each worker calls its own copy for all its indices. If the copy is a context manager,
+    the worker exits it at the end. An index is started again if its worker dies. After an error, no further
+    index is started, but each worker finishes its current index. `report` gets the number of finished
+    indices. Raises the first SynthError of a worker, or ClusterError if workers die repeatedly.
     """
     import ray
     import ray.exceptions as lost

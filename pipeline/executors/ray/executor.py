@@ -83,7 +83,7 @@ class RayExecutor:
         self.run = replace(run, key=self._read_key)
 
     def begin_pass(self, escalations: str) -> None:
-        """See Executor. If the requests to further models have changed, `wait` fills the shards again."""
+        """See Executor. If the requests to the next models have changed, `wait` fills all shards again."""
         key = digest([self._read_key, escalations])
         if key != self.run.key:
             self.run, self.is_filled = replace(self.run, key=key), False
