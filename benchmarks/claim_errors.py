@@ -1,4 +1,4 @@
-"""Simulate the claims check with known truth: do its intervals hold, and which captions does it reject?
+"""Simulate the claims check on captions with known errors, and measure its intervals and rejections.
 
     python benchmarks/claim_errors.py [--rounds 300] [--texts 200] [--claims 8] [--seed 0] [--log-odds]
 
@@ -29,7 +29,7 @@ from pipeline.dataset.calibration import NEVER, TRUE, Evidence, Findings
 
 IMAGES, KNOWN, MAX_LOST = 200, 3, 0.1
 ERRORS, WRONG, ALWAYS_YES = (0.02, 0.1, 0.3), (0.0, 0.05, 0.1, 0.2), (0.0, 0.3)
-NOISE = (0.0, 1.0, 2.0)  # log-odds are multiplied by exp(noise): its standard deviations
+NOISE = (0.0, 1.0, 2.0)  # standard deviations of normal noise; log-odds are multiplied by exp(noise)
 UNSURE_FRAC = 0.25
 Array = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]

@@ -33,7 +33,7 @@ CONCURRENCY = 256
 LATENCY_SECONDS = 0.2
 KEPT_FILES = 2000  # further images are copies with additional bytes at the end
 WITH_CONTEXT = "synth-context"
-HANGS_SECONDS = 180  # far more than the few seconds that half of the rows take
+HANGS_SECONDS = 180  # a client hangs if half of the rows take this long; normally, they take a few seconds
 PROMPT = "Write one sentence that names the main things in view."
 
 
@@ -59,7 +59,7 @@ def make_images(folder: Path) -> None:
 
 
 def read_image(folder: Path, number: int) -> bytes:
-    """Return the bytes of an image. Appended bytes distinguish images from number KEPT_FILES on."""
+    """Return the bytes of an image. Beyond KEPT_FILES, images are copies with their number appended."""
     data = (folder / f"{number % KEPT_FILES:05d}.jpg").read_bytes()
     return data if number < KEPT_FILES else data + number.to_bytes(8, "big")
 

@@ -1,4 +1,4 @@
-"""Compare captioners that were trained with different data or settings, by an interval over seeds and images.
+"""Compare captioners trained with different data or settings. Intervals account for seeds and test images.
 
     python benchmarks/compare_captioners.py human=runs/h0,runs/h1,runs/h2 mixed=runs/m0,runs/m1,runs/m2
 

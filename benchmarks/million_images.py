@@ -125,7 +125,7 @@ def watch(
 
 
 def main() -> None:
-    """Generate the version (after an optional kill), then again unchanged. Prints time and memory of each."""
+    """Run the command twice, optionally after a killed run. Print time and memory of each run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

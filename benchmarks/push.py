@@ -118,7 +118,7 @@ def push(hub: RunningHub, home: Path, code: dict[str, str], version: Version, re
 
 
 def main() -> None:
-    """Measure both, and print a table with ratios."""
+    """Measure pushes by `synth` and by `Dataset.push_to_hub`, and print a table."""
     parser = argparse.ArgumentParser(description="Push a dataset of images, beside Dataset.push_to_hub.")
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--image-kilobytes", type=int, default=90)
@@ -149,7 +149,7 @@ def main() -> None:
                     flush=True,
                 )
             if version.manifest["parent"]:
-                shutil.rmtree(version.path)  # so that the next version is again a child of the first
+                shutil.rmtree(version.path)  # the parent of the next version must be the first version
 
 
 if __name__ == "__main__":

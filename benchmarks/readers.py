@@ -5,8 +5,8 @@
 Scenes with texts from the tiny teacher are exported, and each loader must return every image and text.
 open_clip (`pip install open_clip_torch`) reads tables and tar shards. The other loaders come from checkouts:
 huggingface/nanoVLM (The Cauldron's columns), haotian-liu/LLaVA and kohya-ss/sd-scripts. The last two need
-older packages, so each checkout needs its own `.venv` with its requirements. Prints counts, and the lines of
-code that each loader needs.
+older packages, so each checkout needs its own `.venv` with its requirements. Prints counts, and the number
+of code lines that each loader needs.
 """
 
 import argparse

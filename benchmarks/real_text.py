@@ -29,7 +29,7 @@ from pipeline.text.phrases import PHRASES, phrases_in
 from pipeline.types import Reply, Request, Sampling
 
 BATCH = 10_000
-LENGTHS = {"captions_human": range(10, 15), "captions_vlm": range(110, 151)}  # words of timed captions
+LENGTHS = {"captions_human": range(10, 15), "captions_vlm": range(110, 151)}  # words per timed caption
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.devices import matmul_precision
 from trainer.tokenizer import TextBatch
 
-CAPTIONS, TOKENS = 5, (10, 22)  # TOKENS: shortest and longest caption
+CAPTIONS, TOKENS = 5, (10, 22)  # TOKENS: minimum and maximum caption length
 STATES, WIDTH = 50, 768  # CLIP ViT-B/32 (--states overrides STATES)
 VOCABULARY = 8_192
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -234,7 +234,10 @@ def _launches_and_syncs(step: Callable[[], float]) -> dict[str, int]:
 def captions_per_s(
     name: str, images: int, states: int, rounds: int, decoding: DecodingConfig, device: torch.device
 ) -> tuple[float, float]:
-    """Return the number of 20-token captions per second, and their time as a multiple of the floor."""
+    """Return the number of 20-token captions per second, and the ratio of their time to the floor.
+
+    The floor is the time for the same FLOPs at the speed of one large matrix product.
+    """
     captioner = build(name, device).eval()
     states_BNV = torch.randn(images, states, WIDTH, device=device)
     prompt_BT = torch.full((images, 2), 2, device=device)

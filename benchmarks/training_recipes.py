@@ -4,9 +4,9 @@
     PYTHONPATH=.:benchmarks python benchmarks/training_recipes.py OUT decoders --seeds 0 1 2
 
 `stages` compares four recipes ("arms") of 450 steps. A simulated teacher captions 1,200 scenes with 20 %
-false phrases: it calls purple blue, and names some random shapes. 100 of the scenes also have a true caption
-with another wording. The arms train on the teacher's captions, on the true captions, on both together, or on
-the teacher's captions for 300 steps and then on the true captions.
+false phrases: purple objects are called "blue", and some shapes are random. 100 of the scenes also have a
+true caption with another wording. The arms train on the teacher's captions, on the true captions, on both
+together, or on the teacher's captions for 300 steps and then on the true captions.
 
 `decoders` compares a decoder with an image prefix and one with cross-attention. Both have dropout, and learn
 true captions for an equal time.
@@ -39,7 +39,7 @@ from trainer.config import resolve
 from trainer.training import train_captioner
 
 TEST, VALIDATION, TAUGHT, TRUE, DECODER_SCENES = 250, 50, 1200, 100, (200, 600, 1800)
-FALSE = 0.2  # share of false phrases, including the purple objects (1 of 8), which are called blue
+FALSE = 0.2  # share of false phrases, including purple objects (1 of 8) called "blue"
 FALSE_SHAPES = (FALSE - 1 / len(COLORS)) / (1 - 1 / len(COLORS))
 SHARED: dict[str, Any] = {
     "encoder": "tiny-clip", "encoder_states": "2x2", "text_weights": {"answer": 0},

@@ -25,8 +25,8 @@ def installed_version() -> str:
 def install_command(*extras: str, package: str = "") -> str:
     """Return the command that installs the packages of these extras.
 
-    The command names packages instead of this distribution, so it works for every kind of installation. If
-    the missing `package` is not in the extras, the command installs only `package`.
+    The command lists the packages themselves, so it works however this distribution was installed. If the
+    extras do not contain the missing `package`, the command installs only `package`.
     """
     try:
         lines = requires(DISTRIBUTION) or []

@@ -45,7 +45,7 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run needs to know. Pickling leaves out the open source and the engines.
+    """Everything that a run needs to know. Pickling leaves out the opened source and the engines.
 
     `config` includes the defaults of the source. `models` and `engines` have the models of the run by their
     names in the settings.
@@ -81,10 +81,10 @@ class Plan:
         is_trial: bool = False,
         in_cluster: bool = False,
     ) -> "Plan":
-        """Resolve the settings, open the source and choose the models, and report them on one line.
+        """Resolve the settings, open the source and choose the models. Report the plan on one line.
 
-        `out` is the dataset folder, by default `data/SOURCE`. Only a cluster can write to an object store.
-        A trial does not hash the source files. Raises SynthError on failure.
+        `out` is the dataset folder, by default `data/SOURCE`. It can be in an object store only if
+        `in_cluster` is True. With `is_trial`, the source files are not hashed. Raises SynthError on failure.
         """
         dataset = DatasetDir(out or dataset_folder(config.source))
         require_utf8_path(dataset.path)
@@ -153,7 +153,7 @@ class Plan:
         return {"models": self.describe_models(), "model_settings": settings}
 
     def refuse_equal_models(self) -> None:
-        """Raise ConfigError if two models of a ladder are equal, or the judge also writes texts."""
+        """Raise ConfigError if a task has the same model twice, or if the judge also writes texts."""
         for task in self.tasks.asked:
             names = self.requests.models_of(task.name)
             if len({self.models[name].revision for name in names}) < len(names):
@@ -190,10 +190,10 @@ def _settings_digest(config: Config) -> str:
 
 
 def _choose_engine(plan: Plan, name: str, progress: Progress, *, in_cluster: bool) -> EngineChoice:
-    """Choose a model's engine. If that fails, use the model of the last run if its settings are equal.
+    """Choose the engine for a model. If none is available, use the replies stored by the last run.
 
-    A run that only applies new thresholds or splits sends no requests, so it needs no server. If the run does
-    send a request, the original error is raised.
+    This requires that the last run had the same model settings. A run that only applies new thresholds or
+    splits sends no requests, so it needs no server. If a request is sent, the original error is raised.
     """
     config = plan.config.of_model(name)
     log = plan.dataset.path / ("vllm.log" if name == DEFAULT_MODEL else f"vllm-{name}.log")
@@ -201,7 +201,7 @@ def _choose_engine(plan: Plan, name: str, progress: Progress, *, in_cluster: boo
     record = read_record(plan.dataset, *last)
     has_replies = record.get("model_settings", {}).get(name) == _settings_digest(config)
     try:
-        # Without replies, the run needs the server. The Hub is asked only after this check.
+        # Without stored replies, the run needs vLLM. Check this before `choose_engine` contacts the Hub.
         starts_server = config.asks_model and not config.base_url and pick_engine(config)[0] == "vllm"
         if starts_server and not (has_replies or in_cluster):
             require_vllm()
@@ -298,7 +298,7 @@ def describe_requests(plan: Plan) -> str:
 
 
 def describe_boxes(plan: Plan) -> Iterator[str]:
-    """Yield a note for each model that does not write boxes in the unit that its task reads."""
+    """Yield a note for each model that writes boxes in a different unit than its task expects."""
     for task in plan.config.custom_tasks:
         for name in plan.requests.models_of(task.name) if task.kind == "boxes" else ():
             model = plan.models[name].name

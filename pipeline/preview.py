@@ -20,8 +20,9 @@ from pipeline.types import Rejected, Sample
 
 @dataclass(slots=True)
 class Preview:
-    """The texts of a few images by image name, each with the reason if it was rejected, and its style.
+    """The texts of a few images, by image name.
 
+    Each entry of `images` is (text, reason if it was rejected or None, style).
     `prompts` maps "task style" to a prompt. `page` is the report page, or None if no text is left.
     """
 

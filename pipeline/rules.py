@@ -43,7 +43,7 @@ MIN_ENGLISH_WORDS, MIN_OTHER_WORDS = 5, 3
 MAX_WORDS_OF_TAG, MAX_TAGS = 4, 25
 # Texts with fewer characters per sentence are checked for sentences that begin with the same words.
 MAX_CHARACTERS_OF_STUB = 35
-# Minimum detector score of a short answer. Brand names often resemble words of another language.
+# Minimum detector score to reject a short answer, since brand names often resemble foreign words.
 MIN_ANSWER_SCORE = 0.8
 # Minimum detector score for telling close languages apart.
 MIN_CLOSE_SCORE = 0.9
@@ -66,7 +66,7 @@ _ODD_TAG = re.compile(
 MAX_EQUAL_PARTS = 5
 
 _ELSEWHERE = pattern("elsewhere", before=r"\b", after=r"\b")
-# Few texts have words of both sets, so testing for them first is faster.
+# Few texts have words of both sets below, so testing for these words first is faster.
 _ELSEWHERE_HINTS = frozenset([*WORDS["elsewhere"].split(), *map(str, range(100))])
 _REFERRING_WORDS = frozenset(WORDS["referring"].split())
 _ELSEWHERE_IN_QUESTION = pattern("elsewhere_in_question", before=r"\b", after=r"\b")
@@ -150,7 +150,7 @@ class Scores(NamedTuple):
 
 @lru_cache(256)
 def bounds_of(style: str, language_code: str | None, caption_words: int | None) -> Bounds:
-    """Return the bounds of a caption, which leave room for the number of words that the prompts ask for."""
+    """Return the bounds of a caption. Half to double the words that the prompts ask for are allowed."""
     bounds = STYLE_BOUNDS.get(style or "plain", OTHER_BOUNDS)
     default = MIN_ENGLISH_WORDS if language_code in ("en", None) else MIN_OTHER_WORDS
     min_words, max_words = bounds.min_words or default, bounds.max_words

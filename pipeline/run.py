@@ -87,7 +87,7 @@ def run(
 
 
 def run_steps(work: Work, todo: Sequence[tuple[str, Step]]) -> None:
-    """Run each step with the name of the step before it. Steps with up-to-date results are skipped."""
+    """Run the steps in `todo`, each paired with the name of the step before it. Skip up-to-date steps."""
     row_steps = [step for step in steps_of(work.plan) if isinstance(step, RowStep)]
     for before, step in todo:
         step.run(work, before)
@@ -160,9 +160,9 @@ def run_trial(
     progress: Progress,
     changes: Mapping[str, Any],
 ) -> Iterator[Trial]:
-    """Run all steps on a few rows in a temporary folder, with the journal of the dataset.
+    """Run all steps on a few rows in a temporary folder, but keep replies in the journal of the dataset.
 
-    `changes` are other settings for the trial. `exclude` is ignored, because excluded datasets may be large.
+    `changes` override settings. `exclude` is ignored, because excluded datasets may be large.
     The caller holds the lock of the dataset folder.
     """
     assert plan.source is not None

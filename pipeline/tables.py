@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from pipeline.errors import TableError
 
-# Version of the row format. It is part of a version's digest. Increase it on any change that readers notice.
+# Number of the row format, which is part of a dataset version's digest. Increase it with every change that
+# affects programs that read the rows.
 TABLE_VERSION = 2
 
 # Source columns that may hold human texts.
@@ -246,7 +247,7 @@ ROW = pa.schema(
         *fields(pa.list_(QA_PAIR), "qa"),
     ]
 )
-# The rejections by all steps, which explain missing rows. Holds no text from the model.
+# The rejections by all steps, which explain missing rows. The table holds no text from the model.
 REJECTIONS = pa.schema(fields(STRING, "step", "reason", "source_row", "sample_id", "task", "content_digest"))
 
 # Columns of ROW that are stored as `sample_id` only. The pixels are in the image store.

@@ -1,4 +1,4 @@
-"""Run the main job on 64 photos with a real model, and print one page to paste into an issue.
+"""Generate a dataset from 64 photos with a real model, and print one page to paste into an issue.
 
 usage: python -m tests.check_real --repo ORG/NAME [--source flickr30k] [--out check-real]
 

@@ -1,4 +1,4 @@
-"""Render docs/cli.md from the commands: `make docs` writes it."""
+"""Render docs/cli.md, the reference of all commands, for `make docs`."""
 
 import re
 from collections.abc import Iterator

@@ -22,7 +22,7 @@ ORDER = (
 
 @pytest.fixture
 def heard_sigint() -> Iterator[None]:
-    """Deliver SIGINT as in a terminal: a shell ignores it in background jobs."""
+    """Handle SIGINT even if the tests run in a background job, for which shells ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the environment of the tests and of their child processes, before torch is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads do not spin
-    os.fsync = lambda fd: None  # not needed: tests kill processes, but the machine keeps running
+    os.fsync = lambda fd: None  # fsync is slow and not needed: tests kill processes, but never the machine
     if not os.environ.get("PYTEST_XDIST_WORKER"):
         folder = tempfile.TemporaryDirectory(prefix="synth-tests-")
         config.add_cleanup(folder.cleanup)

@@ -2,7 +2,7 @@
 
 The tokenizer is the real one, built from the BPE ranks in the PyPI package `dashscope`. The configuration has
 the published values. With all layers, the weights have the published size. Some rows of the embedding are
-scaled, so that a reply ends after some ten tokens, with and without a schema.
+scaled, so that a reply ends after about ten tokens, with and without a schema.
 """
 
 import base64
@@ -103,7 +103,7 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
 
     class Converter(TikTokenConverter):
         @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:  # `converted` calls this
+        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:  # called by `converted`
             return ranks
 
     options: dict[str, Any] = {"pattern": PATTERN, "extra_special_tokens": SPECIAL}

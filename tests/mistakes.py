@@ -176,7 +176,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def make_all(folder: Path) -> dict[str, tuple[int, str, list[str]]]:
-    """Make each mistake. Return its exit code, messages and written versions, by its name."""
+    """Make each mistake. Return exit code, messages and written versions by the name of the mistake."""
     outcomes = {}
     for number, mistake in enumerate(MISTAKES):
         home = folder / str(number)

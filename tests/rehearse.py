@@ -51,7 +51,7 @@ FLAGS = ("--max-num-batched-tokens", "512", "--max-num-seqs", "4")  # fewer toke
 
 
 def write_photos(folder: Path) -> None:
-    """Write pictures with human texts. The checks need these, because few random texts are kept."""
+    """Write pictures with human texts. Without human texts, few texts would remain for the checks."""
     (folder / "photos").mkdir(parents=True, exist_ok=True)
     rows = ["image,caption,question,answer"]
     for number, (width, height) in enumerate(SIZES):

@@ -1,6 +1,7 @@
-"""Resolve all extras together with vLLM, oldest and newest, for each Python. Only metadata is read.
+"""Resolve all extras together with vLLM, for each Python version, to the oldest and newest releases.
 
-`make resolve` prints the table of docs/install.md. tests/whole/test_install.py requires that all resolve.
+Only package metadata is downloaded. `make resolve` prints the table of docs/install.md.
+tests/whole/test_install.py requires that all combinations resolve.
 """
 
 import re
@@ -14,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 UV = str(Path(sys.executable).with_name("uv"))
 PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = ("highest", "lowest-direct")
-EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve")  # core; without vLLM; everything
+# Combinations: no extras, extras without vLLM, and all extras.
+EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve")
 SHOWN = ("vllm", "torch", "transformers", "numpy", "pillow", "pyarrow", "huggingface-hub", "ray")
-PLATFORM = "x86_64-manylinux_2_31"  # platform of the wheels of llguidance
+PLATFORM = "x86_64-manylinux_2_31"  # llguidance has wheels for this platform
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def true_captions(samples: list[Sample]) -> pa.Table:
 
 
 def scored_captions(samples: list[Sample], coverage: float = 0.5) -> pa.Table:
-    """Return `true_captions` with a coverage, and a rating of every second caption."""
+    """Return `true_captions` with scores: agreement, coverage and, for every second caption, a rating."""
     captions = true_captions(samples)
     ratings = [n % 5 + 1 if n % 2 else None for n in range(captions.num_rows)]
     captions = captions.append_column("agreement", pa.array([1.0] * captions.num_rows))

@@ -1,7 +1,7 @@
 """Find image files, caption them, and write the captions. An interrupted run can be resumed.
 
 Captions are written to a .jsonl file or to one text file next to each image. A .jsonl file has a temporary
-name until it is complete. Its settings are kept in a hidden file next to it.
+name until it is complete. The settings of its run are kept in a hidden file next to it.
 """
 
 import glob
@@ -69,8 +69,8 @@ def open_captions(
 ) -> Iterator[tuple[set[str], Callable[[list[Row]], None]]]:
     """Yield the images that an earlier run captioned, and a function that adds the rows of an image.
 
-    The file `path` is written at the end. Raises ConfigError if the file was not written with these settings,
-    or if an interrupted run had other settings.
+    All rows are written to `path` when the context ends. Raises ConfigError if an earlier run, finished or
+    interrupted, used different settings.
     """
     require_caption_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +98,10 @@ def open_captions(
 
 
 def _read_rows(path: Path, draft: Path, settings: dict[str, Any]) -> list[Row]:
-    """Return the rows of an earlier run. Raises ConfigError if they are damaged or had other settings.
+    """Return the rows of an earlier run. Raises ConfigError if they are damaged.
 
-    The rows of the last image in a draft are dropped, because some may be missing.
+    If the run was interrupted, its rows are in `draft`, and ConfigError is also raised if it used different
+    settings. The rows of the last image in the draft are dropped, because some may be missing.
     """
     file = draft if draft.exists() else path
     # Not splitlines(): a caption may contain other line separators.
@@ -165,7 +166,10 @@ class CaptionTask:
     def run(
         self, images: list[Path], write: Callable[[Path, list[str]], int], progress: Progress
     ) -> CaptionedImages:
-        """Call `write` with each image and its texts, one per style. `write` returns how many it added."""
+        """Call `write` with each image and its texts, one per style.
+
+        `write` returns the number of added texts.
+        """
         result, pairs = CaptionedImages(), ((path, path) for path in images)
         styles = [style or None for style in self.styles]
         if num_kept := len(self.images) - len(images):
@@ -191,7 +195,7 @@ def caption_images(
     """Write captions to the file `out`, or to text files next to the images if `out` is SIDECARS.
 
     If `out` is None, rows are passed to `show`. Texts of an earlier run with these settings, and existing
-    text files, are kept. Raises ConfigError if the file `out` or its draft has other settings.
+    text files, are kept. Raises ConfigError if an earlier run wrote to `out` with different settings.
     """
 
     def show_rows(path: Path, texts: list[str]) -> int:

@@ -64,7 +64,10 @@ class Captioner:
         return self.checkpoint.captioner.config.decoding().num_beams
 
     def decoding(self, num_beams: int, question: str = "") -> DecodingConfig:
-        """Return the decoding options. Answers may be short, so they get `num_beams` only."""
+        """Return the options of the final evaluation for captions, but only `num_beams` for answers.
+
+        Other options, such as a minimum length, do not suit short answers.
+        """
         config = self.checkpoint.captioner.config
         return DecodingConfig(num_beams=num_beams) if question else config.decoding(num_beams)
 
@@ -125,7 +128,7 @@ class Captioner:
                     yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
     def prompt(self, style: str | None = None, question: str = "") -> list[int]:
-        """Return a prompt's tokens. Raises TrainError if the style, or answering, was not learned."""
+        """Return the tokens of a prompt. Raises TrainError if the captioner has not learned such prompts."""
         prompts = self.checkpoint.captioner.config.prompts
         require_learned(prompts, style, question)
         if question:

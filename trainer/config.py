@@ -35,10 +35,10 @@ SCRATCH_DECODERS = ("scratch", PREFIX)
 DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
 
 FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
-MAX_CAPTION_TOKENS = 8192  # also limits generation with untrusted checkpoints
+MAX_CAPTION_TOKENS = 8192  # limit for settings and for untrusted checkpoints
 MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0  # with larger values, generation could take forever or overflow
 MAX_EPOCHS, MAX_STAGE_FRAC = 1_000_000, 10.0
-MIN_EVALUATIONS = 4  # at most one evaluation per epoch, but this many are always allowed
+MIN_EVALUATIONS = 4  # evaluations are limited to one per epoch, but never to fewer than this number
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {},
@@ -243,7 +243,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     given = read_yaml(config_file, "for an example, see train.json of a checkpoint") if config_file else {}
     values = {name: value for name, value in given.items() if is_set(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and is_set(name, value)}
-    if not (values | flags).get("init"):  # a continued captioner may contain other models
+    if not (values | flags).get("init"):  # a captioner to continue may contain other models
         _require_known_models(flags)
     preset, decoder = ({**values, **flags}.get(name) for name in ("preset", "decoder"))
     if values.get("preset", "auto") not in ("auto", preset):

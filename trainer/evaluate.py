@@ -202,7 +202,8 @@ def _generate(
 ) -> tuple[list[str], dict[tuple[int, int], list[str]]]:
     """Return the caption of each image, and the answers to the questions of the examples in `asked`.
 
-    Processes share the images. The states of HELD_IMAGES images are in memory at the same time.
+    The images are divided among the processes. A process holds the hidden states of at most HELD_IMAGES
+    images in memory.
     """
     source, style = prompt
     prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))

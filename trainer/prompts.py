@@ -82,8 +82,8 @@ def preferred_source(prompts: list[tuple[str, str]], style: str) -> str | None:
 def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, str, str]:
     """Return source, style and question for the text of a user: "", a style, a question or a request.
 
-    A captioner that has not learned answers writes a caption for a question. Raises ValueError if `text` is
-    the name of a style that was not learned, or if `text` is "" and no style was learned.
+    If the captioner has not learned to answer questions, a question requests a caption. Raises ValueError if
+    `text` is the name of a style that was not learned, or if `text` is "" and no style was learned.
     """
     styles = list(dict.fromkeys(style for _, style in prompts if style))
     text, answers = text.strip(), preferred_source(prompts, "")

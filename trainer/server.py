@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 # A body of this size holds a photo of 18 MB in base64. All waiting requests together have at most 960 MB.
 MAX_BODY_BYTES, MAX_WAITING = 24_000_000, 40
-# A header and a body must arrive in these times. Linux allows 1,024 open files by default.
+# Clients must send a header and a body within these times. Each connection needs an open file, and Linux
+# allows 1,024 per process by default.
 HEADER_TIMEOUT_S, BODY_TIMEOUT_S, MAX_CONNECTIONS = 20.0, 30.0, 500
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)

@@ -107,7 +107,7 @@ def train_captioner(
 
 
 def _read_finished(out: Path, config: TrainConfig, run: str) -> dict[str, Any]:
-    """Return the metrics of the run that finished in `out`. Raises TrainError if it was another run."""
+    """Return the metrics of the finished run in `out`. Raises TrainError if its digest is not `run`."""
     path = out / "metrics.json"
     try:
         metrics = read_json(path)
@@ -183,4 +183,4 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     write_captions(out / "captions.jsonl", metrics.pop("each"))
     write_json(out / "metrics.json", metrics)
     (out / "resume.pt").unlink(missing_ok=True)
-    return read_json(out / "metrics.json")  # same types as for an earlier finished run
+    return read_json(out / "metrics.json")  # JSON types, as `_read_finished` returns

@@ -40,7 +40,7 @@ def caption(url: str, paths: list[str], out: Path) -> None:
         inference_parameters=dd.ChatCompletionInferenceParams(
             temperature=0, max_tokens=256, max_parallel_requests=CONCURRENCY, timeout=600
         ),
-        skip_health_check=True,  # it would count as a request
+        skip_health_check=True,  # the endpoint would count the health check as a request
     )
     builder = dd.DataDesignerConfigBuilder(model_configs=[model])
     builder.with_seed_dataset(dd.LocalFileSeedSource(path=str(seed)))

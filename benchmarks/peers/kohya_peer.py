@@ -1,4 +1,4 @@
-"""Reads an export with the dataset classes in kohya's sd-scripts, like its LoRA trainers.
+"""Reads an export with the dataset classes in kohya's sd-scripts, as its LoRA trainers do.
 
 The TOML settings name the image folders and the suffix of the text files.
 """

@@ -29,7 +29,7 @@ VISION_TOKENS = len(PLACES)
 RARE_WORDS_PROBABILITY = 0.3  # probability that a `rarely_worded` task has words before its line
 # Matches the values in a reply that depend on the image.
 DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
-DecidedSpan = tuple[int, int, tuple[Spot, ...]]  # (start, end, spots); the spots determine these characters
+DecidedSpan = tuple[int, int, tuple[Spot, ...]]  # (start, end, image spots that determine these characters)
 MAX_WORDS = 200  # the longest released prompt has 160 words
 
 _TEXT = """

@@ -1,4 +1,4 @@
-"""Questions about drawn scenes and decks, with true answers and the places in the images that decide them."""
+"""Questions about drawn scenes and decks, with true answers and the image parts that determine them."""
 
 import random
 import re
@@ -125,7 +125,7 @@ def page_questions(deck: tuple[Scene, ...]) -> list[str]:
 
 
 def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str, str, tuple[Spot, ...]]]:
-    """Return (field, words, decisive spots) for each part of a pair that depends on the pages."""
+    """Return (field, words, spots) for each part of a question or answer that depends on image spots."""
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     grounds = re.findall(rf"\b({_ON})\b(?= page| and)", pair.question)
     ends = {ground: ((pages[ground], END),) for ground in grounds}
@@ -135,7 +135,7 @@ def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str,
     # The question could name any occupied place, so all of them are decisive.
     decisions = [("question", place, occupied) for place in places]
     decisions += [("question", ground, ends[ground]) for ground in grounds]
-    if "more" in pair.question:  # the page with more objects is named first, which depends on both pages
+    if "more" in pair.question:  # both pages determine which is named first: the one with more objects
         decisions[0] = ("question", grounds[0], tuple(spot for ground in grounds for spot in ends[ground]))
     if pair.expression:
         numbers = pair.expression.split(" ")[::2]

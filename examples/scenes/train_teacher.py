@@ -119,7 +119,7 @@ DECKS = Phase(
 # Share of decks with the released prompt. Its length and its example distract from the pages, so other decks
 # have a random prompt.
 RELEASED_PROMPT_PROBABILITY = 0.5
-GUIDE_ATTENTION_EVERY = 4  # interval in steps; a guided step takes over twice as long
+GUIDE_ATTENTION_EVERY = 4  # interval in steps; a step with attention loss takes more than twice the time
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 

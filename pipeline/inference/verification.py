@@ -40,8 +40,8 @@ from pipeline.types import Request, SampleBatch
 
 # Maps template variables to columns.
 _RATED = {"caption": "clean_text", "question": "clean_question", "answer": "clean_answer"}
-MIN_CLAIMS_TOKENS = 800  # 24 claims take about 350 tokens
-QUESTION_CHECKS = ("round_trip", "blind", "evidence")  # these checks are asked first, together
+MIN_CLAIMS_TOKENS = 800  # minimum of max_tokens for a list of claims; 24 claims take about 350 tokens
+QUESTION_CHECKS = ("round_trip", "blind", "evidence")  # checks of questions; all are asked in the first batch
 ORDER = dict.fromkeys(QUESTION_CHECKS, 0) | {
     "claims": 1, "repair": 2, "covers": 3, "alignment": 4, "judge": 5
 }  # fmt: skip
@@ -213,6 +213,6 @@ def evidence_against(checks: Iterable[Mapping[str, Any]]) -> int:
 def share_of_confirmed_claims(evidence: Sequence[int]) -> float | None:
     """Return the share of confirmed claims, or None without claims.
 
-    A claim is confirmed if the evidence against it is -REFUTED or less.
+    `evidence` has the evidence against each claim. A claim is confirmed if this is at most -REFUTED.
     """
     return sum(against <= -REFUTED for against in evidence) / len(evidence) if evidence else None

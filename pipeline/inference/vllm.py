@@ -36,7 +36,7 @@ STRUCTURED_OUTPUTS = {
     "disable_additional_properties": True,
 }
 MIN_TOKENS = 1024
-GPU_SEQS, CPU_SEQS = 256, 32  # maximum sequences per step, on a GPU of unknown memory and on a CPU
+GPU_SEQS, CPU_SEQS = 256, 32  # --max-num-seqs if the GPU's memory is unknown, and on a CPU
 MAX_TOKENS = 8192  # maximum length of a prompt with its reply
 MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages are scaled down)
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
@@ -137,7 +137,7 @@ def plan_vllm_command(
     is_qwen, utilization, batched_tokens, max_num_seqs, max_model_len = limits
     max_num_seqs = max_num_seqs if gpus else CPU_SEQS
     options: dict[str, str] = {}
-    if is_qwen and max_pixels:  # otherwise vLLM reserves memory for the largest image of the processor
+    if is_qwen and max_pixels:  # otherwise vLLM reserves memory for the largest image the processor allows
         options["--mm-processor-kwargs"] = json.dumps({"max_pixels": max_pixels}, separators=(",", ":"))
     images_per_prompt = {"image": MAX_PAGES if decks else 1, "video": 0}
     options |= {
@@ -193,7 +193,7 @@ def _plan_limits(
     *,
     decks: bool,
 ) -> tuple[bool, float, int, int, int]:
-    """Return whether the model's shape is known, and limits for vLLM: the first four fields of MemoryPlan.
+    """Return whether the model's shape is known, and limits for vLLM (the first four fields of MemoryPlan).
 
     Raises EngineError if the model does not fit the GPU, unless the user's flags change the memory it needs.
     """
@@ -225,7 +225,7 @@ def _plan_limits(
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, list[str]]:
-    """Return the words of each flag, as the user wrote them, by the long name of the flag."""
+    """Map the long name of each flag to the flag and its values, as the user wrote them."""
     words: dict[str, list[str]] = {}
     name = ""
     for word in " ".join(flags).replace("=", " ").split():
@@ -276,9 +276,9 @@ def has_gpu() -> bool:
 
 @cache
 def visible_gpus() -> tuple[str, ...]:
-    """Return the GPUs that this process may use, as entries of CUDA_VISIBLE_DEVICES, or () without a driver.
+    """Return the GPUs that this process may use, as entries of CUDA_VISIBLE_DEVICES.
 
-    Does not import torch, since that takes seconds.
+    Returns () if there is no NVIDIA driver. Does not import torch, since that takes seconds.
     """
     try:
         listing = _nvidia_smi("-L")
@@ -314,7 +314,7 @@ class Server:
     """Runs and restarts a vLLM server."""
 
     def __init__(self, launch: VllmCommand, progress: Progress, socket: Path) -> None:
-        """Prepare a server. vLLM's own processes also put their sockets into the folder of `socket`."""
+        """Prepare a server that listens on `socket`. vLLM puts its internal sockets into the same folder."""
         self.launch = launch
         self.restarted = 0
         self.failure: EngineError | None = None  # why the server is not restarted any more
@@ -374,7 +374,8 @@ class Server:
 
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
         argv = (self.launch.python, *self.launch.arguments, "--uds", str(self.socket))
-        # Put vLLM's own sockets into the folder too, since a killed process leaves them behind.
+        # vLLM's internal sockets go into the same temporary folder, so that they are removed even if vLLM
+        # is killed.
         env = {"VLLM_RPC_BASE_PATH": str(self.socket.parent)} | os.environ | self.launch.environment
         env["VLLM_API_KEY"] = self.launch.api_key
         self._process = None
@@ -413,7 +414,7 @@ class Server:
             self._reaper_pipe = None
 
     def _error(self, problem: str) -> EngineError:
-        """Return an error with the last error in the server's log."""
+        """Return an EngineError that quotes the last error in the server's log."""
         tail = ""
         with contextlib.suppress(FileNotFoundError), self.launch.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)

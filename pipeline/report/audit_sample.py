@@ -1,4 +1,4 @@
-"""Draw the texts of an audit, and write them for the reviewers: as a page, or as tasks of another tool.
+"""Choose random texts for an audit, and write them as an HTML page or as tasks for a labeling tool.
 
 The page shows one text at a time next to its image, and makes no network requests. Model text is untrusted:
 the script never parses it as HTML.
@@ -25,10 +25,10 @@ PAGE = "page"
 
 
 def write_audit(version: Version, dataset: DatasetDir, number: int, seed: int, tool: str) -> tuple[Path, int]:
-    """Draw `number` texts of a version, and return the page or folder for `tool`, and the number of texts.
+    """Write `number` random texts of a version. Return the page or folder, and the number of texts.
 
-    `tool` is PAGE, or a tool of `audit_files`. Verdicts that were applied before are shown to their reviewers
-    on the page.
+    `tool` is PAGE, or a tool of `audit_files`. The page shows reviewers their verdicts that were already
+    applied.
     """
     manifest = version.manifest
     own = manifest.get("own_columns", {})

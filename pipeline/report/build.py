@@ -110,7 +110,8 @@ def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:
 def _pictured_ids(rejected: Iterable[dict[str, str]]) -> set[str]:
     """Return the ids of the samples to show with the rejections.
 
-    These are the first MAX_REJECTED_PICTURES samples per reason, and the samples whose images they repeat.
+    These are the first MAX_REJECTED_PICTURES rejected samples per reason. For a duplicate, the id of the
+    sample with the same or a similar image is added.
     """
     counts: Counter[tuple[str, str]] = Counter()
     ids = set[str]()

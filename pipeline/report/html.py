@@ -19,7 +19,7 @@ from pipeline.errors import ImageError, StoreError
 from pipeline.images.decode import prepare_image
 
 THUMBNAIL_PIXELS = 320 * 320
-PIXELS_PER_BYTE = 12  # maximum for WebP photos, used to choose the first size to try
+PIXELS_PER_BYTE = 12  # maximum in WebP photos; gives the first size to try
 QUALITY = 70
 
 _PAGES = Environment(
@@ -50,7 +50,7 @@ def thumbnail(data: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXELS) -
         webp = buffer.getvalue()
         if len(webp) <= max_bytes or min(image.size) == 1:
             return webp
-        # The file size shrinks more slowly than the number of pixels.
+        # Aim below `max_bytes`, since the file size shrinks more slowly than the number of pixels.
         scale = min(0.9, (0.9 * max_bytes / len(webp)) ** 0.5)
         image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 

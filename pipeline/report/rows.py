@@ -27,7 +27,7 @@ from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 from pipeline.text.pii import redact
 from pipeline.text.reasons import in_short, in_words
 
-MAX_REJECTED = 1000  # per step and reason
+MAX_REJECTED = 1000  # rejections shown per step and reason
 SMALL_WIDTH_PX = 200  # the page enlarges smaller images without smoothing
 # In these rejections of the read step, the detail is the id of another sample.
 REPEATING = ("duplicate_image", "near_duplicate_image", "near_held_out_image")
@@ -54,10 +54,11 @@ def write_rejected(folder: Path, path: Path) -> None:
 
 
 def read_rejected(folder: Path, max_rows: int = MAX_REJECTED) -> Iterator[dict[str, str]]:
-    """Yield the first `max_rows` rejections per step and reason: `step`, `reason`, `id`, `where` and `what`.
+    """Yield the first `max_rows` rejections per step and reason, as dictionaries of strings.
 
-    `where` is the source row, such as a file name. `id` is empty if that row never became a sample. If
-    another sample has the same or a similar image, `repeats` is its id, and `what` names its source row.
+    `where` is the source row, such as a file name. `id` is the sample id, or "" if that row never became a
+    sample. `what` is the rejected text or the detail. If another sample has the same or a similar image,
+    `repeats` is the id of that sample, and `what` also names its source row.
     """
     rows = list(_first_rejected(folder, max_rows))
     unnamed = {row["id"] for row in rows if not row["where"]} | {row["repeats"] for row in rows}
@@ -160,7 +161,7 @@ def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
 
 
 def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return a text for the page: its id for reviews, its fields, and the `raw` text of escaped fields."""
+    """Return a text for the page: its id for reviews, its escaped fields, and `raw` unescaped fields."""
     _, content = text_name(annotation | {"sample_id": row["sample_id"]})
     fields = {name: annotation[name] for name in (*_TEXT_FIELDS, "expression") if annotation.get(name)}
     shown = {name: visible(text) for name, text in fields.items()}

@@ -60,7 +60,7 @@ def with_source_defaults(config: Config) -> Config:
     if "caption_styles" not in config.generate.model_fields_set and not config.has_scene_prompts:
         generate["caption_styles"] = PHOTO_STYLES
     if spec.is_endless and "max_pixels" not in config.generate.model_fields_set:
-        generate["max_pixels"] = None  # drawn images are small
+        generate["max_pixels"] = None  # no limit, since drawn images are small
     changes["generate"] = config.generate.model_copy(update=generate)
     return config.model_copy(update=changes)
 

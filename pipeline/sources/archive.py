@@ -128,8 +128,8 @@ class _CountedFile:
 class _StrictTarInfo(tarfile.TarInfo):
     """A tar header that raises ValueError for overlong names, sparse files and damage.
 
-    tarfile alone would read names and sparse maps of any length into memory, and would take a damaged header
-    for the end of the archive.
+    tarfile alone would read names and sparse maps of any length into memory, and would mistake a damaged
+    header for the end of the archive.
     """
 
     _LONG = (
@@ -240,7 +240,8 @@ def group_by_key(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 def pair_texts(group: Sequence[Entry]) -> tuple[list[tuple[Entry, list[Entry]]], list[Entry]]:
     """Return the images in a group, each with its texts, and the texts that cannot be used.
 
-    If several images have the same key, a text must have the full name of its image, with another suffix.
+    If several images have the same key, a text belongs to the image that has the same name except for the
+    suffix.
     """
     images = [entry for entry in group if not is_text(entry.name)]
     texts = [entry for entry in group if entry.text is not None]
@@ -290,7 +291,7 @@ def _read_json(entry: Entry) -> dict[str, Any]:
 def _open(config: Config, path: str) -> Source:
     """Open the images in archives. Values of JSON files next to the images become the context.
 
-    Raises SourceError if no archive belongs to the split, or if the first images lack one of the columns.
+    Raises SourceError if no archive belongs to the split, or if the first images lack a context column.
     Reading the source raises SourceError if an archive is damaged or no archive has an image.
     """
     refuse_roles(config, "an archive", "to use values of NAME.json in prompts, pass --columns context=A,B")

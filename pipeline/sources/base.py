@@ -44,7 +44,7 @@ class SourceSpec:
     scored_split: str | None = None  # split on which models are scored
     model: str = LARGE  # default model
     clip_model: str = "clip"  # default CLIP
-    is_endless: bool = False  # makes exactly `limit` samples, while other sources may have fewer
+    is_endless: bool = False  # whether the source can make any number of samples
     default_grouping: Literal["folder"] | None = None  # default of split.group_by
 
     @property
@@ -98,14 +98,14 @@ def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rej
 
 
 def refuse_roles(config: Config, source: str, hint: str) -> None:
-    """Raise ConfigError if --columns maps a role other than the context. `source` has no table columns."""
+    """Raise ConfigError if --columns maps any role except the context. The message begins with `source`."""
     if roles := [role for role in config.columns if role != CONTEXT]:
         problem = f"{source} supports only the role {CONTEXT} in --columns, not {roles[0]}"
         raise ConfigError(problem, hint=hint)
 
 
 def require_columns(columns: Iterable[str], known: Iterable[str], place: str = "columns") -> None:
-    """Raise SourceError if a column is not `known`. The hint is `place` and the known columns."""
+    """Raise SourceError if a column is not `known`. The hint lists the known columns after `place`."""
     known = list(known)
     if unknown := [column for column in columns if column not in known]:
         hint = f"{place}: {', '.join(known)}"

@@ -81,8 +81,8 @@ def _open_questions(
 ) -> Source:
     """Return a source with one sample for each group of adjacent rows with the same key.
 
-    The first of `text_columns` is the key. A sample has all questions of its group. The read step joins rows
-    with the same image that are not adjacent. Raises SourceError if the split or a column is missing.
+    The first of `text_columns` is the key. A sample has all questions of its group. If rows with the same
+    image are not adjacent, the read step joins them. Raises SourceError if the split or a column is missing.
     """
     tables, split, key = open_hub(repo or default_repo), config.source_split, text_columns[0]
     check_split(tables, split)

@@ -32,7 +32,7 @@ from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import UNKNOWN, RawSample, Rejected, Source
 
 FRAME_SECONDS = 5.0  # default interval between frames
-MAX_PDF_BYTES = 500_000_000  # a document is held in memory
+MAX_PDF_BYTES = 500_000_000  # limited because a document is held in memory
 
 
 def _split_into_rows(

@@ -86,7 +86,7 @@ class ExclusionIndex:
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """An open source from --exclude. `option` is the user's value, and tables and messages show `label`."""
+    """An opened source of --exclude. `option` is the user's value. Tables and messages show `label`."""
 
     option: str
     label: str

@@ -56,8 +56,9 @@ MAX_SIDECAR_BYTES = 1_000_000
 class FolderTexts:
     """The human texts about the images in a folder, and messages about texts that were not used.
 
-    `images` are paths by name. Links out of the folder `bound` are refused. `columns` of metadata files are
-    the context. Raises SourceError if a file is unusable, or if a column is missing.
+    `images` maps names to paths. Links that lead out of the folder `bound` are refused. `columns` are the
+    columns of metadata files that become the context. Raises SourceError if a file is unusable, or if a
+    column is missing.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class FolderTexts:
         except ValueError as error:
             self._messages.append(f"{file}: the column {SPLIT} is not read: {error}")
             splits = [None] * len(rows)
-        # Without a validation split, some of the training images will be held out for validation.
+        # Without a validation split, `train` is ignored, since some of these images will be held out.
         keeps_train, unknown = "validation" in splits, list[str]()
         for row, split in zip(rows, splits, strict=True):
             texts = ImageTexts.of_row({**row, SPLIT: None})

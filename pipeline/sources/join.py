@@ -27,7 +27,7 @@ def with_pixels(version: Version, images: str | None) -> Version:
     if not version.lacks_pixels:
         return version
     home = DatasetDir(version.dataset_dir / JOINED)
-    with translate_disk_errors(home.path), home.lock(wait=True):  # other processes wait
+    with translate_disk_errors(home.path), home.lock(wait=True):  # wait if another process joins images
         if joined := find_joined(version):
             return joined
         if images is None:

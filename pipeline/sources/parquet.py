@@ -20,7 +20,7 @@ from pipeline.types import Rejected
 BATCH_ROWS = 16  # maximum number of rows without images to decode at once
 MAX_ROW_BYTES = 256_000_000  # maximum size of a row that has images
 MAX_TEXT_BYTES = 1_000_000  # maximum size of a row without images
-BUFFER_BYTES = 1 << 20  # per column stream, because a row group of photos may be half a gigabyte
+BUFFER_BYTES = 1 << 20  # read buffer per column, since a whole row group of photos may have half a gigabyte
 NAMED_IMAGES_HINT = (
     "save the images to a folder with a metadata.csv (file_name, caption), and pass --source folder:PATH; "
     "docs/sources.md has commands that download URLs"
@@ -35,7 +35,7 @@ class Tables:
     name: str
     revision: str
     license: str
-    files: dict[str | None, list[str]]  # None: paths that name no split
+    files: dict[str | None, list[str]]  # split -> paths; None for paths that name no split
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # raises SourceError
     is_partial: bool = False  # the Hub has converted only the first rows

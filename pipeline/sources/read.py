@@ -66,12 +66,11 @@ from pipeline.tables import (
 )
 from pipeline.types import ImageKind, Rejected, Sample, Source
 
-PARTS_FOLDER = "parts"  # in the folder of the step
+PARTS_FOLDER = "parts"  # subfolder of the step's folder
 PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
 PART_ROWS = 16_384
 READ_VERSION = 5  # increase it when a change makes the same source yield other samples
-# Settings that determine which samples a source yields. Other settings belong to later steps, or are part of
-# the key in another form.
+# Settings that determine which samples a source yields. `reading_key` adds a few others in another form.
 READ_SETTINGS = (
     "source", "source_split", "license", "columns", "follow_links", "frame_seconds", "image_filter",
 )  # fmt: skip
@@ -104,7 +103,10 @@ _ALWAYS_ADVISED = ("near_duplicate_image", *_TEMPORARY)
 
 
 def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion]) -> str:
-    """Return a digest of everything that determines the samples, or a random key if a revision is missing."""
+    """Return a digest of everything that determines the samples.
+
+    If a source has no revision, its changes cannot be detected, so a random key is returned.
+    """
     revisions = [source.revision, *(exclusion.source.revision for exclusion in exclusions)]
     if not all(revisions):
         return secrets.token_hex(32)

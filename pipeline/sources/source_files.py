@@ -84,7 +84,7 @@ def list_files(root: Path) -> FolderContent:
             is_link = entry.is_symlink()
             if is_hidden(entry.name):
                 content.hidden.append(path)
-            # The other functions raise OSError for a link to itself, or to a name that is too long.
+            # For a link to itself or to a name that is too long, `entry.is_dir` would raise OSError.
             elif os.path.isdir(path) if is_link else entry.is_dir():  # noqa: PTH112
                 (content.links if is_link else waiting).append(path)
             elif suffix in UNREAD_SUFFIXES:

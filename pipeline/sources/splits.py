@@ -60,12 +60,12 @@ def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def most_held_out(split: str | None, other: str | None) -> str | None:
-    """Return the more held-out split. The order is test, validation, train, None."""
+    """Return the split that comes first in this order: test, validation, train, None."""
     return max(split, other, key=SPLIT_RANK.__getitem__)
 
 
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
-    """Return the split to store. It is None if only `train` is read, since some images will be held out."""
+    """Return the split to store, or None if only `train` is read: some of its images will be held out."""
     return None if requested_split == "train" else row_split
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
-NO_COLUMN = "none"  # maps the split or the question to no column
+NO_COLUMN = "none"  # value of --columns: no column has this role (split or question)
 PARTIAL_MESSAGE = (
     "the Hub has converted only the first part of {name} to Parquet: to read the rest, download the dataset"
 )
@@ -94,7 +94,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
         numbers = (
             number
             for number, (_, _, row) in enumerate(tables.rows([column]), 1)
-            # A row with an unknown split is rejected, whichever split is read.
+            # Rows with an unknown split count too: they are read as rejections, whichever split is requested.
             if isinstance(row, Rejected) or split_of(row[column]) == split or is_unknown(row[column])
         )
         return next(islice(numbers, start - 1, None), tables.count()) if start else 0
@@ -191,7 +191,7 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
 
 
 def _guess_questions(schema: pa.Schema) -> Columns:
-    """Return the question and answer columns, or {} if their types do not fit or a column offers choices."""
+    """Return the question and answer columns, or {} if types do not fit or questions are multiple-choice."""
     answer = next((name for name in ANSWERS if name in schema.names), None)
     has_choices = not _CHOICE_COLUMNS.isdisjoint(schema.names)
     if answer is None or QUESTION not in schema.names or _is_own_version(schema) or has_choices:
@@ -240,7 +240,7 @@ def _holds_texts(kind: pa.DataType) -> bool:
 
 
 def _is_own_version(schema: pa.Schema) -> bool:
-    """Return whether a table was published by synth, with the human captions in `references`."""
+    """Return whether synth published a table. Such a table has the human captions in `references`."""
     kind = schema.field("captions").type if "captions" in schema.names else None
     item = kind.value_type if kind is not None and is_list(kind) else None
     return bool(item is not None and pa.types.is_struct(item) and item.get_field_index("prompt_id") >= 0)

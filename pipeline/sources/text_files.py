@@ -26,7 +26,8 @@ from pipeline.storage.untrusted import UnsafeFileError, read_regular
 MAX_FILE_BYTES = 256_000_000  # of the file, and of its unpacked content
 MAX_VALUES = 20_000_000  # Karpathy's file about COCO has 11 million values
 MAX_PROBLEM_CHARACTERS = 300
-_VALUE_MARKS = {"JSON": ",[{\n", "CSV": ",;\t|\n\r"}  # each value comes after one of these characters
+# These characters are counted to limit the number of values: each value comes after one of them.
+_VALUE_MARKS = {"JSON": ",[{\n", "CSV": ",;\t|\n\r"}
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
     _require_few_values(text, "CSV")
     delimiter = max(",;\t|", key=re.split(r"[\r\n]", text, maxsplit=1)[0].count)
     read = partial(csv.reader, delimiter=delimiter, skipinitialspace=True)
-    num_rows = sum(map(bool, read(io.StringIO(text, newline="")))) - 1  # below the header
+    num_rows = sum(map(bool, read(io.StringIO(text, newline="")))) - 1  # without the header
     table = read(io.StringIO(text, newline=""))
     names = [name.strip() for name in next(table, ())]
     if repeated := next((name for name, count in Counter(names).items() if name and count > 1), None):

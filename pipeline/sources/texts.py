@@ -65,7 +65,7 @@ MAX_TEXT_CHARACTERS = 20_000  # longer texts are cut to this length, and the fil
 def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Return the human captions in a row, from the first of these columns that has a value.
 
-    If a model wrote the row, only those list items are read that state their own author.
+    If a model wrote the row, only list items that state their own author are read.
     """
     value = next((row[name] for name in names if row.get(name)), None)
     if _is_by_model(row):
@@ -81,13 +81,13 @@ def human_captions(row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMN
         return read_texts(row, names)
     texts = dict[str, str]()
     for text in (*read_texts(row, names), *references):
-        # Versions normalize white space in captions, but not in references.
+        # Ignore differences in white space: versions normalize it in captions, but not in references.
         texts.setdefault(" ".join(text.split()), text)
     return [*texts.values()]
 
 
 def human_questions(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:
-    """Return the questions in a row and in its list `qa`. If synth exported the row, drop repeated ones."""
+    """Return the questions in a row and its list `qa`. If synth exported the row, drop repeated questions."""
     is_export = WRITTEN_BY in row
     lists = [row.get(name) for name in ((REFERENCE_QA, QA) if is_export else (QA,))]
     items = [item for values in lists if isinstance(values, list) for item in values]

@@ -96,7 +96,7 @@ def _send_requests(
 
         def start_engine(model: str) -> Engine:
             engine = services.engine(model)
-            # The request rate is measured from here.
+            # Report progress now, so that the request rate does not include the start of the engine.
             progress("ask", int(stats.done / per_sample), samples)
             return engine
 
@@ -125,7 +125,7 @@ def write_annotations(shard: DatasetDir, settings: AskSettings, texts: Sequence[
 
 
 def _texts_by_rung(shard: DatasetDir, settings: AskSettings, escalated: Sequence[Escalated]) -> list[TextsOf]:
-    """Return functions from a sample id to the inputs of its requests, one for each model of a ladder.
+    """For each model of a ladder, return a function that maps a sample id to the inputs of its requests.
 
     For all models except the first, the inputs include the pairs of task and style to request.
     """

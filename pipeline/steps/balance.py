@@ -25,7 +25,7 @@ from pipeline.text.vqa_answers import normalize_answer
 
 # Questions of rare types are balanced together under this type.
 RARE = "(rare)"
-# Number of images that are searched for a partner. VQAv2's annotators saw the same number.
+# Number of similar images that are searched for the second question of a pair, as many as in VQAv2.
 NEIGHBOURS = 24
 QUESTIONS = pa.schema(
     [ROW, *fields(STRING, "annotation_id", "sample_id", "image", "key", "prefix", "answer")]

@@ -98,7 +98,7 @@ class Executor(Protocol):
         """Read the source, up to the limit of images in the settings."""
 
     def begin_pass(self, escalations: str) -> None:
-        """Prepare to repeat the steps. `escalations` is a digest of requests to a ladder's next models."""
+        """Prepare to repeat the steps. `escalations` is a digest of the texts requested from later models."""
 
     def each(self, work: Callable[[DatasetDir, Services], None]) -> None:
         """Schedule a function for every shard. `wait` returns when all have finished."""
@@ -132,8 +132,8 @@ class Work:
 class Step:
     """A step of a run.
 
-    `advice` maps a reason to a change that a user can make if it applies to too many rows. Rows that a step
-    with `is_choice` rejects are not reported as lost, because the step chooses among good rows.
+    `advice` maps a rejection reason to a change that the user can make if too many rows have this reason.
+    With `is_choice`, the rejected rows are not reported as lost, because the step chooses among good rows.
     """
 
     name: str
@@ -273,7 +273,7 @@ def ask_once(
     ask: Callable[[], dict[str, Any]],
     record: str = DONE,
 ) -> None:
-    """Call a function that sends requests, unless its record already has this key. Record its result.
+    """Call a function that sends requests, unless the record already has this key. Record the result.
 
     If a request stays unanswered, the key of the record is left empty, so that the next run asks again.
     """
@@ -385,7 +385,7 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
         yield
     finally:
         totals = journal.totals()
-        # The journal may hold more requests than the record: from an estimate, or from a killed run.
+        # The journal may hold requests that the cost record lacks, from an estimate or from a killed run.
         if stats.asked > asked or totals["asked"] != dataset.read_cost().get("asked", 0):
             by_model = journal.likely_tokens().values()
             read_tokens, written_tokens = map(sum, zip((0, 0), *by_model, strict=True))
@@ -395,7 +395,7 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
 
 
 class _InOrder:
-    """Reads tables that are ordered by `row`, in consecutive pieces."""
+    """Reads rows from tables that are sorted by `row`, one range of row numbers at a time."""
 
     def __init__(self, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
         self._tables = tables
@@ -414,7 +414,7 @@ class _InOrder:
 
 
 def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
-    """Append the columns of `findings`, null for rows without findings. `first` is the first row number."""
+    """Append the columns of `findings`. Rows without findings get nulls. `first` is the first row number."""
     index = np.full(table.num_rows, -1)
     index[findings["row"].to_numpy() - first] = np.arange(findings.num_rows)
     if np.count_nonzero(index >= 0) != findings.num_rows:

@@ -100,7 +100,7 @@ def _texts(rows: AllRows) -> Iterator[pa.Table]:
 
 
 def judge_duplicates(table: pa.Table, _: int) -> pa.Table:
-    """Set `image_group` and `cluster` to the row's own ids where `compare` found nothing."""
+    """Fill nulls in `image_group` with the sample id, and nulls in `cluster` with the annotation id."""
     for name, own in (("image_group", "sample_id"), ("cluster", "annotation_id")):
         table = table.set_column(table.column_names.index(name), name, pc.coalesce(table[name], table[own]))
     return table

@@ -45,10 +45,11 @@ Escalated = dict[str, frozenset[Pair]]  # pairs of task and style by sample id
 
 
 def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[[], None]) -> None:
-    """Find the texts that each model of a ladder fails to write. `run` runs `steps`: ask to verify.
+    """Find the texts that each model of a ladder fails to write.
 
-    The next run of the ask step requests these texts from the next models. The search is skipped if an
-    earlier run with the same inputs has finished it, which the key in the metadata of the file shows.
+    The next run of the ask step requests these texts from the next models. `run` runs `steps`, from ask to
+    verify. The search is skipped if an earlier run with the same inputs has finished it. In this case, the
+    metadata of the file has the same key.
     """
     plan, path = work.plan, _file_of(work.plan.dataset)
     row_steps = [step for step in steps if isinstance(step, RowStep)]
@@ -106,7 +107,7 @@ def _read(dataset: DatasetDir) -> pa.Table:
 
 
 def read_escalated(plan: Plan, shard: DatasetDir) -> list[Escalated]:
-    """Return the pairs to request for the samples of a shard, for each model after the first."""
+    """For each later model, return the pairs of task and style to request for the samples of a shard."""
     if plan.requests.num_rungs == 1:
         return []
     parts = read_batches(shard.step_file("read"), ["sample_id"])

@@ -59,9 +59,10 @@ def split_of(group: str, config: SplitConfig, seed: int) -> str:
 
 
 def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
-    """Return the stated split of each row, its split group, and the splits that the source already has.
+    """Return `stated_split`, `split_group` and `held_out` for each row.
 
-    An image without a stated split gets the most held-out split stated in its group, if any.
+    `held_out` lists the splits, except train, that the source states. An image without a stated split gets a
+    split stated for its group: test if any image of the group is in test, else validation, else train.
     """
     rows, (config, _) = comparison.rows, comparison.settings
     is_stated = any(part["source_split"].null_count < part.num_rows for part in rows.batches("source_split"))
@@ -94,11 +95,11 @@ def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> p
 
 
 def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
-    """Return the common part of the names of related source rows, or "" if the row has no related rows.
+    """Return a key that related source rows share, or "" if the row has no related rows.
 
-    With "folder", it is the folder of the file. With "prefix", it is the name without its last number, as in
-    `clip1_0042.jpg`. A number inside a name, as in `clip1_0042_left.jpg`, must have a letter before it. If
-    the name is only a number, the folder is returned instead.
+    With "folder", the key is the folder of the file. With "prefix", it is the path without the last number:
+    `a/clip1` for `a/clip1_0042.jpg`, and `a/clip1_*_left` for `a/clip1_0042_left.jpg`. A number inside a name
+    must have a letter before it, or the key is "". If the name is only a number, the key is the folder.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)

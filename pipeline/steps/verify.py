@@ -155,7 +155,7 @@ class VerifySettings:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether a check is asked about known truths and falsehoods."""
+        """Whether a check is also tested on texts that are known to be true or false."""
         return self.verify.calibration > 0 and ("claims" in self.verify.checks or bool(self.verify.judge))
 
 
@@ -315,7 +315,7 @@ class AnnotationChecker:
     # --- questions
 
     def _check_coverage(self, captions: Subjects, questions: Subjects) -> None:
-        """Ask the distinct questions about each caption's sample, and show only the caption to the model."""
+        """Ask each question about a caption's sample once. The model sees the caption, but not the image."""
         pairs: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # by sample id
         for one in questions:
             if not self._is_contradicted(one):
@@ -454,7 +454,7 @@ class AnnotationChecker:
             for ready in ask_all(requests, self.plan, self.services.servers, start, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:
-                # Lines are printed at intervals, so the last update may be missing.
+                # Report the end, since lines are printed at intervals and may omit the last update.
                 progress(name, done, done)
             result = read(journal)
             stats.spent += journal.spent

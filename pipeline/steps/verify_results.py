@@ -61,8 +61,8 @@ T = TypeVar("T")
 class CheckedAnnotation:
     """An annotation with its checks (tables.CHECK), and its scores by column name.
 
-    `row` has COLUMNS. `rewritten` has tables.FILTERED and `prompt_id` of a repaired caption, or is None.
-    `skipped` has the value of tables.SKIPPED_CHECKS.
+    `row` has the columns in COLUMNS. `rewritten` has the columns in tables.FILTERED and the `prompt_id` of a
+    repaired caption, or is None. `skipped` is the value of the column tables.SKIPPED_CHECKS.
     """
 
     row: Row
@@ -186,8 +186,9 @@ def _is_confirmed(checks: Sequence[Row], kind: str) -> bool | None:
 class KnownSample:
     """A sample with texts that are known to be true or false.
 
-    False statements are made from the text `base`. `said` has the words of all texts about the sample. A
-    statement with only these words may be true. `rank` orders the candidates.
+    False statements are made from the text `base`, by replacing a word. `said` has the words of all texts
+    about the sample. They are not used as replacements, because the result could be true. The candidates
+    with the lowest `rank` are used.
     """
 
     known: KnownTexts
@@ -232,7 +233,7 @@ class KnownSample:
                     break
 
     def _plant(self, claim: verification.Check, *, splits: bool) -> Iterator[tuple[str, Claim]]:
-        """Yield false versions of a claim, with one word replaced: the kind and the questions of each."""
+        """Yield the kind and the questions of each false version of a claim, made by replacing one word."""
         if splits:
             for kind, text in plant_falsehoods(str(claim.claim), self.said, self.rank):
                 yield kind, verification.claim_checks(text)

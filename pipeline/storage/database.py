@@ -99,7 +99,7 @@ def load(
     schema: pa.Schema,
     query: str = "SELECT * FROM incoming",
 ) -> None:
-    """Create the table `name` from a query over the Arrow tables in `batches`, named `incoming`.
+    """Create the table `name` from the result of `query`, which reads the tables in `batches` as `incoming`.
 
     One table is in memory at a time. Exceptions in `batches` are raised unchanged. The iterator `batches` may
     query the database only through another cursor.

@@ -48,7 +48,7 @@ _DISK_ERRORS = {
     errno.EBUSY: ("another program is using the file", f"close it, {_RESUME}"),
     errno.ENOTEMPTY: ("a folder that is not a version has this name", f"move it away, {_RESUME}"),
 }
-# Object stores never raise these errors. The cause is a full or read-only temporary folder.
+# Object stores never raise these errors, so the cause is a full or read-only temporary folder.
 _DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _ERRNO_OF_SQLITE_CODE = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
@@ -76,7 +76,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             upload(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # File systems allow 255 bytes in a name, which the name of a photo may use up.
+    # Cut the name, since file systems allow at most 255 bytes, and the name of a photo may be as long.
     temporary = path.with_name(os.fsdecode(os.fsencode(f".{path.name}")[:250]) + ".tmp")
     # The temporary file may be left from a killed run, or be a link to another file.
     temporary.unlink(missing_ok=True)
@@ -157,7 +157,7 @@ def open_writer(
 ) -> pq.ParquetWriter:
     """Return a Parquet writer. Pixel columns are written without compression, dictionary and statistics.
 
-    With `by_content`, pages end at content-defined boundaries, which inserted rows do not move.
+    With `by_content`, page boundaries depend on the content, so inserted rows leave most pages unchanged.
     """
     empty = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), empty)
@@ -261,6 +261,6 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             if not (is_of_file or error.errno in (_DISK_ERRORS if is_local else _DISK_ONLY_ERRORS)):
                 raise
             problem, hint = _DISK_ERRORS.get(error.errno or 0, (str(error.strerror), f"solve it, {_RESUME}"))
-            # The target of the rename is in the way.
+            # The rename failed because its target is a folder with files, so report the target.
             target = error.filename2 if error.errno == errno.ENOTEMPTY else None
             raise StoreError(f"{target or error.filename or folder}: {problem}", hint=hint) from None

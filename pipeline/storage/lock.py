@@ -123,7 +123,7 @@ def _acquire(path: Path, holder_id: str, timeout_s: float, say: Callable[[str], 
     time.sleep(timeout_s)
     if _read_lease(path) in ([], seen):
         path.write_bytes(_beat(holder_id, 0))
-        # If several commands have waited, the last one to write gets the lease.
+        # Several commands may have waited. Let all of them write: the last one to write gets the lease.
         time.sleep(timeout_s / HEARTBEATS_PER_TIMEOUT)
     if not _is_holder(path, holder_id):
         hint = "wait for it, or use another --out"

@@ -55,7 +55,7 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
         if root is not None:
-            # A folder in the path may have become a link since.
+            # A folder in the path may have been replaced by a link after the check above.
             opened = os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # called for each image
             if not _is_below(opened, os.path.realpath(root)):
                 raise UnsafeFileError(OUTSIDE, f"{path} is a link to a file outside of {root}")

@@ -58,9 +58,9 @@ class Task:
     text_field: str | None = None  # field of a row that fills the column `text`
     asks_about_decks: bool = False  # whether requests show all pages of a deck
     has_styles: bool = False  # whether there is one request for each of `generate.caption_styles`
-    temperature_key: str = "qa_temperature"  # name of a setting in `generate`
+    temperature_key: str = "qa_temperature"  # name of the temperature setting in `generate`
     card_category: str | None = None  # task category on the Hub
-    keep_if: str | None = None  # condition: other tasks are asked only about images that meet it
+    keep_if: str | None = None  # condition; images that do not meet it are dropped
     needs: tuple[str, ...] = ()  # names of tasks or caption styles whose results the prompt uses
     shows_image: bool = True
     max_tokens: int | None = None  # None: use generate.max_tokens

@@ -12,7 +12,7 @@ from pipeline.images.decode import PATCH_PX, round_to_patches, sent_size, shrink
 
 BOX_FIELDS = ("bbox_2d", "bbox", "box")  # Qwen2.5-VL was trained on bbox_2d
 MIN_PIXELS, PROCESSOR_PIXELS = 56 * 56, 12_845_056  # limits in Qwen2.5-VL's processor
-MAX_OUTSIDE_FRAC = 0.02  # share of the width or height. Boxes further outside are rejected, others clipped
+MAX_OUTSIDE_FRAC = 0.02  # share of the side; boxes further outside are rejected, others are clipped
 THOUSAND = 1000
 OUTSIDE, EMPTY = "box_outside_image", "box_empty"
 

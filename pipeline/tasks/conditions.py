@@ -22,7 +22,7 @@ from pipeline.tasks.output_schema import Schema, without_null
 MAX_CHARACTERS, MAX_DEPTH = 1000, 30
 # The closed schema (output_schema.py) of each name, by namespace: `row`, `results`, `scores` or `text`.
 Names = Mapping[str, Mapping[str, Schema]]
-# A column of the source is a text. Compared with a number, it is read as a number.
+# A source column holds text. If a condition compares the text with a number, it is parsed as a number.
 COLUMN, TEXT, INTEGER, NUMBER = ({"type": kind} for kind in ("column", "string", "integer", "number"))
 # Reasons why a task or check was not asked.
 CONDITION_FALSE, CONDITION_WITHOUT_VALUE = "condition_false", "condition_without_value"
@@ -45,7 +45,7 @@ def drop_reason(task: str, unmet: str) -> str:
 
 
 def is_no_loss(reason: str) -> bool:
-    """Return whether a rejection is intended: the settings ask for it, or the next model was asked."""
+    """Return whether a rejection is intended: by the settings, or because the next model is asked instead."""
     reasons = (CONDITION_FALSE, HAS_HUMAN_TEXT, REPLACED)
     return reason in reasons or reason.startswith(_DROPPED[CONDITION_FALSE])
 

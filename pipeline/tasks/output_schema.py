@@ -28,7 +28,7 @@ from pipeline.tables import BOOL, FLOAT64, INT64, STRING
 
 Schema = dict[str, Any]
 MAX_DEPTH = 12
-MAX_NODES = 1000  # after references are resolved
+MAX_NODES = 1000  # maximum number of schema parts after references are resolved
 MAX_TEXT_CHARACTERS = 20_000
 MAX_ITEMS = 1000
 MAX_REQUIRED_VALUES = 10_000

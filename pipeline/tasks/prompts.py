@@ -27,7 +27,7 @@ from pipeline.text.normalize import tidy
 from pipeline.types import Context
 
 Folders = tuple[Path, ...]  # template folders, which are searched in this order
-Results = Sequence[tuple[str, str]]  # pairs of another task's name and its result as JSON
+Results = Sequence[tuple[str, str]]  # pairs (name of another task, its result as JSON)
 SYSTEM, TEXT_SYSTEM = "system/v1", "system_text/v1"  # TEXT_SYSTEM is for requests without an image
 STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "dense")
 DRAWS = 24  # number of values of `draw`, which selects wordings and question types
@@ -116,7 +116,7 @@ def render(
         problem = f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}"
         if not (style := values.get("style")):
             raise ConfigError(problem, hint="fix the template") from None
-        if f"no attribute {style!r}" in str(error):  # the template maps styles to texts
+        if f"no attribute {style!r}" in str(error):  # the template looks up the style in a mapping
             problem = f"no caption style {style} in the prompt {name}"
         others = "for your own style, write a task of the kind `caption`, or a template (generate.prompt_dir)"
         hint = f"built-in styles: {', '.join(STYLES)}; {others}"
@@ -143,7 +143,10 @@ def _source_of(task: Task, folders: Folders) -> tuple[str, str]:
 
 @cache
 def names_in(source: str, variable: str) -> frozenset[str]:
-    """Return the names that a template reads from a variable (row.NAME). Raises TemplateError if invalid."""
+    """Return the names that a template reads from a variable, such as NAME in `row.NAME`.
+
+    Raises TemplateError if the template is invalid.
+    """
 
     def is_variable(node: nodes.Node) -> bool:
         return isinstance(node, nodes.Name) and node.name == variable
@@ -155,7 +158,7 @@ def names_in(source: str, variable: str) -> frozenset[str]:
 
 
 def check_names(task: Task, folders: Folders, columns: Sequence[str]) -> None:
-    """Raise ConfigError if a prompt uses unmapped columns, or if its `results` differ from `task.needs`."""
+    """Raise ConfigError if a prompt uses unmapped columns, or not exactly the results in `task.needs`."""
     name, source = _source_of(task, folders)
     try:
         unknown, results = sorted(names_in(source, "row") - {*columns}), names_in(source, "results")

@@ -34,7 +34,7 @@ _CAPTION_LABEL = re.compile(
     r"\W*\w[\w'-]*(?: [\w'-]+)?\s?:\s|.*?\b[A-Z]\w+(?: \w+)?:\s[^:]*\b[A-Z]\w+(?: \w+)?:\s"
     r"|.*[.!?]\s\(?[A-Z][\w-]*(?: \w+)?:\s"
 )
-# These two match text in lower case, which is faster than ignoring case.
+# The next two patterns match text in lower case, which is faster than ignoring case.
 _CHAT_START = pattern("chat_start", before=r"\s*")
 _CAPTION_START = pattern("caption_start", before=r"\W*")
 _CHAT = pattern("chat", before=r"\b")
@@ -144,7 +144,7 @@ def is_placeholder(words: list[str]) -> bool:
 
 
 def without_afterthoughts(text: str) -> str:
-    """Cut a text before the first later paragraph that has a label or repeats an earlier sentence."""
+    """Cut a text at the first paragraph, after the opening one, with a label or a repeated sentence."""
     paragraphs = [part.strip() for part in text.split("\n") if part.strip()]
     earlier: set[str] = set()
     for number, paragraph in enumerate(paragraphs):
@@ -215,7 +215,7 @@ def prompt_grams(prompts: Iterable[str]) -> frozenset[tuple[str, ...]]:
 
 def echoes_prompt(words: list[str], grams: frozenset[tuple[str, ...]]) -> bool:
     """Return whether a text contains any of these word sequences (`prompt_grams`)."""
-    # Few captions have these words, so testing for them first is faster.
+    # Few captions have one of these rare words, so testing for them first is faster.
     return not _rare_words(grams).isdisjoint(words) and not grams.isdisjoint(_word_grams(words))
 
 

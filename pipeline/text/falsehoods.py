@@ -25,7 +25,7 @@ def plant_falsehoods(
     """Yield (kind, false statement) for each kind of falsehood that fits.
 
     `said` has the words of all texts about the image. These words are never used as replacements, because the
-    result could be true. `rank` orders the candidates.
+    result could be true. The candidates with the lowest `rank` are used.
     """
     words = statement.split(" ")
     keys = ["".join(words_of(word)) for word in words]

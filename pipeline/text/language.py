@@ -17,7 +17,7 @@ _FOREIGN_WORDS = frozenset(WORDS["foreign"].split())
 # Leave out foreign words that are also in names of dishes and places, such as "pico de gallo".
 _CLEARLY_FOREIGN = _FOREIGN_WORDS - {"de", "la", "le", "di", "un", "du", "del", "das", "des", "im", "am"}
 MIN_JOINED_LETTERS = 16
-# Texts with more words that are neither English nor names are nonsense.
+# A text is nonsense if its unknown words (neither English nor names) exceed both the number and the share.
 MAX_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC = 4, 0.5
 _LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN.split())
@@ -104,14 +104,14 @@ def is_foreign(text: str) -> bool:
 
 
 def _lower_words(text: str) -> list[str]:
-    """Return the words outside of quotes, except words with a capital within a sentence, which are names."""
+    """Return the words outside of quotes, without names: words after the first that begin with a capital."""
     words = _WORD.findall(unquoted(text))
     return [word.lower() for n, word in enumerate(words) if n == 0 or not word[0].isupper()]
 
 
 def _are_english(words: list[str]) -> bool:
     min_count = MIN_ENGLISH_FRAC * len(words)
-    # Count the words without an ending first, which is faster. Most English texts have enough of them.
+    # First count only unchanged dictionary words, which is faster. Most English texts have enough of them.
     if sum(map(_whole_words().__contains__, words)) >= min_count:
         return True
     return sum(map(_is_english, words)) >= min_count

@@ -21,7 +21,7 @@ _NOISE = re.compile(r"[\W_]+")
 # Tables that map ASCII letters to lower case, and punctuation to spaces. They are faster than the patterns.
 _KEY = bytes(ord(chr(n).lower()) if chr(n).isalnum() and n < 128 else ord(" ") for n in range(256))
 _WORDS = _KEY[: ord("_")] + b"_" + _KEY[ord("_") + 1 :]
-# Unicode blocks with combining marks (vowel signs, tones). Other texts can use the faster patterns.
+# Unicode blocks with combining marks (vowel signs, tones). Faster patterns handle texts without them.
 _MAY_HAVE_MARKS = re.compile(
     "[\u0300-\u036f\u0483-\u0489\u0591-\u1cff\u1dc0-\u1dff\u20d0-\u20ff\u2cef-\u2dff\u302a-\u302f\u3099\u309a"
     "\ua66f-\ua6f1\ua800-\uabff\ufb1e\ufe20-\ufe2f\U000101fd-\U0001e9ff]"

@@ -17,7 +17,8 @@ Refusal = tuple[int, Any]
 class ServerKind:
     name: str
     path: str = "/v1"
-    # accepted fields of a request body (image parts may have no `uuid`); None: unknown fields are ignored
+    # Accepted fields of a request body. Other fields, and `uuid` in image parts, are rejected.
+    # None: unknown fields are ignored.
     fields: frozenset[str] | None = None
     lists_models: bool = True
     model_prefix: str = ""

@@ -35,13 +35,13 @@ class Act:
     finish_reason: str = "stop"
     status: int = 200
     seconds: float = 0.0
-    raw: bytes | None = None  # the whole body
+    raw: bytes | None = None  # the response body, instead of a chat completion
     cut: bool = False  # close the connection in the middle of the body
-    close: bool = False  # close the connection after the body, without a header that says so
+    close: bool = False  # close the connection after the body, without `Connection: close`
     headers: dict[str, str] = field(default_factory=dict)
 
 
-# (earlier requests like this one, body) -> response; None: a valid reply
+# (number of earlier identical requests, body) -> response; None: a valid reply
 Script = Callable[[int, dict[str, Any]], Act | None]
 
 

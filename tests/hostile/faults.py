@@ -88,7 +88,7 @@ def run(
     mode: str = "crash",
     environment: dict[str, str] | None = None,
 ) -> Outcome:
-    """Run a command in a folder. Write `number` crashes, or fails because the disk is `full` or `broken`."""
+    """Run a command in a folder. At write `number`, the process crashes, or the disk is full or broken."""
     log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
     counted.write_text("0")
     child = os.fork()

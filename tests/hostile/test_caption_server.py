@@ -116,7 +116,7 @@ def test_half_sent_headers_do_not_block_the_server(address: Address, monkeypatch
     clients = [socket.create_connection(address, timeout=20) for _ in range(20)]
     for number, client in enumerate(clients):
         _send_all(client, (whole if number == 0 else b"") + whole[:-9])
-    for client in clients:  # wait until the server closes each, even after a whole request
+    for client in clients:  # wait until all are closed, also the one with a complete request
         with suppress(ConnectionError):
             while client.recv(65536):
                 pass

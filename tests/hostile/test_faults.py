@@ -1,4 +1,4 @@
-"""Faults: a command whose write crashes or fails ends like an undisturbed run when it is repeated."""
+"""Faults: if a write crashes or fails, repeating the command gives the result of an undisturbed run."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def sweep(
     state: Callable[[Path], Any],
     environment: Environment = lambda folder: dict(os.environ),
 ) -> Any:
-    """Run a command with a fault in each sampled write, then again. Return the final state."""
+    """Run a command with a fault in each sampled write, then without fault. Return the final state."""
 
     def fresh(name: str) -> Path:
         folder = tmp_path / name

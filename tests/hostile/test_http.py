@@ -94,7 +94,7 @@ def is_probe(body: bytes) -> bool:
 
 
 def well_behaved(path: str, body: bytes, send: Send) -> None:
-    """Answer correctly, also the probe."""
+    """Answer every request correctly, including the probe."""
     if path.endswith("/models"):
         send(response(MODELS))
     elif path.endswith("/chat/completions"):
@@ -182,7 +182,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
-    """Request captions of two images, with limits on memory and journal. Return why each is rejected."""
+    """Request captions of two images, and return their rejection reasons. Memory and journal are limited."""
     with running_raw(script) as running, bounded_memory(MEMORY_BYTES):
         config = resolve(
             source="scenes", base_url=[running.url], tasks=["caption"],

@@ -65,7 +65,7 @@ def methods_by_name() -> dict[str, set[str]]:
 
 
 def example(tree: Any) -> str:
-    """Return a short text that a parsed pattern matches, roughly."""
+    """Return a short text that a parsed pattern matches in most cases."""
     parts = []
     for kind, argument in tree:
         match str(kind):

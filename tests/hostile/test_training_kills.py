@@ -39,7 +39,8 @@ MOMENTS = [
 def train_until(moment: str, number: int, version: Version, config: TrainConfig, out: Path) -> int:
     """Train in a forked process that sends itself a signal, and return its exit code.
 
-    `moment` is the name and number of a step or a save, such as "train 14". A save is killed half-written.
+    `moment` is the name and number of a step or a save, such as "train 14". A killed save leaves
+    half of its file.
     """
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

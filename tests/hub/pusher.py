@@ -120,6 +120,6 @@ class Pusher:
 
 
 def _start_parent(env: dict[str, str]) -> "subprocess.Popen[str]":
-    """Start a process that imports the client, and ends with its stdin."""
+    """Start a process that imports the client, and exits when its stdin is closed."""
     command = [sys.executable, "-c", PARENT]
     return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -29,7 +29,7 @@ def test_settings_include_texts_of_files_named_in_a_task_file(tmp_path: Path) ->
     config = resolve(source="folder:x", custom_tasks=[tmp_path / "a.yaml"])
     (task,) = config.custom_tasks
     assert task.prompt == "Say it." and config.tasks == ("a",)
-    # A model writes fields in this order.
+    # A model writes fields in the order of the schema.
     assert [*config.model_dump()["custom_tasks"][0]["output"]["properties"]] == ["z", "a"]
     assert resolve(**config.model_dump(mode="json")) == config
 

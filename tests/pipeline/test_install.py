@@ -19,7 +19,7 @@ from tests.test_architecture import MODULES, PATHS, imports, parse
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TRAIN = ("trainer.launch", "trainer.captioner", "trainer.evaluate")
-# The extras of each hint, the modules that the command loads at its start, and further packages.
+# For each install hint: its extras, the modules that the command imports first, and further packages.
 NEEDS = [
     (("embedded",), ("pipeline.inference.embedded",), ["torchvision"]),
     (("train",), TRAIN, []),

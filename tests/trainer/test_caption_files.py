@@ -88,7 +88,7 @@ def test_repeated_run_captions_only_new_images(model: Path, photos: Path, tmp_pa
     assert run(model, names, out)[2] == [] and out.read_text() == before
     out.write_text(before.rstrip("\n").replace('"caption": "', '"caption": "Edited '))
     edited = read(out)
-    run(model, [str(photos)], out, stop=1)  # stopped before it is complete
+    run(model, [str(photos)], out, stop=1)  # the run stops before it is complete
     assert read(out) == edited
     assert run(model, [str(photos)], out)[2] == [last]
     assert read(out)[:-1] == edited and read(out)[-1]["image"] == str(last)
@@ -212,7 +212,7 @@ def test_images_are_found_by_file_folder_or_pattern(photos: Path, tmp_path: Path
         hidden.write_bytes(b"of a program")
     assert find_images([str(photos)]) == everything
     assert find_images([f"{photos}/**/*.png", str(photos / "0.png")]) == everything
-    # A file that is named is accepted with any suffix.
+    # A path to a single file may have any suffix.
     assert find_images([str(photos / "notes.md")]) == [photos / "notes.md"]
     for bad in (str(tmp_path / "gone.png"), f"{photos}/*.jpg"):
         with pytest.raises(ConfigError, match="does not exist"):

@@ -1,4 +1,4 @@
-"""`Captioner`: every kind of image has the same caption, in order, with few batches in memory."""
+"""`Captioner`: files, bytes and PIL images get equal captions, in order, with few batches in memory."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -109,7 +109,7 @@ def test_second_training_begins_with_a_lower_loss_and_depends_on_the_weights_of_
 
 
 def test_change_of_source_is_reported(version: Version, started: dict[str, Path], tmp_path: Path) -> None:
-    """The other source may include the test images."""
+    """The earlier training data may include test images of the new source."""
     config = TrainConfig.model_validate(NEXT | {"init": str(started["scratch"])})
     notes = Notes()
     other = {**version.manifest, "source": {"name": "folder", "settings": {}}}

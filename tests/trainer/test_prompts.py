@@ -24,7 +24,7 @@ Could you summarise this photo?
 Describe the scene. Respond in one sentence.
 What does this photo depict?
 """.strip().split("\n")
-# A question begins at a mark ^ (or with the prompt) and ends at #. The marks are no part of the prompt.
+# A question begins at a mark ^ (or with the prompt) and ends at #. The prompt does not contain the marks.
 ANSWERS = """
 Is there a dog in the image?# Please answer yes or no.
 what color is the car#

@@ -81,7 +81,7 @@ def test_step_raises_the_likelihood_of_rewarded_captions(checkpoint: Checkpoint,
 def test_reward_stage_begins_early_when_the_score_stops_improving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
-    """Evaluations without gain are counted again from the first rewarded step on."""
+    """When the stage `scst` begins, the count of evaluations without gain restarts at zero."""
     small_trainings.script_scores(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     lengths = {"steps": 40, "scst_frac": 0.5, "scst_samples": 2, "evaluations": 30, "patience": 2}
     config = SMALL.model_copy(update={"encoder": clip, **lengths})

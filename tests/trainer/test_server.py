@@ -222,7 +222,7 @@ def test_stream_has_the_whole_answer_in_its_first_event(url: str, captioner: Cap
 def test_model_is_listed_and_unknown_model_is_refused(url: str) -> None:
     _, listed, _ = request(url, "/v1/models")
     assert [model["id"] for model in listed["data"]] == [NAME]
-    # If it were stated, clients would subtract the image tokens from it.
+    # If `max_model_len` were listed, clients would count image tokens against it.
     assert "max_model_len" not in listed["data"][0]
     status, answer, _ = request(url, CHAT, chat(png(1)) | {"model": "gpt"})
     assert status == 404 and f"this server has {NAME}" in answer["error"]["message"]

@@ -105,7 +105,7 @@ def load_rows(dataset: Path, version: str = "v1.0.0") -> Any:
 
 
 def restore_sigint() -> None:
-    """Restore SIGINT in a child process: a shell ignores it in background jobs."""
+    """Restore SIGINT in a child process, in case the tests run in a background job that ignores it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -21,7 +21,7 @@ from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.whole.conftest import Run
 
-expect.set_options(timeout=120_000)  # ms, only ends a test that hangs
+expect.set_options(timeout=120_000)  # in ms; long, because it only ends a test that hangs
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_two_tabs_keep_all_reviews(page: Page) -> None:
     second_tab.goto(page.url)
     items = "[...document.querySelectorAll('#images .texts > li')]"
     press = f"([first, end]) => {items}.slice(first, end).forEach(i => i.review('good'))"
-    for first in range(0, 40, 4):  # both tabs review in turn, without waiting
+    for first in range(0, 40, 4):  # both tabs store reviews in turn, without waiting for each other
         page.evaluate(press, [first, first + 2])
         second_tab.evaluate(press, [first + 2, first + 4])
     text_of(page, 40).get_by_role("button", name="Bad").click()

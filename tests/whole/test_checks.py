@@ -181,7 +181,7 @@ def test_price_counts_each_request_of_a_check_once(tmp_path: Path, model: Model,
     generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--limit", str(limit))
     manifest = read_manifest(tmp_path / "d")
     price = {entry["texts"]: entry["requests"] for entry in manifest["price"]}
-    assert manifest["checks"][0]["kinds"]  # planted falsehoods use the claims again
+    assert manifest["checks"][0]["kinds"]  # planted falsehoods share the requests for claims
     assert price == {"captions": limit, "": len(server.bodies) - limit}
 
 

@@ -220,10 +220,10 @@ def test_killed_cluster_run_resumes_with_same_command(killed_run: KilledRun) -> 
     times, undisturbed = killed_run.chat.times, killed_run.undisturbed
     assert times.keys() == undisturbed.keys()
     repeated = sum((times - undisturbed).values())
-    assert 0 < repeated <= 3 * 64  # up to 64 in flight: one worker, then two
+    assert 0 < repeated <= 3 * 64  # at most 64 requests in flight per worker; one worker was killed, then two
     sent, replies = count_journaled(killed_run.folder / "many")
     assert replies == sum(undisturbed.values())
-    assert repeated <= sent - replies <= 3 * 64  # some were recorded, but not sent
+    assert repeated <= sent - replies <= 3 * 64  # some requests were recorded, but not sent
 
 
 @pytest.mark.skipif(not LONG, reason="two clusters of two nodes take three minutes: make test-long")

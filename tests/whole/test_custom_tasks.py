@@ -206,7 +206,7 @@ def test_task_is_not_asked_if_a_result_that_it_needs_is_unusable(
     (shop / "more.yaml").write_text(more % "{{ results.size.unit | upper ~ results.size.unit.lower() }}")
     both = ("--task", "size.yaml", "--task", "more.yaml")
     done = synth(shop, "generate", "--source", "folder:photos", "--base-url", server.url, *both)
-    assert done.returncode == 1 and "None" in done.stderr  # a check rendered the template with null
+    assert done.returncode == 1 and "None" in done.stderr  # an early check renders the template with null
     assert len(server.bodies) == num_requests
     (shop / "more.yaml").write_text(more % "{{ 0 if results.size.n == 0 else 10 % (results.size.n - 1) }}")
     generate(shop, server, *both, "--out", "e")

@@ -112,7 +112,7 @@ def test_ladder_keeps_as_many_texts_as_the_large_model_with_half_of_its_requests
         result = servers.generate(name)
         kept[name] = result["steps"]["verify"]["kept"]
         sent[name] = servers.requests()
-        assert result["requests"]["total"] == result["requests"]["asked"]  # includes checks of replaced texts
+        assert result["requests"]["total"] == result["requests"]["asked"]  # with checks of replaced texts
         priced[name] = {entry["texts"]: entry for entry in servers.manifest(name)["price"]}
     assert kept == {"small": COUNT // 2, "large": COUNT - 3, "ladder": COUNT - 3}
     assert sent == {"small": (COUNT, 0), "large": (0, COUNT), "ladder": (COUNT, COUNT // 2)}

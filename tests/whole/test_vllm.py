@@ -25,7 +25,7 @@ from tests.whole.conftest import ROOT, SYNTH, descendants, is_alive, restore_sig
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 KEY = "test-key-of-nobody"
-SERVER = "vllm.entrypoints"  # in the command of a server
+SERVER = "vllm.entrypoints"  # the command line of a server contains this
 SCENES = 48
 
 

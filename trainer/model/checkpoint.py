@@ -181,7 +181,8 @@ def build_checkpoint(
         start = load_checkpoint(find_captioner(config.init), torch.device("cpu"))
         before = start.captioner.config
         encoder, decoder, tokenizer = _continued_parts(start, config, texts)
-        # Other prompts of the captioner stay usable, but its default prompt must be learned in this run.
+        # Keep the other prompts that `start` has learned, unless they would replace the default prompt, which
+        # must be learned in this run.
         default = scored_prompt([*prompts])
         prompts |= {prompt for prompt in before.prompts if scored_prompt([*prompts, prompt]) == default}
         data["init"] = {"digest": init_digest, "data": before.data}

@@ -194,7 +194,7 @@ def load_encoder(name: str, *, states: str = "all", frozen: bool | None = None) 
 
 
 def folder_name(folder: Path) -> str:
-    """Return a folder's name to show for its encoder. A slash marks a folder named like a known encoder."""
+    """Return the name of a folder. A slash is added if it equals the name of a known encoder."""
     return f"{folder.name}/" if folder.name in ENCODERS else folder.name
 
 

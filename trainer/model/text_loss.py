@@ -28,7 +28,7 @@ class PackedTexts:
     """
 
     ids_BS: Tensor
-    positions_BS: Tensor  # within the text
+    positions_BS: Tensor  # position of the token within its text
     segments_BS: Tensor  # index of the text within its row, -1 for padding
     place_CT: Tensor  # place of token t of text c, 0 for padding
     origin_BS: Tensor  # inverse of `place_CT`: c * T + t for each place, 0 for padding

@@ -107,7 +107,8 @@ class PrefixDecoder(nn.Module):
         is_default = states_BPD is not None and type(cache) is DynamicCache
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
-        # Move padding before the image: recurrent layers and narrow windows would see it after the image.
+        # Move padding from between image and text to before the image. Recurrent layers would process it, and
+        # it would fill narrow attention windows.
         place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         pads_B1 = (mask_BS.cumsum(-1) == 0).sum(-1, keepdim=True)
         from_BL = torch.where(place_L < pads_B1, place_L + prefix, place_L - pads_B1)
@@ -129,7 +130,10 @@ class PrefixDecoder(nn.Module):
 
 
 class _AtLastPosition(MaxLengthCriteria):
-    """Ends texts at the last position. `generate` would drop its own limit if both had the same type."""
+    """Ends texts at the last position of the language model.
+
+    A plain MaxLengthCriteria would replace the one that `generate` adds for its own limit.
+    """
 
 
 class SynthCaptioner(PreTrainedModel, GenerationMixin):

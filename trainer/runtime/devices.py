@@ -59,7 +59,7 @@ def all_reduce_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     learning = [weights for weights in model.parameters() if weights.requires_grad]
     num_gradients = sum_over_processes([weights.grad is not None for weights in learning])
     for weights, count in zip(learning, num_gradients, strict=True):
-        # If no process has a gradient, it stays None, so that the optimizer skips the weight and its decay.
+        # A weight without a gradient in any process keeps None, so that the optimizer does not decay it.
         if count:
             weights.grad = torch.zeros_like(weights) if weights.grad is None else weights.grad
             torch.distributed.all_reduce(weights.grad)

@@ -28,7 +28,7 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_resume(folder: Path, config: TrainConfig, run: str) -> dict[str, Any]:
-    """Load resume.pt. Raises TrainError if it is missing, damaged, or of another run (compared by digest)."""
+    """Load resume.pt. Raises TrainError if it is missing, damaged, or from a run with another digest."""
     path = folder / "resume.pt"
     if not path.exists():
         hint = "repeat --encoder and --decoder, pass --out FOLDER, or leave out --resume"

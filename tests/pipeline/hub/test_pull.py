@@ -88,7 +88,7 @@ def test_tag_or_commit_names_version_and_default_is_newest(pulled: tuple[Path, l
     _, (by_tag, newest, by_commit) = pulled
     assert (by_tag["name"], by_tag["rows"], by_commit["name"]) == ("v1.0.0", 20, "v1.0.0")
     assert (newest["name"], newest["rows"]) == ("v1.1.0", 24)
-    assert newest["dataset"] == "data/me-scenes"  # the folder for checkpoints
+    assert newest["dataset"] == "data/me-scenes"  # the folder in which checkpoints will be stored
 
 
 @pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])

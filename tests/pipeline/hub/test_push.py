@@ -33,7 +33,7 @@ def pusher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pusher]:
 
 @pytest.fixture
 def client(pusher: Pusher) -> Pusher:
-    """Return a client with an empty cache, of an empty Hub."""
+    """Return a client with an empty cache and an empty Hub."""
     hub = pusher.hub.hub
     hub.storage.repos.clear()
     hub.faults.clear()
@@ -99,7 +99,7 @@ def test_different_version_under_same_tag_is_refused(
 def test_later_version_replaces_files_and_keeps_earlier_tag(client: Pusher, tmp_path: Path) -> None:
     larger = make_version(tmp_path, scene_samples(20))[0]
     first = client.push(larger)
-    smaller = make_version(tmp_path, scene_samples(1))[0]  # with fewer shards
+    smaller = make_version(tmp_path, scene_samples(1))[0]  # has fewer shards
     pushed = client.push(smaller)
     repo = repo_of(client)
     assert pushed["warning"] == ""

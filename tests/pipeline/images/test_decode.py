@@ -142,7 +142,7 @@ def test_truncated_large_jpeg_is_refused(large: Image.Image) -> None:
 
 
 def exif_of(orientation: int, kind: int) -> bytes:
-    """Return EXIF with an orientation of a TIFF type: 2 is text, 3 a number, 7 bytes."""
+    """Return EXIF data whose orientation has the TIFF type `kind` (2: text, 3: number, 7: bytes)."""
     entry = struct.pack("<HHIHH", 0x0112, kind, 1, orientation, 0)
     return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + bytes(4)
 

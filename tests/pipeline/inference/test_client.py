@@ -106,7 +106,7 @@ def test_failed_request_is_sent_again_and_counts_as_one_attempt(tmp_path: Path, 
         timeout_s, notes = 0.5 if act.seconds else 60, Notes()
         server = {"request_timeout_s": timeout_s}
         counts, errors = run(tmp_path / "j", chat.url, server=server, progress=notes)
-    (warning,) = notes.texts  # one for each kind of failure
+    (warning,) = notes.texts  # one warning for each kind of failure
     assert warning.startswith(f"warning: {chat.url} fails (") and warning.endswith(
         "; failed requests are retried"
     )
@@ -234,7 +234,7 @@ def test_long_caption_of_a_large_image_fits_the_context_at_each_attempt(tmp_path
     [
         ("Look.", True, (8192 - 640 - 512, 2048)),  # leaves room for a retry with twice 256 reply tokens
         ("x" * 8000, True, (8192 - 4000 - 512, 2048)),
-        ("x" * 16_000, True, (2048, 2048)),  # image and reply get at least a quarter each
+        ("x" * 16_000, True, (2048, 2048)),  # image and reply each get at least a quarter of the context
         ("x" * 8000, False, (0, 8192 - 4000)),
     ],
 )
@@ -443,7 +443,7 @@ def test_proxy_is_used_only_for_remote_servers(tmp_path: Path, monkeypatch: pyte
 
 
 def add_batch(concurrency: Concurrency, seconds: float) -> int:
-    """Count the replies after which the limit may change. Return the new limit."""
+    """Add as many replies as are needed to change the limit. Return the new limit."""
     for _ in range(4 * concurrency.limit):
         concurrency.add_reply(seconds)
     return concurrency.limit

@@ -21,7 +21,7 @@ from tests.chat.server import ChatServer, running_chat
 from tests.hub.server import running_hub
 from tests.plans import engine_of
 
-REVISION = "0123456789abcdef"  # `synth serve` appends it to the name
+REVISION = "0123456789abcdef"  # `synth serve` appends the revision to the model name
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def test_refusal_field_is_stored_as_a_reply(tmp_path: Path) -> None:
         ("tiny@c0ffee", [], None, "tiny@c0ffee"),
         ("tiny@c0ffee", [], "tiny", "tiny@c0ffee"),
         ("models/gemma", [], "gemma", "models/gemma"),
-        ("qwen@q8_0", ["qwen"], "qwen", "qwen"),  # the full name has priority
+        ("qwen@q8_0", ["qwen"], "qwen", "qwen"),  # an exact match has priority
         ("m@abc", ["m@def"], "m", "m matches several models"),
         ("a", ["b"], None, "serves 2 models"),
         ("llama", [], "model", "does not serve model"),

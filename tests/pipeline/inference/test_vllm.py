@@ -151,7 +151,7 @@ def test_only_the_dead_server_restarts_and_fails_with_its_last_error_after_max_r
             assert first.socket != second.socket
             assert (first.restarted, second.restarted) == (1, 0)
             assert "died 2 times, the last time with exit code 7" in str(first.failure)
-            assert first._process is None  # forgotten, because the system may reuse its pid
+            assert first._process is None  # cleared, because the system may reuse the pid
             return folder
 
     assert not asyncio.run(asyncio.wait_for(serve(), 60)).exists()
@@ -164,7 +164,7 @@ def test_newest_vllm_supports_the_flags(tmp_path: Path, gpu: bool) -> None:  # n
     """The file lists flags of 0.33.0. tests/whole/test_vllm.py uses the parser of the installed vLLM."""
     known = set(FLAGS_OF_NEWEST.read_text(encoding="utf-8").split())
     assert {word for word in plan(tmp_path, gpu=gpu).arguments if word.startswith("--")} <= known
-    assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # removed from vLLM
+    assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # vLLM has removed --swap-space
 
 
 def test_server_log_is_private_and_does_not_follow_links(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def test_names_with_colons_are_read_and_hidden_files_are_skipped(tmp_path: Path)
 
 
 def test_json_split_is_stored_and_unknown_split_is_rejected(tmp_path: Path) -> None:
-    """Requested training images have no split, because some of them will be held out."""
+    """With source_split="train", images have no split yet, because some of them will be held out."""
     jsons = (b'{"split":"val", "caption":{"raw":"A bowl."}}', b'{"split":"no"}', b"[]", b'{"split":"train"}')
     (tmp_path / "train.tar").write_bytes(tar_of(with_json(*jsons)))
 

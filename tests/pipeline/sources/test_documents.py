@@ -104,7 +104,7 @@ def test_damaged_page_rejects_only_its_row(tmp_path: Path) -> None:
     assert bad.source_row == "a.pdf/0021-0040" and "page 25" in bad.detail
     pages = rows(opened(f"pdf-pages:{tmp_path}"))
     lost = [name for name, row in pages.items() if isinstance(row, Rejected)]
-    # pdfium cannot find the next page.
+    # After a damaged page, pdfium may also fail to find the next page.
     assert lost in (["a.pdf/0025"], ["a.pdf/0025", "a.pdf/0026"]) and len(pages) == 45
 
 

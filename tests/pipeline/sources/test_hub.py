@@ -90,7 +90,7 @@ def test_vqav2_sample_is_a_photo_with_all_questions(hub: RunningHub) -> None:
     questions = {f"How many things of kind {k} are there?" for k in range(3)}
     for sample in samples:
         assert {qa.question for qa in sample.reference_qa or ()} == questions
-        # As in the official evaluation.
+        # Answers are normalized as in the official evaluation.
         assert {qa.answers for qa in sample.reference_qa or ()} == {("2", "2", "2")}
         assert (sample.split, sample.license) == ("validation", "flickr-terms")
     assert opened("vqav2", source_split="validation").count() == 6
@@ -240,7 +240,7 @@ TWO = "- {config_name: english, data_files: en/train/*}\n- {config_name: french,
         (FILES[3:5],
          "- config_name: default\n"
          "  data_files: [{split: train, path: data/train-*}, {path: ./data/*.parquet}]\n",
-         "", {3: "train"}),  # a star stays within a folder; a file is read once
+         "", {3: "train"}),  # `*` matches no subfolders; a file that matches twice is read once
         (FILES[3:4], "- {config_name: x, data_files: data/*}\n- {config_name: y, data_files: data/*}\n", "",
          {3: "train"}),
     ],

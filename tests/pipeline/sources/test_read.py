@@ -68,7 +68,7 @@ def settings(photos: Path, **more: Any) -> Config:
 
 
 class Reading:
-    """Reads a source into a dataset; records the first rows of reads, and messages."""
+    """Reads a source into a dataset. Records messages, and the row at which each read starts."""
 
     def __init__(self, dataset: Path, config: Config, *, stop_at: int | None = None) -> None:
         self.starts: list[int] = []
@@ -122,7 +122,7 @@ def test_interrupted_reading_resumes_and_gives_the_same_bytes(
     assert any("resumes after" in text for text in again.notes.texts)
     assert images(tmp_path / "cut") == images(tmp_path / "whole")
     near = [row["sample_id"] for row in rows(tmp_path / "whole", "near_duplicates")]
-    assert near and not ImageStore(tmp_path / "cut").find_missing(near)  # the report shows them
+    assert near and not ImageStore(tmp_path / "cut").find_missing(near)  # stored for the report
     rejected = rows(tmp_path / "whole", "rejected")
     reasons = {row["reason"] for row in rejected}
     assert reasons == {"duplicate_image", "near_duplicate_image", "unreadable_image"}
@@ -259,7 +259,7 @@ def banned(dataset: Path) -> list[str]:
 def test_unreadable_excluded_images_are_retried(
     photos: Path, others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Keep the revisions of sources equal, as if an image had only been too slow to decode.
+    # Keep the revision of the source unchanged, as if decoding the image had only timed out.
     monkeypatch.setattr("pipeline.sources.folder.digest_or_fault", lambda *_: "sha256")
     (others / "b.jpg").write_bytes(b"no image")
     config = settings(photos, exclude=[f"folder:{others}"])

@@ -76,7 +76,7 @@ def test_remote_archive_is_read() -> None:
 
 
 def test_remote_archive_is_streamed(tmp_path: Path) -> None:
-    """Workers check up to 32 images ahead of the first."""
+    """Before the first image is returned, workers read ahead by up to 32 images."""
     files = {f"{number:02}.jpg": datasets.photo(number) for number in range(40)}
     archive = tar_of(files | {"pad.bin": bytes(20_000_000), "z.jpg": datasets.photo(40)})
     with running_hub(tmp_path) as hub:

@@ -1,4 +1,4 @@
-"""Row steps keep every row, in every shard, and refuse comparison results with repeated or unknown rows."""
+"""Row steps keep every row of every shard. Comparisons that return repeated or unknown rows are errors."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -152,7 +152,7 @@ def test_changed_file_reruns_its_step(name: str, copied: Finished, tmp_path: Pat
     change, step = CHANGES[name]
     change(DatasetDir(tmp_path / "d"))
     again = run(photos, tmp_path / "d", ran)
-    assert ran == [step]  # it writes the same rows, so later steps are skipped
+    assert ran == [step]  # the step writes the same rows, so later steps are skipped
     assert content(again) == content(first)
     assert run(photos, tmp_path / "d", ran).version.name == "v1.0.0" and ran == []
 
@@ -252,7 +252,7 @@ def test_changed_prompt_rewrites_annotations(photos: Path, tmp_path: Path, ran: 
     with running_chat(ChatServer()) as server:
         for text in ("Write a caption.", "Write another caption.", "Write a caption."):
             prompt.write_text(f'{text} Reply as {{"caption": "..."}}.\nTask: caption\n')
-            # As in a new process.
+            # Clear caches, as in a new process.
             for cached in (*vars(prompts).values(), *vars(requests).values()):
                 if hasattr(cached, "cache_clear"):
                     cached.cache_clear()
@@ -266,7 +266,7 @@ def test_changed_prompt_rewrites_annotations(photos: Path, tmp_path: Path, ran: 
 FROM_DEDUPE = ["dedupe", "balance", "split", "review", "write"]
 # Changed settings, each with the steps that run again.
 STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"balance": {"max_answer_frac": 0.9}}, ["balance", "write"]),  # it keeps the same rows
+    ({"balance": {"max_answer_frac": 0.9}}, ["balance", "write"]),  # balance keeps the same rows
     ({"dedupe": {"max_images_per_caption": 1}}, FROM_DEDUPE),
     ({"split": {"test_frac": 0.6}}, ["split", "review", "write"]),
     ({"filter": {"min_caption_words": 1}}, ["filter", "verify", *FROM_DEDUPE]),

@@ -207,7 +207,7 @@ def test_checks_in_batches_equal_checks_of_all_rows(tmp_path: Path, monkeypatch:
         ("A man sits on a bench.", "A man sits on no bench.", False),
         ("An old man in a red hat sits.", "A man in a red hat sits.", True),
         ("There is a man who wears a red hat.", "A man wears a hat.", True),
-        ("A man sits near a red car.", "A red car.", False),  # a true claim is left out
+        ("A man sits near a red car.", "A red car.", False),  # the repair must not leave out a true claim
     ],
 )
 def test_repair_only_leaves_out_words_of_refuted_claims(before: str, after: str, *, is_kept: bool) -> None:

@@ -1,4 +1,4 @@
-"""Planted falsehoods: one word is replaced by another of its kind that no text about the image has."""
+"""Planted falsehoods: a word is replaced by one of the same kind that is in no text about the image."""
 
 import pytest
 

@@ -72,7 +72,7 @@ def test_loss_is_the_sum_of_the_weighted_losses_of_separate_texts(build: Build, 
 
 
 def test_loss_is_the_negative_log_likelihood_of_next_tokens(build: Build) -> None:
-    """Computes each token from the tokens before it, which catches labels that are shifted twice."""
+    """The expected loss is computed token by token, which would reveal labels that are shifted twice."""
     captioner, states, row = build("scratch"), torch.randn(1, N, V), [2, 3, 7, 8, 9, EOS]
     memory = captioner.connector(states)
     expected = torch.zeros(())

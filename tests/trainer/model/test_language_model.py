@@ -30,8 +30,8 @@ GRANITE_H: dict[str, Any] = {
     "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48, "num_local_experts": 0,
     "num_experts_per_tok": 0, "logits_scaling": 2.0,
 }  # fmt: skip
-# Settings, and whether texts can be packed. The embeddings of opt are narrower than its layers, and the cap
-# of gemma2 is near its logits.
+# For each model type: its settings, and whether texts can be packed. The embeddings of opt are narrower than
+# its layers, and the logits of gemma2 are close to their cap.
 FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "llama": (BASE, True),
     "qwen3": (BASE, True),
@@ -81,7 +81,7 @@ def test_loss_of_texts_is_the_sum_of_their_separate_losses(family: str) -> None:
 
 
 def test_texts_longer_than_the_attention_window_are_not_packed() -> None:
-    """If packed, the window of the last text would have other texts instead of the image."""
+    """If packed, the attention window of the last text would contain other texts instead of the image."""
     torch.manual_seed(0)
     decoder = PretrainedDecoder({"model_type": "gemma3_text", **BASE, "sliding_window": 14}).eval()
     texts = batch((9, 6, 8), (0, 0, 0))

@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def working_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restore the working directory after each test: a worker changes to that of its command."""
+    """Restore the working directory after each test, because workers change it."""
     monkeypatch.chdir(Path.cwd())

@@ -17,7 +17,7 @@ from pipeline.install import install_command
     [
         (8, 0, None, False, WorkerPlan(8, 1.0, 0)),
         (2, 0, 4, False, WorkerPlan(4, 0.5, 0)),
-        (8, 0, None, True, WorkerPlan(3, 1.0, 0)),  # one per node
+        (8, 0, None, True, WorkerPlan(3, 1.0, 0)),  # one worker per node
         (32, 4, None, True, WorkerPlan(4, 1.0, 1)),
         (3, 4, None, True, WorkerPlan(4, 0.75, 1)),
         (32, 4, None, False, WorkerPlan(32, 1.0, 0)),  # other servers use the GPUs

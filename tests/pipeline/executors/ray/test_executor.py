@@ -22,7 +22,7 @@ from tests.whole.test_cluster import rows_of, scripted_replies
 
 
 def map_here(count: int, work: Callable[[int], Any], *_: Any) -> list[Any]:
-    """Apply a function to every index below `count`, after it was pickled as for a worker."""
+    """Pickle a function as for a worker, and apply it to every index below `count`."""
     work = cloudpickle.loads(cloudpickle.dumps(work))  # type: ignore[no-untyped-call]
     with work if isinstance(work, AbstractContextManager) else nullcontext():
         return [work(index) for index in range(count)]
