@@ -7,13 +7,14 @@ to new columns (`clean_*`).
 import json
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import starmap
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline import rules
 from pipeline.config.sections import ANY_LANGUAGE, FilterConfig
-from pipeline.rules import Grams, RuleInput, Scores, Words
+from pipeline.rules import Grams, RuleInput, Scores, Texts, Words
 from pipeline.tables import FILTERED, HUMAN_PROMPTS, append_columns, require_columns, with_reason
 from pipeline.tasks import BUILT_IN, TASKS, Tasks
 from pipeline.tasks.base import texts_in
@@ -128,12 +129,12 @@ def _judge(
             redaction_count=text_redactions + question_redactions + answer_redactions,
             **_measure(main, words, config.language),
         )
-        texts: tuple[tuple[str, Words], ...] = ((main, words),)
+        texts: Texts = ((main, words),)
         if clean_answer:
             texts = (*texts, (clean_answer, words_of(clean_answer)))
-        row = RuleInput(
-            scores, words, config, prompt_grams, texts, style or "", answer_type, is_built_in, caption_words
-        )
+        unquoted = tuple(starmap(_without_quotes, texts))
+        origin = (style or "", answer_type, is_built_in, caption_words)
+        row = RuleInput(scores, words, config, prompt_grams, texts, unquoted, *origin)
         applied = rules.RULES_BY_STYLE.get(row.style, rules.CAPTION_RULES) if row.is_caption else rules.RULES
         return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 
@@ -157,9 +158,16 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams, *, is_
         redaction_count=redactions,
         **_measure(joined, words, config.language),
     )
-    row = RuleInput(scores, words, config, prompt_grams, tuple((part, words_of(part)) for part in parts))
+    texts = tuple((part, words_of(part)) for part in parts)
+    row = RuleInput(scores, words, config, prompt_grams, texts, tuple(starmap(_without_quotes, texts)))
     applied = {} if record == NOTHING else rules.TEXT_RULES if is_text else rules.RECORD_RULES
     return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
+
+
+def _without_quotes(text: str, words: Words) -> tuple[str, frozenset[str]]:
+    """Return a text and its distinct words without the quotes in it, which may be from signs or screens."""
+    rest = language.unquoted(text)
+    return rest, frozenset(words if rest is text else words_of(rest))
 
 
 def _redact_within(value: Any) -> tuple[Any, int]:

@@ -69,6 +69,7 @@ _ELSEWHERE = pattern("elsewhere", before=r"\b", after=r"\b")
 # Few texts have words of both sets, so testing for them first is faster.
 _ELSEWHERE_HINTS = frozenset([*WORDS["elsewhere"].split(), *map(str, range(100))])
 _REFERRING_WORDS = frozenset(WORDS["referring"].split())
+_COLLAGES = frozenset(("collage", "comparison", "diptych", "grid", "montage", "panel", "panels"))
 _ELSEWHERE_IN_QUESTION = pattern("elsewhere_in_question", before=r"\b", after=r"\b")
 _ANSWER_ELSEWHERE = pattern("answer_elsewhere", re.IGNORECASE)
 _ANSWER_LABEL = pattern("answer_label", re.IGNORECASE)
@@ -83,8 +84,9 @@ _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 _SENTENCE_END = re.compile(r"[.!?]\s+")
 
-# The answer to a question with one of these words may be in any script.
+# The answer to a question with one of these words may be any text, unless the question asks for a color.
 _READING_WORDS = frozenset(WORDS["reading"].split())
+_OTHERWISE_ASKED = frozenset(("color", "colors", "colour", "colours"))
 
 # Answers that say nothing: their beginnings, and words anywhere, as in "age unknown".
 _NO_ANSWER = pattern("says_nothing", re.IGNORECASE, before=rf"\W*{expression('it_is')}")
@@ -93,6 +95,9 @@ _NOT_KNOWN = pattern("not_known", re.IGNORECASE)
 _UNREAD = pattern("unread", re.IGNORECASE)
 # Texts on signs and forms that resemble answers that say nothing.
 _ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
+# Values of cells in tables and forms.
+_IN_CELL = re.compile(r"n/?a|null|none|unknown|unspecified|nan|tbd|-+", re.IGNORECASE)
+_CELLS = frozenset(("cell", "column", "field", "form", "row", "spreadsheet"))
 _NO_WORDS = re.compile(r"[\W_]*")
 _ANOTHER_QUESTION = pattern("another_question", re.IGNORECASE)
 _HOW_MANY = re.compile(
@@ -107,8 +112,8 @@ _NUMBER = re.compile(
 _NO_COUNT = re.compile(r"\bhow (?!many)\w+|\b(?:time|say|letter)\b", re.IGNORECASE)
 # A sentence of more than five words is too long for an answer to a built-in prompt.
 _SENTENCE_ANSWER = re.compile(
-    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:(?:\s+\S+){5,}(?<=\.)$|"
-    r"\s+(?:\S+\s+)?(?:is|are|has|was)\b(?:\s+\S+){3,})",
+    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:(?:\s+\S+){7,}(?<=\.)$|"
+    r"\s+(?:\S+\s+)?(?:is|are|has|was)\b(?:\s+\S+){5,})",
     re.IGNORECASE,
 )
 DEFAULT_ANSWER_WORDS = FilterConfig().max_answer_words
@@ -120,9 +125,11 @@ _REPEATED_ANSWER = re.compile(r"([a-z]+)(?:(?:,? and |, )\1)+|([a-z]+)(?: \2){2,
 _VAGUE = frozenset(WORDS["vague"].split())
 _ANY_ANSWER = _VAGUE | frozenset(WORDS["with_vague"].split())
 _ARTICLES = frozenset(("a", "an", "the", "some"))
+_OFTEN_REPEATED = frozenset(("yes", "no", "both", "left", "right"))
 _FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
 
 Words = list[str]
+Texts = tuple[tuple[str, Words], ...]
 Grams = frozenset[tuple[str, ...]]
 
 
@@ -163,16 +170,18 @@ def bounds_of(style: str, language_code: str | None, caption_words: int | None) 
 class RuleInput(NamedTuple):
     """The input of a rule: an annotation with its scores and caption style, and the settings of the filter.
 
-    `words` has the words of the caption or question. `texts` has every text with its words. `prompt_grams`
-    has word n-grams from the prompts. `caption_words` is the number of words that the prompts ask for.
-    `is_built_in` is True for the replies to built-in tasks.
+    `words` has the words of the caption or question. `texts` has every text with its words, and `unquoted`
+    the same without quotes, because a caption may quote any text in the image. `prompt_grams` has word
+    n-grams from the prompts. `caption_words` is the number of words that the prompts ask for. `is_built_in`
+    is True for the replies to built-in tasks.
     """
 
     scores: Scores
     words: Words
     config: FilterConfig
     prompt_grams: Grams
-    texts: tuple[tuple[str, Words], ...]
+    texts: Texts
+    unquoted: tuple[tuple[str, frozenset[str]], ...]
     style: str = ""
     answer_type: str | None = None
     is_built_in: bool = False
@@ -206,10 +215,23 @@ class RuleInput(NamedTuple):
 
 def is_refusal(row: RuleInput) -> bool:
     """Return True if the model declined to answer."""
-    may_quote = row.style == "ocr"
-    return any(
-        says_refusal(text, words, may_quote_sign=may_quote or text is row.answer) for text, words in row.texts
-    )
+    if row.answer:
+        question, answer = row.unquoted
+        return says_refusal(*question) or says_refusal(*answer, may_quote_sign=asks_to_read(row))
+    for text, words in row.unquoted:
+        if says_refusal(text, words, may_quote_sign=row.style == "ocr"):
+            return True
+    return False
+
+
+def has_junk(row: RuleInput) -> bool:
+    """Return True if a text has markup. An answer that was read may have any characters, but no tokens."""
+    texts = row.texts
+    if row.answer and asks_to_read(row):
+        if artifacts.has_token(row.answer):
+            return True
+        texts = texts[:1]
+    return any(artifacts.has_markup(text, may_end_in_emoji=row.style == HUMAN) for text, _ in texts)
 
 
 def is_too_short(row: RuleInput) -> bool:
@@ -222,6 +244,7 @@ def is_too_long(row: RuleInput) -> bool:
     """Return True if a caption, question or answer has too many words or characters."""
     if row.is_question:
         is_limited = row.is_built_in and row.config.max_answer_words == DEFAULT_ANSWER_WORDS
+        is_limited = is_limited and not asks_to_read(row)
         return (
             row.scores.word_count > row.config.max_question_words
             or row.scores.answer_word_count > row.config.max_answer_words
@@ -290,7 +313,7 @@ def is_cut_off(row: RuleInput) -> bool:
 
 def asks_to_read(row: RuleInput) -> bool:
     """Return True if a question is about words in the image, so that any answer is possible."""
-    return not _READING_WORDS.isdisjoint(row.words)
+    return not _READING_WORDS.isdisjoint(row.words) and _OTHERWISE_ASKED.isdisjoint(row.words)
 
 
 def _is_foreign_answer(row: RuleInput) -> bool:
@@ -313,21 +336,30 @@ def says_nothing(answer: str) -> bool:
 
 def is_unanswered(row: RuleInput) -> bool:
     """Return True if an answer says nothing, unless it may be the text on a sign."""
-    if row.answer is None or (asks_to_read(row) and _ON_SIGN.fullmatch(row.answer)):
+    if row.answer is None:
         return False
-    return says_nothing(row.answer) or (row.answer.endswith("?") and not asks_to_read(row))
+    if asks_to_read(row):
+        is_in_cell = not _CELLS.isdisjoint(row.words) and _IN_CELL.fullmatch(row.answer)
+        may_be_sign = is_in_cell or _ON_SIGN.fullmatch(row.answer)
+        return not may_be_sign and (says_nothing(row.answer) or bool(_UNREAD.search(row.answer)))
+    return says_nothing(row.answer) or row.answer.endswith("?")
 
 
 def is_labeled(row: RuleInput) -> bool:
     """Return True if a text has a label, describes itself as a reply, or addresses the reader."""
-    for text, words in row.texts:
-        is_asked = row.is_question and text is row.main
-        if artifacts.has_label(text) or (not is_asked and artifacts.is_chat(text, words)):
+    texts = row.unquoted
+    if row.is_question:
+        if artifacts.has_label(row.main):
+            return True
+        if asks_to_read(row):
+            return artifacts.opens_chat(row.answer or "")
+        texts = texts[1:]
+    for text, words in texts:
+        if artifacts.has_label(text) or artifacts.is_chat(text, words):
             return True
     if row.is_caption:
-        return artifacts.has_caption_label(row.main)
-    may_explain = row.words[:1] == ["why"] or asks_to_read(row)
-    return not may_explain and bool(_ANSWER_LABEL.match(row.answer or ""))
+        return artifacts.has_caption_label(texts[0][0])
+    return row.words[:1] != ["why"] and bool(_ANSWER_LABEL.match(row.answer or ""))
 
 
 def is_off_type(row: RuleInput) -> bool:
@@ -350,8 +382,11 @@ def gives_answer_away(question: str, answer: str) -> bool:
     if len(answer_words) == 1:
         (word,) = answer_words
         is_after_how = ("how", word) in pairwise(asked)
-        if len(word) < 2 or word.isdigit() or word in ("yes", "no", "both") or is_after_how:
+        if len(word) < 2 or word.isdigit() or word in _OFTEN_REPEATED or is_after_how:
             return False
+    if not _OTHERWISE_ASKED.isdisjoint(asked):
+        # The answer may also be the color of another object ("the trim on the white door").
+        asked = words_of(_PLACE.split(question, maxsplit=1)[0])
     stems = [_stem(word) for word in asked if word not in _ARTICLES]
     wanted = [_stem(word) for word in answer_words]
     return any(stems[start : start + len(wanted)] == wanted for start in range(len(stems) - len(wanted) + 1))
@@ -388,13 +423,15 @@ def is_keyword_list(row: RuleInput) -> bool:
 
 def is_elsewhere(row: RuleInput) -> bool:
     """Return True if a text refers to another text or image."""
-    for text, words in row.texts:
-        may_match = not (_ELSEWHERE_HINTS.isdisjoint(words) or _REFERRING_WORDS.isdisjoint(words))
-        if may_match and _ELSEWHERE.search(language.unquoted(text).lower()):
+    # The text on a sign may refer to another text, and a caption of a collage to its first image.
+    is_read = row.is_question and asks_to_read(row)
+    for text, words in row.unquoted[:1] if is_read else row.unquoted:
+        may_match = not (_REFERRING_WORDS.isdisjoint(words) or _ELSEWHERE_HINTS.isdisjoint(words))
+        if may_match and _ELSEWHERE.search(text.lower()) and _COLLAGES.isdisjoint(words):
             return True
     if not row.is_question:
         return False
-    is_in_answer = not asks_to_read(row) and _ANSWER_ELSEWHERE.match(row.answer or "")
+    is_in_answer = not is_read and _ANSWER_ELSEWHERE.match(row.answer or "")
     return bool(is_in_answer or _ELSEWHERE_IN_QUESTION.search(row.main.lower()))
 
 
@@ -411,16 +448,14 @@ def is_general(row: RuleInput) -> bool:
 PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
-    "junk": lambda row: any(
-        artifacts.has_markup(text, may_end_in_emoji=row.style == HUMAN) for text, _ in row.texts
-    ),
+    "junk": has_junk,
     "placeholder": lambda row: artifacts.is_placeholder(row.words),
     "label": is_labeled,
     "no_description": lambda row: (
         row.is_caption
         and row.config.language == "en"
         and row.style != HUMAN
-        and artifacts.is_no_description(row.main, row.words)
+        and artifacts.is_no_description(*row.unquoted[0])
     ),
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
     "unanswerable": is_unanswered,
@@ -435,8 +470,9 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "unwanted_phrase": lambda row: (
         row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
+    # Human questions may be about knowledge and opinions.
     "not_visible": lambda row: (
-        row.config.language == "en"
+        (row.is_built_in, row.config.language) == (True, "en")
         and not _NOT_VISIBLE_WORDS.isdisjoint(row.words)
         and bool(_NOT_VISIBLE.match(row.main.lower()))
     ),

@@ -44,6 +44,8 @@ _USUAL_STARTS = frozenset(WORDS["usual_starts"].split())
 _TOPICS = [name for name in WORDS if name.startswith("other_")]
 _OTHER = [(frozenset(WORDS[name].split()), pattern(name, before=r"\b")) for name in _TOPICS]
 _OTHER_WORDS = frozenset(word for words, _ in _OTHER for word in words)
+# A sentence such as "A poster with ..." may speak about all topics except the first two.
+_MEDIA = frozenset(WORDS["media"].split())
 _LENGTH = pattern("length")
 _LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
@@ -84,6 +86,8 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
+    if "orem ipsum dolor" in text:
+        return True
     if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
         return True
     may_match = _SPECIAL.search(text) or (":" in text and _SPECIAL_COLON.search(text))
@@ -115,26 +119,31 @@ def has_caption_label(text: str) -> bool:
     return "?" in text[-3:] and bool(_QUESTION_AT_END.search(text))
 
 
-def is_no_description(text: str, words: list[str]) -> bool:
+def is_no_description(text: str, words: Collection[str]) -> bool:
     """Return whether a caption is another kind of text, such as an order, an advertisement or a story."""
-    if words[0] not in _USUAL_STARTS and _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
+    if text[: text.find(" ")].lower() not in _USUAL_STARTS and _OTHER_START.match(
+        text[:120].lower().replace("\u2019", "'")
+    ):
         return True
     if _OTHER_WORDS.isdisjoint(words):
         return False
-    for sentence in sentences_with(_OTHER_WORDS, unquoted(text).lower().replace("\u2019", "'")):
-        found = _OTHER_WORDS.intersection(words_of(sentence))
-        if any(not hints.isdisjoint(found) and other.search(sentence) for hints, other in _OTHER):
+    for sentence in sentences_with(_OTHER_WORDS, text.lower().replace("\u2019", "'")):
+        said = words_of(sentence)
+        found = _OTHER_WORDS.intersection(said)
+        is_of_medium = not _MEDIA.isdisjoint(said) and not _USUAL_STARTS.isdisjoint(said[:1])
+        others = _OTHER[:2] if is_of_medium else _OTHER
+        if any(not hints.isdisjoint(found) and other.search(sentence) for hints, other in others):
             return True
     return False
 
 
-def is_chat(text: str, words: list[str]) -> bool:
+def is_chat(text: str, words: Collection[str]) -> bool:
     """Return whether a text speaks about the request, the reply, its writer or its reader."""
-    if not _LENGTH_WORDS.isdisjoint(words) and _LENGTH.search(unquoted(text).lower()):
+    if not _LENGTH_WORDS.isdisjoint(words) and _LENGTH.search(text.lower()):
         return True
     if _CHAT_WORDS.isdisjoint(words):
         return False
-    plain = unquoted(text).lower().replace("\u2019", "'")
+    plain = text.lower().replace("\u2019", "'")
     return any(map(_CHAT.search, sentences_with(_CHAT_WORDS, plain)))
 
 

@@ -6,10 +6,13 @@ from bisect import bisect_left
 from functools import cache, lru_cache
 
 from pipeline.text import WORDS
+from pipeline.text.normalize import words_of
 from pipeline.text.wordnet import dictionary_words
 
 # For texts with fewer words, the detector only guesses.
 MIN_WORDS = 4
+# A text with fewer words outside of quotes is a quote as a whole.
+MIN_WORDS_OUTSIDE = 3
 # Minimum share of English words in an English text, which may have some foreign words ("a cafe au lait").
 MIN_ENGLISH_FRAC = 0.75
 FUNCTION_WORDS = frozenset(WORDS["function"].split())
@@ -23,9 +26,12 @@ _LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN.split())
 # Languages that the detector confuses with each other.
 CLOSE = [frozenset(codes.split()) for codes in ("no nn da sv", "id ms", "hr sr bs", "cs sk", "es gl pt")]
+# Quotes, and text in another script or in tags after a word such as "characters".
 _QUOTED = re.compile(
-    r"\"[^\"]*\"|'[^']*'(?!\w)|\u2018[^\u2018\u2019]*\u2019"
+    r"\"[^\"]*\"|(?<!\w)'(?:[^']|\b'\b)*'(?!\w)|\u2018(?:[^\u2018\u2019]|\b\u2019\b)*\u2019"
     r"|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d\u201e\u00ab\u300c]*[\u201d\u201c\u00bb\u300d]"
+    r"|\b(?:characters?|letters?|words?|text|reads|says|reading|saying|named?|titled?|tags?) "
+    r"(?:[^\u0000-\u024f\u1e00-\u206f]|<\w{1,10}>|,? (?:and )?(?=[^\u0000-\u024f\u1e00-\u206f]|<\w))+"
 )
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 _WORD = re.compile(r"\w+")
@@ -172,11 +178,11 @@ def count_words(text: str, words: list[str]) -> int:
 
 
 def unquoted(text: str) -> str:
-    """Return a text without its quotes, or the whole text if hardly anything would be left."""
-    if text.isascii() and '"' not in text:
+    """Return a text with "" for each quote, or the whole text if hardly anything would be left."""
+    if text.isascii() and '"' not in text and " '" not in text and "<" not in text:
         return text
-    rest = _QUOTED.sub(" ", text)
-    return rest if rest.count(" ") >= MIN_WORDS else text
+    rest = _QUOTED.sub(' "" ', text)
+    return rest if len(words_of(rest)) >= MIN_WORDS_OUTSIDE else text
 
 
 def non_latin_frac(text: str) -> float:

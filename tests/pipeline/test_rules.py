@@ -93,6 +93,26 @@ KEPT: tuple[str | tuple[str, str], ...] = (
     ("Where is the sun?", "behind a cloud"), ("How old is the bridge?", "very old"),
     ("What number is on the jersey?", "7"), ("What shape is the toy?", "ring"),
     ("Who is on the bench?", "no one"), ("Which way does the arrow point?", "left or right"),
+    # texts that the image shows
+    'A screen with the words "Image not available" in red.',
+    'A slide with the prompt "You are an AI" on it.',
+    "A man's shirt says 'I don't see any image' in red.", "A card with the character 出 in red ink.",
+    'A meme of a cat with the caption "Monday again?" in white.', "A book explains the tags <h1> and <p>.",
+    "A window shows a syntax error and a button to download a file.", "A screen shows a JSON file in blue.",
+    "A receipt lists a coffee for 8.50 EUR.", "A mockup of a page with a box of lorem ipsum.",
+    "A collage of a beach and a city. The first photo has a boat in it.",
+    ("What does the dialog say?", "Sorry, please retry."), ("What does the cell show?", "#DIV/0!"),
+    ("What message is on the screen?", "Image not available"), ("What does the cap say?", "</sleep>"),
+    ("Which value is in the last cell?", "N/A"), ("What does it say?", "Lorem ipsum"),
+    ("What is the first sentence on the sheet?", "The cat is ____ the mat."),
+    ("Which part of the sentence can be seen?", "Here lies the body of"),
+    ("What does the tag say?", "as above"), ("What does the screen say?", "An error occurred."),
+    # answers that are short sentences, parts of a group, or fractions
+    ("What is new?", "The wall has been painted yellow."), ("Are all kites red?", "Only the one on the left"),
+    ("How many pies are left?", "One and a half"), ("How many pies are left?", "1 1/2"),
+    ("What color is the seam on the white sail?", "white"), ("Which way does the left kite fly?", "left"),
+    ("How did the kite get there?", "a boy put it there"), ("Where is the hour hand?", "4"),
+    ("Which brand of soap is it?", "409"), ("Are the cups in front of anything?", "mirror"),
 )  # fmt: skip
 REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
     "refusal": (
@@ -158,13 +178,15 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What flies over the harbour?", "see image"),
     ),
     "too_long": (
-        ("Who flies the kite?", "It is flown by a man."), "a red kite over a grey harbour " * 30,
+        ("Who flies the kite?", "It is flown by a man in a hat."), "a red kite over a grey harbour " * 30,
         ("What is over the harbour?", "it is a kite that flies over the harbour in winds"),
-        ("Where is the dog?", "the dog is running on a beach"),
+        ("Where is the dog?", "the dog is running on a wet beach"),
     ),
     "unanswerable": (
         ("Who flies the kite?", "age unknown"), ("How many kites are there?", "Unknown."),
         ("What does the sign say?", "text unknown"), ("Is the kite red?", "possibly"),
+        ("What does the sign say?", "N/A"), ("What does the sign say?", "There is some text on it."),
+        ("What number is printed on it?", "The shirt shows a number."),
         ("What is behind the bay?", "which bay?"),
     ),
     "junk": (
@@ -263,7 +285,8 @@ def test_bounds_of_each_style_make_room_for_the_requested_words(
 
 
 OWN = TaskConfig(name="own", kind="question", prompt="Ask something.")
-SENTENCE = {"task": "qa", "question": "Who flies the kite?", "answer": "It is flown by a man."}
+SENTENCE = {"task": "qa", "question": "Who flies the kite?", "answer": "It is flown by a man in a hat."}
+KNOWLEDGE = {"task": "qa", "question": "What is the capital of France?", "answer": "Paris"}
 NUMBER = {"task": "qa", "question": "Which count is on the kite?", "answer_type": "number"}
 GERMAN = {"question": "Welche Zahl ist auf dem Drachen?", "answer": "zwei"}
 
@@ -273,6 +296,7 @@ GERMAN = {"question": "Welche Zahl ist auf dem Drachen?", "answer": "zwei"}
     [
         (SENTENCE, {}, "too_long"), (SENTENCE, {"max_answer_words": 12}, None),
         (SENTENCE | {"prompt_id": "human"}, {}, None), (SENTENCE | {"task": "own"}, {}, None),
+        (KNOWLEDGE, {}, "not_visible"), (KNOWLEDGE | {"prompt_id": "human"}, {}, None),
         (NUMBER | {"answer": "two"}, {}, None), (NUMBER | {"answer": "a couple"}, {}, None),
         (NUMBER | {"answer": "forty"}, {}, None), (NUMBER | {"answer": "city"}, {}, "answer_not_a_number"),
         (NUMBER | {"answer": "red"}, {}, "answer_not_a_number"), (NUMBER | GERMAN, {"language": "de"}, None),

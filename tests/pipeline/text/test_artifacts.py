@@ -23,6 +23,7 @@ from pipeline.text.artifacts import (
     stutters,
     without_afterthoughts,
 )
+from pipeline.text.language import unquoted
 from pipeline.text.normalize import words_of
 from pipeline.text.phrases import PHRASES
 
@@ -127,7 +128,7 @@ RUNS = ("A sign: 000000000000000000", "hahahahahahahahaha", "ABC12ABC12ABC12ABC1
 
 
 def of_text(detects: Callable[[str, list[str]], bool]) -> Callable[[str], bool]:
-    return lambda text: detects(text, words_of(text))
+    return lambda text: detects(unquoted(text), words_of(unquoted(text)))
 
 
 def of_words(detects: Callable[[list[str]], bool]) -> Callable[[str], bool]:
@@ -143,9 +144,9 @@ def of_words(detects: Callable[[list[str]], bool]) -> Callable[[str], bool]:
         (of_text(is_chat), CHATS, NO_CHATS),
         (of_words(is_placeholder), PLACEHOLDERS, ("A caption is on a wall", "7", "red", "No")),
         (has_run, RUNS, ("A very looooong kite", "1-800-555-0000000")),
-        (of_text(is_cut_off), (*ENDS, *OPEN_ENDS), WHOLE_ENDS),
+        (lambda text: is_cut_off(text, words_of(text)), (*ENDS, *OPEN_ENDS), WHOLE_ENDS),
         (of_words(counts_on), COUNTED, ("A phone keypad with 0 1 2 3 4 5 6 7 8 9",)),
-        (of_text(stutters), ("The the kite is is red",), NO_STUTTERS),
+        (lambda text: stutters(text, words_of(text)), ("The the kite is is red",), NO_STUTTERS),
         (of_words(is_too_general), GENERAL, ("A photo of a kite", "Two people", "")),
     ],
 )
