@@ -79,7 +79,6 @@ _NOT_VISIBLE = pattern(
     before=r"(?!.*\b(?:according to|charts?|graphs?|diagrams?|slides?|pages?|timeline)\b).*?\b",
     after=r"\b",
 )
-_NOT_VISIBLE_WORDS = frozenset(WORDS["not_visible"].split())
 _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 _SENTENCE_END = re.compile(r"[.!?]\s+")
@@ -218,10 +217,7 @@ def is_refusal(row: RuleInput) -> bool:
     if row.answer:
         question, answer = row.unquoted
         return says_refusal(*question) or says_refusal(*answer, may_quote_sign=asks_to_read(row))
-    for text, words in row.unquoted:
-        if says_refusal(text, words, may_quote_sign=row.style == "ocr"):
-            return True
-    return False
+    return any(says_refusal(*text, may_quote_sign=row.style == "ocr") for text in row.unquoted)
 
 
 def has_junk(row: RuleInput) -> bool:
@@ -472,9 +468,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     ),
     # Human questions may be about knowledge and opinions.
     "not_visible": lambda row: (
-        (row.is_built_in, row.config.language) == (True, "en")
-        and not _NOT_VISIBLE_WORDS.isdisjoint(row.words)
-        and bool(_NOT_VISIBLE.match(row.main.lower()))
+        (row.is_built_in, row.config.language) == (True, "en") and bool(_NOT_VISIBLE.match(row.main.lower()))
     ),
     "no_single_question": lambda row: bool(_ANOTHER_QUESTION.search(row.main) or _CHOICES.search(row.main)),
     "count_not_a_number": lambda row: (

@@ -46,8 +46,6 @@ _OTHER = [(frozenset(WORDS[name].split()), pattern(name, before=r"\b")) for name
 _OTHER_WORDS = frozenset(word for words, _ in _OTHER for word in words)
 # A sentence such as "A poster with ..." may speak about all topics except the first two.
 _MEDIA = frozenset(WORDS["media"].split())
-_LENGTH = pattern("length")
-_LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
 _QUESTION_AT_END = re.compile(
     r"(?:^|[.!?]\s)[^\w.!?]*(?:what|who|where|how|why|which|is|are|do|does|did|can|could|would|should"
@@ -139,8 +137,6 @@ def is_no_description(text: str, words: Collection[str]) -> bool:
 
 def is_chat(text: str, words: Collection[str]) -> bool:
     """Return whether a text speaks about the request, the reply, its writer or its reader."""
-    if not _LENGTH_WORDS.isdisjoint(words) and _LENGTH.search(text.lower()):
-        return True
     if _CHAT_WORDS.isdisjoint(words):
         return False
     plain = text.lower().replace("\u2019", "'")
@@ -190,7 +186,7 @@ def counts_on(words: list[str]) -> bool:
 def is_cut_off(text: str, words: list[str]) -> bool:
     """Return whether a caption ends in the middle of a sentence, for example with "a" or three dots."""
     text = text.rstrip().removesuffix(":(").rstrip()
-    may_match = not _UNFINISHED_WORDS.isdisjoint(words[-1:]) or text.endswith(_UNFINISHED_MARKS)
+    may_match = (words and words[-1] in _UNFINISHED_WORDS) or text.endswith(_UNFINISHED_MARKS)
     if may_match and _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)):
         return True
     if text.count("(") > text.count(")"):

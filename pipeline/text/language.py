@@ -79,7 +79,7 @@ def has_odd_words(text: str, words: list[str], *, is_english: bool) -> bool:
     `is_english` is the result of `detect_language`. Names are not counted.
     """
     longest = max(map(len, words), default=0)
-    if is_english and longest < MIN_JOINED_LETTERS and _CLEARLY_FOREIGN.isdisjoint(words):
+    if is_english and longest < MIN_JOINED_LETTERS:
         return False
     found = _lower_words(text)
     unknown = [word for word in found if not _is_english(word)]

@@ -78,14 +78,14 @@ CHATS = (
     "I\u2019m not sure, but a kite flies.", "You are a helpful assistant. A kite flies.",
     "Reply as JSON: a kite", "A kite in 20 words.",
     "A kite. Confidence 0.92", "A kite, with 95% confident", "The best caption is a kite", "A kite (3 words)",
-    "A kite as instructed.", "A kite (continued)", "A kite. Hmm, what else?", "A kite; alternatively, a bird",
+    "A kite as instructed.", "A kite. Hmm, what else?", "A kite; alternatively, a bird",
     "This headline highlights a kite", "A kite, I mean a bird", "A kite, courtesy of NASA",
     "An AI-generated kite",
-    "A kite. It is important to wear gloves.", "A kite of 72 dpi", "A kite, highly detailed, 8k",
+    "A kite. It is important to wear gloves.", "A kite of 72 dpi",
     "A kite. Subscribe to our page",
     "Alt text for a kite", "A kite. Buy now!", "In conclusion, a kite flies.", "Internal Server Error",
     "A kite, a bird and so on", "A kite. Most likely label is kite", "A kite, no wait, a bird",
-    "A kite. I'll say that it is red.", "A kite. Let me count them.", "A kite that is now in stock",
+    "A kite. I'll say that it is red.", "A kite. Let me count them.",
 )  # fmt: skip
 NO_CHATS = (
     "You can see a kite.", "A man asks you to look.", "Two words on a kite.",
@@ -174,6 +174,8 @@ def _draw_match(tree: Any, draw: random.Random) -> str:
                 text += _draw_match(argument[3], draw)
             case "BRANCH":
                 text += _draw_match(draw.choice(argument[1]), draw)
+            case "ANY" | "NOT_LITERAL":
+                text += " "
     return text
 
 
@@ -181,6 +183,7 @@ def _draw_match(tree: Any, draw: random.Random) -> str:
     ("pattern", "words"),
     [
         (PHRASES["hedge"].pattern, "hedging"), (expression("chat"), "chat"),
+        *((expression(name), name) for name in WORDS if name.startswith("other_")),
         (expression("refusal_start"), "refusing"), (expression("elsewhere"), "referring"),
         # "The image is a plain" begins good captions.
         (expression("refusal").replace("|plain|", "|"), "refusing"),
