@@ -192,7 +192,7 @@ def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
 def _measure(text: str, words: Words, language_code: str | None) -> dict[str, Any]:
     is_long = len(words) >= rules.MIN_WORDS_FOR_REPETITION
     detected, score = language.detect_language(text, words) if language_code else (None, 0.0)
-    trigrams = set(zip(words, words[1:], words[2:], strict=False))
+    trigrams = set(zip(words, words[1:], words[2:], strict=False)) if is_long else ()
     return {
         "duplicate_trigram_frac": 1 - len(trigrams) / (len(words) - 2) if is_long else 0.0,
         "distinct_word_frac": len(set(start := words[:COUNTED_WORDS])) / len(start) if is_long else 1.0,

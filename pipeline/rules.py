@@ -81,7 +81,6 @@ _NOT_VISIBLE = pattern(
 )
 _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
-_SENTENCE_END = re.compile(r"[.!?]\s+")
 
 # The answer to a question with one of these words may be any text, unless the question asks for a color.
 _READING_WORDS = frozenset(WORDS["reading"].split())
@@ -266,7 +265,9 @@ def is_repetitive(row: RuleInput) -> bool:
     for text, words in row.texts[:1] if row.main else row.texts:
         if artifacts.has_run(text) or artifacts.counts_on(words) or artifacts.stutters(text, words):
             return True
-        if len(words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(text):
+        # A repeated sentence has repeated trigrams, and a list has many commas or sentences.
+        may_repeat = scores.duplicate_trigram_frac or text.count(", ") + text.count(". ") >= MAX_EQUAL_PARTS
+        if may_repeat and len(words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(text):
             return True
     is_repeated = row.answer is not None and bool(_REPEATED_ANSWER.fullmatch(row.answer))
     return is_repeated and not asks_to_read(row)
@@ -451,7 +452,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         row.is_caption
         and row.config.language == "en"
         and row.style != HUMAN
-        and artifacts.is_no_description(*row.unquoted[0])
+        and artifacts.is_no_description(*row.unquoted[0], first_word=row.words[0])
     ),
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
     "unanswerable": is_unanswered,
@@ -519,7 +520,7 @@ TEXT_RULES = {name: RULES[name] for name in ("junk", "placeholder", "label", "re
 
 def _repeats_parts(text: str) -> bool:
     """Return True if a sentence is repeated, or if too many parts of a list name the same object."""
-    sentences = _SENTENCE_END.split(text)
+    sentences = text.replace("\n", " ").replace("! ", ". ").replace("? ", ". ").split(". ")
     keys = [*map(text_key, sentences)] if len(sentences) > 1 else []
     whole = [key for key in keys if key.count(" ") >= MIN_WORDS_OF_SENTENCE - 1]
     if len(set(whole)) < len(whole):

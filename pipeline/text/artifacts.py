@@ -18,7 +18,7 @@ from pipeline.text.normalize import sentences_with, text_key, words_of
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 ,.\"'\-?!;:()/&%$]")
 _SPECIAL_COLON = re.compile(r"[A-Zxywh]\d?\s*:")
 _SPECIAL_PARTS = (
-    "--", "$$", "..", " / ", "ounding box", "bbox", "oordinate", "pixel", " OR ", "XXX", "addCriterion",
+    "--", "$$", "..", ",,", " / ", "ounding box", "bbox", "oordinate", "pixel", " OR ", "XXX", "addCriterion",
 )  # fmt: skip
 _ENDING_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]{1,2}$")
 _MARKUP = pattern("markup")
@@ -80,13 +80,12 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
     """Return whether a text has tags, template tokens, Markdown, JSON, escapes, file names or coordinates."""
     if may_end_in_emoji:
         text = text[:-2] + _ENDING_EMOJI.sub("", text[-2:])
-    if _LIST_OR_ROLE.match(text) or ("." in text and _FILE_NAME.search(text)):
+    if _LIST_OR_ROLE.match(text) or "orem ipsum dolor" in text:
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
-    if "orem ipsum dolor" in text:
-        return True
-    if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
+    has_glued = text.count(".", 0, -1) > text.count(". ")
+    if has_glued and (_FILE_NAME.search(text) or _GLUED.search(unquoted(text))):
         return True
     may_match = _SPECIAL.search(text) or (":" in text and _SPECIAL_COLON.search(text))
     if not (may_match or any(map(text.__contains__, _SPECIAL_PARTS))):
@@ -117,11 +116,9 @@ def has_caption_label(text: str) -> bool:
     return "?" in text[-3:] and bool(_QUESTION_AT_END.search(text))
 
 
-def is_no_description(text: str, words: Collection[str]) -> bool:
+def is_no_description(text: str, words: Collection[str], first_word: str) -> bool:
     """Return whether a caption is another kind of text, such as an order, an advertisement or a story."""
-    if text[: text.find(" ")].lower() not in _USUAL_STARTS and _OTHER_START.match(
-        text[:120].lower().replace("\u2019", "'")
-    ):
+    if first_word not in _USUAL_STARTS and _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
         return True
     if _OTHER_WORDS.isdisjoint(words):
         return False

@@ -4,6 +4,7 @@ import math
 import re
 from bisect import bisect_left
 from functools import cache, lru_cache
+from itertools import pairwise
 
 from pipeline.text import WORDS
 from pipeline.text.normalize import words_of
@@ -22,6 +23,10 @@ _CLEARLY_FOREIGN = _FOREIGN_WORDS - {"de", "la", "le", "di", "un", "du", "del", 
 MIN_JOINED_LETTERS = 16
 # Texts with more words that are neither English nor names are nonsense.
 MAX_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC = 4, 0.5
+# An article before one of these words is a mistake, and several are a sign of nonsense.
+_AFTER_NO_ARTICLE = WORDS["after_no_article"].split()
+_IMPOSSIBLE = frozenset((article, word) for article in ("a", "an", "the") for word in _AFTER_NO_ARTICLE)
+MIN_IMPOSSIBLE_PAIRS, PAIRED_WORDS = 2, 30
 _LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN.split())
 # Languages that the detector confuses with each other.
@@ -78,6 +83,8 @@ def has_odd_words(text: str, words: list[str], *, is_english: bool) -> bool:
 
     `is_english` is the result of `detect_language`. Names are not counted.
     """
+    if sum(map(_IMPOSSIBLE.__contains__, pairwise(words[:PAIRED_WORDS]))) >= MIN_IMPOSSIBLE_PAIRS:
+        return True
     longest = max(map(len, words), default=0)
     if is_english and longest < MIN_JOINED_LETTERS:
         return False

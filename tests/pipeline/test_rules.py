@@ -126,6 +126,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "A kite flies over a harbour\u3002", ("What color is the kite?", "rojo"),
         "Ein roter Drache fliegt über dem grauen Hafen der Stadt.", ("What color is the kite?", "棕色"),
         "A kite over a harbour 一个男人在骑自行车", "A man con un sombrero rides una bicicleta por la playa.",
+        "The kite of the is in a with the of a harbour.",
         "A blorp with frunty dringles zints the vassock.", "A woman in a reddressisstandingnextto a car.",
     ),
     "keywords": ("kite, harbour, red kite, grey sky, boats",),
@@ -143,6 +144,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("How tall is the mast?", "gray"), ("Where is the boat?", "in the picture"),
         ("What kind of kite is it?", "the kind of the kite"), ("What is above the bay?", "a kite or a bird"),
         ("What number is on the boat?", "white"), ("What is the boy holding?", "on the beach"),
+        ("Was the photo taken indoors or outdoors?", "no"), ("Is a kite higher or lower?", "Yes, it is."),
     ),
     "no_description": (
         "and a kite that lies on the beach.",
@@ -151,6 +153,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "What a kite over the old harbour!", "Kites are native to islands in the south.",
         "Something went wrong while the kite was loaded.", "A kite, f/2.8, 50 mm, over the harbour.",
         "There is no kite. There is no boat.", "Once there lived a boy who loved his kite.",
+        "To fly a kite, hold the string.", "Answering requires no text.",
         "If you look up, a kite is in the sky.", "A lens was used by annotators of the kite.",
     ),
     "not_visible": (
@@ -163,6 +166,8 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What does the boy dream of?", "wind"), ("Where will the kite land?", "in the sea"),
         ("What sound does the kite make?", "a hum"), ("What is the message of the photo?", "freedom"),
         ("What advice would you give the boy?", "rest"), ("How many legs does a crab have?", "10"),
+        ("What is the sexual orientation of the man?", "gay"), ("What tune does he whistle?", "a song"),
+        ("Which party does the man in the photo vote for?", "the left"),
         ("What is 4 times 6?", "24"), ("Where was the boy born?", "Rome"), ("What is on my kite?", "a star"),
     ),
     "too_general": (
@@ -175,7 +180,8 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What is shown in the image above?", "a kite"),
         "The kite that was mentioned above flies over a harbour.",
         ("What is said according to the text?", "a price"), "A kite is shown in image 7 of the series.",
-        ("What flies over the harbour?", "see image"),
+        ("What flies over the harbour?", "see image"), ("Why does it fly?", "Option B"),
+        ("Where is the kite?", "All of the above."),
     ),
     "too_long": (
         ("Who flies the kite?", "It is flown by a man in a hat."), "a red kite over a grey harbour " * 30,
@@ -209,6 +215,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "A kite flies over a harbour. Possible prompt: what flies?",
         ("What color is the kite?", "the answer is red"),
         ("What color is the kite?", "red, because of the paint"), ("What flies over the bay?", "(B)"),
+        ("What flies?", "(insert short answer here)"), "A kite flies. Follow these steps to fold it.",
         ("What flies over the bay?", "Good question! A kite"), ("What flies?", "a kite (short answer)"),
     ),
     "placeholder": ("Your caption here", ("question?", "answer")),
@@ -220,7 +227,8 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
     "no_single_question": (
         ("What flies? Is it red?", "a kite"), ("What color is it? (A) brown (B) black", "brown"),
         ("What color is the dog? And the cat?", "brown"), ("What is on the table, and why?", "a kite"),
-        ("The kite is red, right?", "yes"), ("Tell me the color of the kite?", "red"),
+        ("Generate a question. What flies?", "a kite"), ("The kite is red, right?", "yes"),
+        ("Tell me the color of the kite?", "red"),
     ),
 }  # fmt: skip
 

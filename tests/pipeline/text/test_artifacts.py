@@ -38,6 +38,7 @@ MARKUP = (
     "A [color] kite", "A kite (0.5, 0.31)", "A kite (12%, 40%)", "A kite at x=12",
     "A caf\u00c3\u00a9 by the sea", "A kite flies. / A kite at sea.", "A kite OR a bird", "print('A kite')",
     "A ___ flies over a bay", "A XXX kite", "\u00a9 2019 A kite", "A kite. @kites",
+    "\u2581A\u2581kite\u2581flies", "A kite, 4, 2,, 1,,,", "A (1) red (2) kite (3) flies",
     "A kite --ar 16:9", "Searching... a kite", "A (color) kite", "A kite flies.over the bay",
 )  # fmt: skip
 NO_MARKUP = (
@@ -58,7 +59,7 @@ ENDS = (
     "A man next to a", "A kite and the", "A kite flies over the.", "A kite in a box of", "A kite ...",
     "A kite or an", "Boys and their", "A kite and", "A kite or", "A boy whose", "A cat and its",
     "Higher than", "It flies because", "A kite next to", "A kite\u2026", "A kite that is",
-    "A sign that says", "A kite over the wat",
+    "A sign that says", "A kite over the wat", "A boy holds a large",
     "A sign with the words:", f"{'A kite flies high. ' * 10}It has a red tail",
 )  # fmt: skip
 CAPTION_LABELS = (
