@@ -90,7 +90,7 @@ def has_odd_words(text: str, words: list[str], *, is_english: bool) -> bool:
         return False
     found = _lower_words(text)
     unknown = [word for word in found if not _is_english(word)]
-    is_joined = any(len(word) >= MIN_JOINED_LETTERS for word in unknown) or sum(map(_joins, {*unknown})) > 1
+    is_joined = any(len(word) >= MIN_JOINED_LETTERS for word in unknown)
     is_nonsense = len(unknown) > max(MAX_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC * len(found))
     is_mixed = len({*unknown} - _CLEARLY_FOREIGN) >= 2 and not _CLEARLY_FOREIGN.isdisjoint(found)
     return is_joined or is_nonsense or is_mixed
@@ -100,13 +100,6 @@ def has_foreign_words(words: list[str]) -> bool:
     """Return whether a text has a word of another language, such as "eine", and an unknown word."""
     rest = {*words} - _CLEARLY_FOREIGN
     return len(rest) < len({*words}) and not all(map(_is_english, rest))
-
-
-def _joins(word: str) -> bool:
-    """Return whether a word joins a function word and another one without a space, as in "theroof"."""
-    splits = ((word[:n], word[n:]) for n in range(1, len(word)))
-    parts = (pair for pair in splits if not FUNCTION_WORDS.isdisjoint(pair))
-    return any(len(one) + 1 < len(word) and _is_english(one) and _is_english(other) for one, other in parts)
 
 
 def is_foreign(text: str) -> bool:
