@@ -135,7 +135,7 @@ def _judge(
         unquoted = tuple(starmap(_without_quotes, texts))
         origin = (style or "", answer_type, is_built_in, caption_words)
         row = RuleInput(scores, words, config, prompt_grams, texts, unquoted, *origin)
-        applied = rules.RULES_BY_STYLE.get(row.style, rules.CAPTION_RULES) if row.is_caption else rules.RULES
+        applied = rules.rules_for(row)
         return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 
     cached = lru_cache(CACHED_TEXTS)(judge)

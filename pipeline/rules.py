@@ -206,6 +206,13 @@ class RuleInput(NamedTuple):
         return self.scores.clean_text is not None
 
     @property
+    def is_read(self) -> bool:
+        """Whether the text in an image is copied, or asked for, so that any text is possible."""
+        if not self.is_question:
+            return self.style == "ocr"
+        return not _READING_WORDS.isdisjoint(self.words) and _OTHERWISE_ASKED.isdisjoint(self.words)
+
+    @property
     def is_question(self) -> bool:
         """Whether the annotation is a question."""
         return self.scores.clean_question is not None
@@ -213,20 +220,7 @@ class RuleInput(NamedTuple):
 
 def is_refusal(row: RuleInput) -> bool:
     """Return True if the model declined to answer."""
-    if row.answer:
-        question, answer = row.unquoted
-        return says_refusal(*question) or says_refusal(*answer, may_quote_sign=asks_to_read(row))
-    return any(says_refusal(*text, may_quote_sign=row.style == "ocr") for text in row.unquoted)
-
-
-def has_junk(row: RuleInput) -> bool:
-    """Return True if a text has markup. An answer that was read may have any characters, but no tokens."""
-    texts = row.texts
-    if row.answer and asks_to_read(row):
-        if artifacts.has_token(row.answer):
-            return True
-        texts = texts[:1]
-    return any(artifacts.has_markup(text, may_end_in_emoji=row.style == HUMAN) for text, _ in texts)
+    return any(says_refusal(*text, may_quote_sign=row.is_read) for text in row.unquoted)
 
 
 def is_too_short(row: RuleInput) -> bool:
@@ -239,7 +233,7 @@ def is_too_long(row: RuleInput) -> bool:
     """Return True if a caption, question or answer has too many words or characters."""
     if row.is_question:
         is_limited = row.is_built_in and row.config.max_answer_words == DEFAULT_ANSWER_WORDS
-        is_limited = is_limited and not asks_to_read(row)
+        is_limited = is_limited and not row.is_read
         return (
             row.scores.word_count > row.config.max_question_words
             or row.scores.answer_word_count > row.config.max_answer_words
@@ -270,7 +264,7 @@ def is_repetitive(row: RuleInput) -> bool:
         if may_repeat and len(words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(text):
             return True
     is_repeated = row.answer is not None and bool(_REPEATED_ANSWER.fullmatch(row.answer))
-    return is_repeated and not asks_to_read(row)
+    return is_repeated and not row.is_read
 
 
 def is_other_language(row: RuleInput) -> bool:
@@ -281,7 +275,7 @@ def is_other_language(row: RuleInput) -> bool:
     if config.language in language.LATIN:
         if scores.non_latin_frac > config.max_non_latin_frac:
             return True
-        if row.answer and not asks_to_read(row):
+        if row.answer and not row.is_read:
             if language.non_latin_frac(row.answer) > config.max_non_latin_frac:
                 return True
             if config.language == "en" and _is_foreign_answer(row):
@@ -303,14 +297,9 @@ def is_other_language(row: RuleInput) -> bool:
 def is_cut_off(row: RuleInput) -> bool:
     """Return True if a caption, or an answer of several words, ends in the middle of a sentence."""
     text, words = row.texts[-1]
-    if not row.is_caption and (len(words) < MIN_WORDS_OF_ENDING or asks_to_read(row)):
+    if not row.is_caption and (len(words) < MIN_WORDS_OF_ENDING or row.is_read):
         return text.startswith('"') and text.count('"') == 1
     return artifacts.is_cut_off(text, words)
-
-
-def asks_to_read(row: RuleInput) -> bool:
-    """Return True if a question is about words in the image, so that any answer is possible."""
-    return not _READING_WORDS.isdisjoint(row.words) and _OTHERWISE_ASKED.isdisjoint(row.words)
 
 
 def _is_foreign_answer(row: RuleInput) -> bool:
@@ -332,37 +321,25 @@ def says_nothing(answer: str) -> bool:
 
 
 def is_unanswered(row: RuleInput) -> bool:
-    """Return True if an answer says nothing, unless it may be the text on a sign."""
-    if row.answer is None:
-        return False
-    if asks_to_read(row):
-        is_in_cell = not _CELLS.isdisjoint(row.words) and _IN_CELL.fullmatch(row.answer)
-        may_be_sign = is_in_cell or _ON_SIGN.fullmatch(row.answer)
-        return not may_be_sign and (says_nothing(row.answer) or bool(_UNREAD.search(row.answer)))
-    return says_nothing(row.answer) or row.answer.endswith("?")
+    """Return True if an answer says nothing, unless it may be the text on a sign or in a cell."""
+    answer = row.answer
+    if answer is None or not row.is_read:
+        return answer is not None and (says_nothing(answer) or answer.endswith("?"))
+    is_in_cell = not _CELLS.isdisjoint(row.words) and _IN_CELL.fullmatch(answer)
+    may_be_sign = is_in_cell or _ON_SIGN.fullmatch(answer)
+    return not may_be_sign and (says_nothing(answer) or bool(_UNREAD.search(answer)))
 
 
 def is_labeled(row: RuleInput) -> bool:
     """Return True if a text has a label, describes itself as a reply, or addresses the reader."""
-    texts = row.unquoted
-    if row.is_question:
-        if artifacts.has_label(row.main):
-            return True
-        if asks_to_read(row):
-            return artifacts.opens_chat(row.answer or "")
-        texts = texts[1:]
-    for text, words in texts:
+    if row.is_question and artifacts.has_label(row.main):
+        return True
+    for text, words in row.unquoted[row.is_question :]:
         if artifacts.has_label(text) or artifacts.is_chat(text, words):
             return True
     if row.is_caption:
-        return artifacts.has_caption_label(texts[0][0])
+        return artifacts.has_caption_label(row.unquoted[0][0])
     return row.words[:1] != ["why"] and bool(_ANSWER_LABEL.match(row.answer or ""))
-
-
-def is_off_type(row: RuleInput) -> bool:
-    """Return True if an answer has another type than the question asks for, such as a color after "where"."""
-    is_judged = row.config.language == "en" and not asks_to_read(row)
-    return is_judged and bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
@@ -421,14 +398,13 @@ def is_keyword_list(row: RuleInput) -> bool:
 def is_elsewhere(row: RuleInput) -> bool:
     """Return True if a text refers to another text or image."""
     # The text on a sign may refer to another text, and a caption of a collage to its first image.
-    is_read = row.is_question and asks_to_read(row)
-    for text, words in row.unquoted[:1] if is_read else row.unquoted:
+    for text, words in row.unquoted[:1] if row.is_read else row.unquoted:
         may_match = not (_REFERRING_WORDS.isdisjoint(words) or _ELSEWHERE_HINTS.isdisjoint(words))
         if may_match and _ELSEWHERE.search(text.lower()) and _COLLAGES.isdisjoint(words):
             return True
     if not row.is_question:
         return False
-    is_in_answer = not is_read and _ANSWER_ELSEWHERE.match(row.answer or "")
+    is_in_answer = not row.is_read and _ANSWER_ELSEWHERE.match(row.answer or "")
     return bool(is_in_answer or _ELSEWHERE_IN_QUESTION.search(row.main.lower()))
 
 
@@ -445,7 +421,9 @@ def is_general(row: RuleInput) -> bool:
 PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
-    "junk": has_junk,
+    "junk": lambda row: any(
+        artifacts.has_markup(text, may_end_in_emoji=row.style == HUMAN) for text, _ in row.texts
+    ),
     "placeholder": lambda row: artifacts.is_placeholder(row.words),
     "label": is_labeled,
     "no_description": lambda row: (
@@ -479,7 +457,9 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         (row.answer_type, row.config.language) == ("number", "en")
         and not (_NUMBER.search(row.answer or "") or _NO_COUNT.search(row.main))
     ),
-    "answer_off_type": is_off_type,
+    "answer_off_type": lambda row: (
+        row.config.language == "en" and bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
+    ),
     "answer_in_question": lambda row: gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": is_elsewhere,
 }
@@ -510,6 +490,20 @@ TAG_RULES = {
     if name not in ("no_description", "other_language", "cut_off", "repetitive")
 } | {"keywords": is_no_tag_list}
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
+# An answer that was read from the image may have any characters and words, but no template tokens.
+READ_ANSWER_RULES = {name: rule for name, rule in RULES.items() if name != "answer_off_type"} | {
+    "junk": lambda row: artifacts.has_markup(row.main) or artifacts.has_token(row.answer or ""),
+    "label": lambda row: artifacts.has_label(row.main) or artifacts.opens_chat(row.answer or ""),
+}
+
+
+def rules_for(row: RuleInput) -> dict[str, Callable[[RuleInput], bool]]:
+    """Return the rules for an annotation, in order."""
+    if row.is_caption:
+        return RULES_BY_STYLE.get(row.style, CAPTION_RULES)
+    return READ_ANSWER_RULES if row.is_read else RULES
+
+
 # The rules for records of custom tasks. A text in a record can be a word, a code, or the text on a sign.
 RECORD_RULES = {
     name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")

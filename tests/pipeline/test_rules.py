@@ -215,7 +215,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "A kite flies over a harbour. Possible prompt: what flies?",
         ("What color is the kite?", "the answer is red"),
         ("What color is the kite?", "red, because of the paint"), ("What flies over the bay?", "(B)"),
-        ("What flies?", "(insert short answer here)"), "A kite flies. Follow these steps to fold it.",
+        ("What flies?", "(insert short answer here)"), ("What does the sign say?", "Answer: STOP"), "A kite flies. Follow these steps to fold it.",
         ("What flies over the bay?", "Good question! A kite"), ("What flies?", "a kite (short answer)"),
     ),
     "placeholder": ("Your caption here", ("question?", "answer")),
