@@ -7,7 +7,6 @@ to new columns (`clean_*`).
 import json
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import starmap
 from typing import Any
 
 import pyarrow as pa
@@ -132,7 +131,7 @@ def _judge(
         texts: Texts = ((main, words),)
         if clean_answer:
             texts = (*texts, (clean_answer, words_of(clean_answer)))
-        unquoted = tuple(starmap(_without_quotes, texts))
+        unquoted = tuple([_without_quotes(*text) for text in texts])
         origin = (style or "", answer_type, is_built_in, caption_words)
         row = RuleInput(scores, words, config, prompt_grams, texts, unquoted, *origin)
         applied = rules.rules_for(row)
@@ -159,7 +158,9 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams, *, is_
         **_measure(joined, words, config.language),
     )
     texts = tuple((part, words_of(part)) for part in parts)
-    row = RuleInput(scores, words, config, prompt_grams, texts, tuple(starmap(_without_quotes, texts)))
+    row = RuleInput(
+        scores, words, config, prompt_grams, texts, tuple([_without_quotes(*text) for text in texts])
+    )
     applied = {} if record == NOTHING else rules.TEXT_RULES if is_text else rules.RECORD_RULES
     return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 

@@ -443,7 +443,9 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "cut_off": is_cut_off,
     "too_general": is_general,
     "unwanted_phrase": lambda row: (
-        row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
+        bool(row.config.reject_phrases)
+        and row.is_caption
+        and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
     # Human questions may be about knowledge and opinions.
     "not_visible": lambda row: (

@@ -83,7 +83,9 @@ def has_odd_words(text: str, words: list[str], *, is_english: bool) -> bool:
 
     `is_english` is the result of `detect_language`. Names are not counted.
     """
-    if sum(map(_IMPOSSIBLE.__contains__, pairwise(words[:PAIRED_WORDS]))) >= MIN_IMPOSSIBLE_PAIRS:
+    start = words[:PAIRED_WORDS]
+    has_impossible = not _IMPOSSIBLE.isdisjoint(pairwise(start))
+    if has_impossible and sum(map(_IMPOSSIBLE.__contains__, pairwise(start))) >= MIN_IMPOSSIBLE_PAIRS:
         return True
     longest = max(map(len, words), default=0)
     if is_english and longest < MIN_JOINED_LETTERS:

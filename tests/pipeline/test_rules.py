@@ -213,9 +213,9 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
     "label": (
         "Caption: A kite flies over a harbour.", "The user wants a caption. A kite flies over a harbour.",
         "A kite flies over a harbour. Possible prompt: what flies?",
-        ("What color is the kite?", "the answer is red"),
+        ("What color is the kite?", "the answer is red"), ("What does it say?", "Answer: STOP"),
         ("What color is the kite?", "red, because of the paint"), ("What flies over the bay?", "(B)"),
-        ("What flies?", "(insert short answer here)"), ("What does the sign say?", "Answer: STOP"), "A kite flies. Follow these steps to fold it.",
+        ("What flies?", "(insert short answer here)"), "A kite flies. Follow these steps to fold it.",
         ("What flies over the bay?", "Good question! A kite"), ("What flies?", "a kite (short answer)"),
     ),
     "placeholder": ("Your caption here", ("question?", "answer")),
