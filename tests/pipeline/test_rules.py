@@ -106,7 +106,7 @@ KEPT: tuple[str | tuple[str, str], ...] = (
     ("Which value is in the last cell?", "N/A"), ("What does it say?", "Lorem ipsum"),
     ("What is the first sentence on the sheet?", "The cat is ____ the mat."),
     ("Which part of the sentence can be seen?", "Here lies the body of"),
-    ("What does the tag say?", "as above"), ("What does the screen say?", "An error occurred."),
+    ("What does the tag say?", "as described above"), ("What does the screen say?", "An error occurred."),
     # answers that are short sentences, parts of a group, or fractions
     ("What is new?", "The wall has been painted yellow."), ("Are all kites red?", "Only the one on the left"),
     ("How many pies are left?", "One and a half"), ("How many pies are left?", "1 1/2"),
@@ -144,6 +144,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("How tall is the mast?", "gray"), ("Where is the boat?", "in the picture"),
         ("What kind of kite is it?", "the kind of the kite"), ("What is above the bay?", "a kite or a bird"),
         ("What number is on the boat?", "white"), ("What is the boy holding?", "on the beach"),
+        ("What color is the sign?", "flying"),
         ("Was the photo taken indoors or outdoors?", "no"), ("Is a kite higher or lower?", "Yes, it is."),
     ),
     "no_description": (
@@ -153,8 +154,9 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "What a kite over the old harbour!", "Kites are native to islands in the south.",
         "Something went wrong while the kite was loaded.", "A kite, f/2.8, 50 mm, over the harbour.",
         "There is no kite. There is no boat.", "Once there lived a boy who loved his kite.",
-        "To fly a kite, hold the string.", "Answering requires no text.",
-        "If you look up, a kite is in the sky.", "A lens was used by annotators of the kite.",
+        "Subscribe on the page to get a kite.", "To fly a kite, hold the string.",
+        "Answering requires no text.", "If you look up, a kite is in the sky.",
+        "A lens was used by annotators of the kite.",
     ),
     "not_visible": (
         ("What is the man thinking about?", "the sea"), ("What will happen next?", "rain"),
