@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipeline.config.sections import FilterConfig
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.steps.validate import validate_annotations
-from pipeline.tables import ANNOTATION
+from pipeline.tables import ANNOTATION, HUMAN
 from pipeline.tasks.replies import parse_reply
 from pipeline.text.phrases import PHRASES, phrases_in
 from pipeline.types import Reply, Request, Sampling
@@ -39,7 +39,7 @@ def read(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.decode().splitlines()]
 
 
-def annotations(rows: list[dict[str, Any]]) -> pa.Table:
+def annotations(rows: list[dict[str, Any]], *, are_human: bool = False) -> pa.Table:
     """Convert rows to annotations, as parsed from replies with the same texts."""
     parsed: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
@@ -74,15 +74,16 @@ def annotations(rows: list[dict[str, Any]]) -> pa.Table:
         parsed += parse_reply(request, reply)
     for annotation in parsed:
         annotation["pages"] = 1
+        annotation["prompt_id"] = HUMAN if are_human else annotation["prompt_id"]
     return pa.Table.from_pylist(parsed, schema=ANNOTATION)
 
 
-def judge(rows: list[dict[str, Any]]) -> tuple[list[str | None], float]:
+def judge(rows: list[dict[str, Any]], *, are_human: bool = False) -> tuple[list[str | None], float]:
     """Return the rejection reason of each row, or None if it is kept, and the CPU seconds in filter."""
     reasons: list[str | None] = []
     seconds = 0.0
     for first in range(0, len(rows), BATCH):
-        table = annotations(rows[first : first + BATCH])
+        table = annotations(rows[first : first + BATCH], are_human=are_human)
         invalid = validate_annotations(table)["reason"].to_pylist()
         started = time.process_time()
         filtered = filter_annotations(table, FilterConfig(), own_prompt_grams(("caption", "qa")))[
@@ -126,6 +127,8 @@ def main() -> None:
     for name in ("captions_human", "captions_vlm", "vqa"):
         rows = read(options.folder, name)
         print(*lines(name, rows, options.examples), sep="\n")
+        if name == "vqa":
+            print(f"  lost as human pairs: {sum(map(bool, judge(rows, are_human=True)[0]))}")
         if words := LENGTHS.get(name):
             print(*phrase_lines(rows), sep="\n")
             timed = [row for row in rows if len(row["text"].split()) in words]

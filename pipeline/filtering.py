@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline import rules
 from pipeline.config.sections import ANY_LANGUAGE, FilterConfig
-from pipeline.rules import Grams, RuleInput, Scores, Words
+from pipeline.rules import Grams, RuleInput, Scores, Texts, Words
 from pipeline.tables import FILTERED, HUMAN_PROMPTS, append_columns, require_columns, with_reason
 from pipeline.tasks import BUILT_IN, TASKS, Tasks
 from pipeline.tasks.base import texts_in
@@ -128,13 +128,13 @@ def _judge(
             redaction_count=text_redactions + question_redactions + answer_redactions,
             **_measure(main, words, config.language),
         )
-        texts: tuple[tuple[str, Words], ...] = ((main, words),)
+        texts: Texts = ((main, words),)
         if clean_answer:
             texts = (*texts, (clean_answer, words_of(clean_answer)))
-        row = RuleInput(
-            scores, words, config, prompt_grams, texts, style or "", answer_type, is_built_in, caption_words
-        )
-        applied = rules.RULES_BY_STYLE.get(row.style, rules.CAPTION_RULES) if row.is_caption else rules.RULES
+        unquoted = tuple([_without_quotes(*text) for text in texts])
+        origin = (style or "", answer_type, is_built_in, caption_words)
+        row = RuleInput(scores, words, config, prompt_grams, texts, unquoted, *origin)
+        applied = rules.rules_for(row)
         return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 
     cached = lru_cache(CACHED_TEXTS)(judge)
@@ -157,9 +157,18 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams, *, is_
         redaction_count=redactions,
         **_measure(joined, words, config.language),
     )
-    row = RuleInput(scores, words, config, prompt_grams, tuple((part, words_of(part)) for part in parts))
+    texts = tuple((part, words_of(part)) for part in parts)
+    row = RuleInput(
+        scores, words, config, prompt_grams, texts, tuple([_without_quotes(*text) for text in texts])
+    )
     applied = {} if record == NOTHING else rules.TEXT_RULES if is_text else rules.RECORD_RULES
     return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
+
+
+def _without_quotes(text: str, words: Words) -> tuple[str, frozenset[str]]:
+    """Return a text and its distinct words without the quotes in it, which may be from signs or screens."""
+    rest = language.unquoted(text)
+    return rest, frozenset(words if rest is text else words_of(rest))
 
 
 def _redact_within(value: Any) -> tuple[Any, int]:
@@ -184,7 +193,7 @@ def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
 def _measure(text: str, words: Words, language_code: str | None) -> dict[str, Any]:
     is_long = len(words) >= rules.MIN_WORDS_FOR_REPETITION
     detected, score = language.detect_language(text, words) if language_code else (None, 0.0)
-    trigrams = set(zip(words, words[1:], words[2:], strict=False))
+    trigrams = set(zip(words, words[1:], words[2:], strict=False)) if is_long else ()
     return {
         "duplicate_trigram_frac": 1 - len(trigrams) / (len(words) - 2) if is_long else 0.0,
         "distinct_word_frac": len(set(start := words[:COUNTED_WORDS])) / len(start) if is_long else 1.0,

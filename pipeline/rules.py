@@ -69,6 +69,7 @@ _ELSEWHERE = pattern("elsewhere", before=r"\b", after=r"\b")
 # Few texts have words of both sets below, so testing for these words first is faster.
 _ELSEWHERE_HINTS = frozenset([*WORDS["elsewhere"].split(), *map(str, range(100))])
 _REFERRING_WORDS = frozenset(WORDS["referring"].split())
+_COLLAGES = frozenset(("collage", "comparison", "diptych", "grid", "montage", "panel", "panels"))
 _ELSEWHERE_IN_QUESTION = pattern("elsewhere_in_question", before=r"\b", after=r"\b")
 _ANSWER_ELSEWHERE = pattern("answer_elsewhere", re.IGNORECASE)
 _ANSWER_LABEL = pattern("answer_label", re.IGNORECASE)
@@ -78,13 +79,12 @@ _NOT_VISIBLE = pattern(
     before=r"(?!.*\b(?:according to|charts?|graphs?|diagrams?|slides?|pages?|timeline)\b).*?\b",
     after=r"\b",
 )
-_NOT_VISIBLE_WORDS = frozenset(WORDS["not_visible"].split())
 _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
-_SENTENCE_END = re.compile(r"[.!?]\s+")
 
-# The answer to a question with one of these words may be in any script.
+# The answer to a question with one of these words may be any text, unless the question asks for a color.
 _READING_WORDS = frozenset(WORDS["reading"].split())
+_OTHERWISE_ASKED = frozenset(("color", "colors", "colour", "colours"))
 
 # Answers that say nothing: their beginnings, and words anywhere, as in "age unknown".
 _NO_ANSWER = pattern("says_nothing", re.IGNORECASE, before=rf"\W*{expression('it_is')}")
@@ -93,6 +93,9 @@ _NOT_KNOWN = pattern("not_known", re.IGNORECASE)
 _UNREAD = pattern("unread", re.IGNORECASE)
 # Texts on signs and forms that resemble answers that say nothing.
 _ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
+# Values of cells in tables and forms.
+_IN_CELL = re.compile(r"n/?a|null|none|unknown|unspecified|nan|tbd|-+", re.IGNORECASE)
+_CELLS = frozenset(("cell", "column", "field", "form", "row", "spreadsheet"))
 _NO_WORDS = re.compile(r"[\W_]*")
 _ANOTHER_QUESTION = pattern("another_question", re.IGNORECASE)
 _HOW_MANY = re.compile(
@@ -107,8 +110,8 @@ _NUMBER = re.compile(
 _NO_COUNT = re.compile(r"\bhow (?!many)\w+|\b(?:time|say|letter)\b", re.IGNORECASE)
 # A sentence of more than five words is too long for an answer to a built-in prompt.
 _SENTENCE_ANSWER = re.compile(
-    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:(?:\s+\S+){5,}(?<=\.)$|"
-    r"\s+(?:\S+\s+)?(?:is|are|has|was)\b(?:\s+\S+){3,})",
+    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:(?:\s+\S+){7,}(?<=\.)$|"
+    r"\s+(?:\S+\s+)?(?:is|are|has|was)\b(?:\s+\S+){5,})",
     re.IGNORECASE,
 )
 DEFAULT_ANSWER_WORDS = FilterConfig().max_answer_words
@@ -120,9 +123,11 @@ _REPEATED_ANSWER = re.compile(r"([a-z]+)(?:(?:,? and |, )\1)+|([a-z]+)(?: \2){2,
 _VAGUE = frozenset(WORDS["vague"].split())
 _ANY_ANSWER = _VAGUE | frozenset(WORDS["with_vague"].split())
 _ARTICLES = frozenset(("a", "an", "the", "some"))
+_OFTEN_REPEATED = frozenset(("yes", "no", "both", "left", "right"))
 _FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
 
 Words = list[str]
+Texts = tuple[tuple[str, Words], ...]
 Grams = frozenset[tuple[str, ...]]
 
 
@@ -163,16 +168,18 @@ def bounds_of(style: str, language_code: str | None, caption_words: int | None) 
 class RuleInput(NamedTuple):
     """The input of a rule: an annotation with its scores and caption style, and the settings of the filter.
 
-    `words` has the words of the caption or question. `texts` has every text with its words. `prompt_grams`
-    has word n-grams from the prompts. `caption_words` is the number of words that the prompts ask for.
-    `is_built_in` is True for the replies to built-in tasks.
+    `words` has the words of the caption or question. `texts` has every text with its words, and `unquoted`
+    the same without quotes, because a caption may quote any text in the image. `prompt_grams` has word
+    n-grams from the prompts. `caption_words` is the number of words that the prompts ask for. `is_built_in`
+    is True for the replies to built-in tasks.
     """
 
     scores: Scores
     words: Words
     config: FilterConfig
     prompt_grams: Grams
-    texts: tuple[tuple[str, Words], ...]
+    texts: Texts
+    unquoted: tuple[tuple[str, frozenset[str]], ...]
     style: str = ""
     answer_type: str | None = None
     is_built_in: bool = False
@@ -199,6 +206,13 @@ class RuleInput(NamedTuple):
         return self.scores.clean_text is not None
 
     @property
+    def is_read(self) -> bool:
+        """Whether the text in an image is copied, or asked for, so that any text is possible."""
+        if not self.is_question:
+            return self.style == "ocr"
+        return not _READING_WORDS.isdisjoint(self.words) and _OTHERWISE_ASKED.isdisjoint(self.words)
+
+    @property
     def is_question(self) -> bool:
         """Whether the annotation is a question."""
         return self.scores.clean_question is not None
@@ -206,10 +220,7 @@ class RuleInput(NamedTuple):
 
 def is_refusal(row: RuleInput) -> bool:
     """Return True if the model declined to answer."""
-    may_quote = row.style == "ocr"
-    return any(
-        says_refusal(text, words, may_quote_sign=may_quote or text is row.answer) for text, words in row.texts
-    )
+    return any(says_refusal(*text, may_quote_sign=row.is_read) for text in row.unquoted)
 
 
 def is_too_short(row: RuleInput) -> bool:
@@ -222,6 +233,7 @@ def is_too_long(row: RuleInput) -> bool:
     """Return True if a caption, question or answer has too many words or characters."""
     if row.is_question:
         is_limited = row.is_built_in and row.config.max_answer_words == DEFAULT_ANSWER_WORDS
+        is_limited = is_limited and not row.is_read
         return (
             row.scores.word_count > row.config.max_question_words
             or row.scores.answer_word_count > row.config.max_answer_words
@@ -247,10 +259,12 @@ def is_repetitive(row: RuleInput) -> bool:
     for text, words in row.texts[:1] if row.main else row.texts:
         if artifacts.has_run(text) or artifacts.counts_on(words) or artifacts.stutters(text, words):
             return True
-        if len(words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(text):
+        # A repeated sentence has repeated trigrams, and a list has many commas or sentences.
+        may_repeat = scores.duplicate_trigram_frac or text.count(", ") + text.count(". ") >= MAX_EQUAL_PARTS
+        if may_repeat and len(words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(text):
             return True
     is_repeated = row.answer is not None and bool(_REPEATED_ANSWER.fullmatch(row.answer))
-    return is_repeated and not asks_to_read(row)
+    return is_repeated and not row.is_read
 
 
 def is_other_language(row: RuleInput) -> bool:
@@ -261,7 +275,7 @@ def is_other_language(row: RuleInput) -> bool:
     if config.language in language.LATIN:
         if scores.non_latin_frac > config.max_non_latin_frac:
             return True
-        if row.answer and not asks_to_read(row):
+        if row.answer and not row.is_read:
             if language.non_latin_frac(row.answer) > config.max_non_latin_frac:
                 return True
             if config.language == "en" and _is_foreign_answer(row):
@@ -283,14 +297,9 @@ def is_other_language(row: RuleInput) -> bool:
 def is_cut_off(row: RuleInput) -> bool:
     """Return True if a caption, or an answer of several words, ends in the middle of a sentence."""
     text, words = row.texts[-1]
-    if not row.is_caption and (len(words) < MIN_WORDS_OF_ENDING or asks_to_read(row)):
+    if not row.is_caption and (len(words) < MIN_WORDS_OF_ENDING or row.is_read):
         return text.startswith('"') and text.count('"') == 1
     return artifacts.is_cut_off(text, words)
-
-
-def asks_to_read(row: RuleInput) -> bool:
-    """Return True if a question is about words in the image, so that any answer is possible."""
-    return not _READING_WORDS.isdisjoint(row.words)
 
 
 def _is_foreign_answer(row: RuleInput) -> bool:
@@ -312,28 +321,25 @@ def says_nothing(answer: str) -> bool:
 
 
 def is_unanswered(row: RuleInput) -> bool:
-    """Return True if an answer says nothing, unless it may be the text on a sign."""
-    if row.answer is None or (asks_to_read(row) and _ON_SIGN.fullmatch(row.answer)):
-        return False
-    return says_nothing(row.answer) or (row.answer.endswith("?") and not asks_to_read(row))
+    """Return True if an answer says nothing, unless it may be the text on a sign or in a cell."""
+    answer = row.answer
+    if answer is None or not row.is_read:
+        return answer is not None and (says_nothing(answer) or answer.endswith("?"))
+    is_in_cell = not _CELLS.isdisjoint(row.words) and _IN_CELL.fullmatch(answer)
+    may_be_sign = is_in_cell or _ON_SIGN.fullmatch(answer)
+    return not may_be_sign and (says_nothing(answer) or bool(_UNREAD.search(answer)))
 
 
 def is_labeled(row: RuleInput) -> bool:
     """Return True if a text has a label, describes itself as a reply, or addresses the reader."""
-    for text, words in row.texts:
-        is_asked = row.is_question and text is row.main
-        if artifacts.has_label(text) or (not is_asked and artifacts.is_chat(text, words)):
+    if row.is_question and artifacts.has_label(row.main):
+        return True
+    for text, words in row.unquoted[row.is_question :]:
+        if artifacts.has_label(text) or artifacts.is_chat(text, words):
             return True
     if row.is_caption:
-        return artifacts.has_caption_label(row.main)
-    may_explain = row.words[:1] == ["why"] or asks_to_read(row)
-    return not may_explain and bool(_ANSWER_LABEL.match(row.answer or ""))
-
-
-def is_off_type(row: RuleInput) -> bool:
-    """Return True if an answer has another type than the question asks for, such as a color after "where"."""
-    is_judged = row.config.language == "en" and not asks_to_read(row)
-    return is_judged and bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
+        return artifacts.has_caption_label(row.unquoted[0][0])
+    return row.words[:1] != ["why"] and bool(_ANSWER_LABEL.match(row.answer or ""))
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
@@ -350,8 +356,11 @@ def gives_answer_away(question: str, answer: str) -> bool:
     if len(answer_words) == 1:
         (word,) = answer_words
         is_after_how = ("how", word) in pairwise(asked)
-        if len(word) < 2 or word.isdigit() or word in ("yes", "no", "both") or is_after_how:
+        if len(word) < 2 or word.isdigit() or word in _OFTEN_REPEATED or is_after_how:
             return False
+    if not _OTHERWISE_ASKED.isdisjoint(asked):
+        # The answer may also be the color of another object ("the trim on the white door").
+        asked = words_of(_PLACE.split(question, maxsplit=1)[0])
     stems = [_stem(word) for word in asked if word not in _ARTICLES]
     wanted = [_stem(word) for word in answer_words]
     return any(stems[start : start + len(wanted)] == wanted for start in range(len(stems) - len(wanted) + 1))
@@ -388,13 +397,14 @@ def is_keyword_list(row: RuleInput) -> bool:
 
 def is_elsewhere(row: RuleInput) -> bool:
     """Return True if a text refers to another text or image."""
-    for text, words in row.texts:
-        may_match = not (_ELSEWHERE_HINTS.isdisjoint(words) or _REFERRING_WORDS.isdisjoint(words))
-        if may_match and _ELSEWHERE.search(language.unquoted(text).lower()):
+    # The text on a sign may refer to another text, and a caption of a collage to its first image.
+    for text, words in row.unquoted[:1] if row.is_read else row.unquoted:
+        may_match = not (_REFERRING_WORDS.isdisjoint(words) or _ELSEWHERE_HINTS.isdisjoint(words))
+        if may_match and _ELSEWHERE.search(text.lower()) and _COLLAGES.isdisjoint(words):
             return True
     if not row.is_question:
         return False
-    is_in_answer = not asks_to_read(row) and _ANSWER_ELSEWHERE.match(row.answer or "")
+    is_in_answer = not row.is_read and _ANSWER_ELSEWHERE.match(row.answer or "")
     return bool(is_in_answer or _ELSEWHERE_IN_QUESTION.search(row.main.lower()))
 
 
@@ -420,7 +430,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         row.is_caption
         and row.config.language == "en"
         and row.style != HUMAN
-        and artifacts.is_no_description(row.main, row.words)
+        and artifacts.is_no_description(*row.unquoted[0], first_word=row.words[0])
     ),
     "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
     "unanswerable": is_unanswered,
@@ -433,12 +443,13 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
     "cut_off": is_cut_off,
     "too_general": is_general,
     "unwanted_phrase": lambda row: (
-        row.is_caption and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
+        bool(row.config.reject_phrases)
+        and row.is_caption
+        and any(PHRASES[kind].search(row.main.lower()) for kind in row.config.reject_phrases)
     ),
+    # Human questions may be about knowledge and opinions.
     "not_visible": lambda row: (
-        row.config.language == "en"
-        and not _NOT_VISIBLE_WORDS.isdisjoint(row.words)
-        and bool(_NOT_VISIBLE.match(row.main.lower()))
+        (row.is_built_in, row.config.language) == (True, "en") and bool(_NOT_VISIBLE.match(row.main.lower()))
     ),
     "no_single_question": lambda row: bool(_ANOTHER_QUESTION.search(row.main) or _CHOICES.search(row.main)),
     "count_not_a_number": lambda row: (
@@ -448,7 +459,9 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         (row.answer_type, row.config.language) == ("number", "en")
         and not (_NUMBER.search(row.answer or "") or _NO_COUNT.search(row.main))
     ),
-    "answer_off_type": is_off_type,
+    "answer_off_type": lambda row: (
+        row.config.language == "en" and bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
+    ),
     "answer_in_question": lambda row: gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": is_elsewhere,
 }
@@ -479,6 +492,20 @@ TAG_RULES = {
     if name not in ("no_description", "other_language", "cut_off", "repetitive")
 } | {"keywords": is_no_tag_list}
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
+# An answer that was read from the image may have any characters and words, but no template tokens.
+READ_ANSWER_RULES = {name: rule for name, rule in RULES.items() if name != "answer_off_type"} | {
+    "junk": lambda row: artifacts.has_markup(row.main) or artifacts.has_token(row.answer or ""),
+    "label": lambda row: artifacts.has_label(row.main) or artifacts.opens_chat(row.answer or ""),
+}
+
+
+def rules_for(row: RuleInput) -> dict[str, Callable[[RuleInput], bool]]:
+    """Return the rules for an annotation, in order."""
+    if row.is_caption:
+        return RULES_BY_STYLE.get(row.style, CAPTION_RULES)
+    return READ_ANSWER_RULES if row.is_read else RULES
+
+
 # The rules for records of custom tasks. A text in a record can be a word, a code, or the text on a sign.
 RECORD_RULES = {
     name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")
@@ -489,7 +516,7 @@ TEXT_RULES = {name: RULES[name] for name in ("junk", "placeholder", "label", "re
 
 def _repeats_parts(text: str) -> bool:
     """Return True if a sentence is repeated, or if too many parts of a list name the same object."""
-    sentences = _SENTENCE_END.split(text)
+    sentences = text.replace("\n", " ").replace("! ", ". ").replace("? ", ". ").split(". ")
     keys = [*map(text_key, sentences)] if len(sentences) > 1 else []
     whole = [key for key in keys if key.count(" ") >= MIN_WORDS_OF_SENTENCE - 1]
     if len(set(whole)) < len(whole):

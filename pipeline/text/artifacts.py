@@ -18,7 +18,7 @@ from pipeline.text.normalize import sentences_with, text_key, words_of
 _SPECIAL = re.compile(r"[^a-zA-Z0-9 ,.\"'\-?!;:()/&%$]")
 _SPECIAL_COLON = re.compile(r"[A-Zxywh]\d?\s*:")
 _SPECIAL_PARTS = (
-    "--", "$$", "..", " / ", "ounding box", "bbox", "oordinate", "pixel", " OR ", "XXX", "addCriterion",
+    "--", "$$", "..", ",,", " / ", "ounding box", "bbox", "oordinate", "pixel", " OR ", "XXX", "addCriterion",
 )  # fmt: skip
 _ENDING_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]{1,2}$")
 _MARKUP = pattern("markup")
@@ -44,8 +44,8 @@ _USUAL_STARTS = frozenset(WORDS["usual_starts"].split())
 _TOPICS = [name for name in WORDS if name.startswith("other_")]
 _OTHER = [(frozenset(WORDS[name].split()), pattern(name, before=r"\b")) for name in _TOPICS]
 _OTHER_WORDS = frozenset(word for words, _ in _OTHER for word in words)
-_LENGTH = pattern("length")
-_LENGTH_WORDS = frozenset(("words", "word", "characters", "tokens", "sentence", "sentences"))
+# A sentence such as "A poster with ..." may speak about all topics except the first two.
+_MEDIA = frozenset(WORDS["media"].split())
 _CHAT_WORDS = frozenset(WORDS["chat"].split())
 _QUESTION_AT_END = re.compile(
     r"(?:^|[.!?]\s)[^\w.!?]*(?:what|who|where|how|why|which|is|are|do|does|did|can|could|would|should"
@@ -80,11 +80,12 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
     """Return whether a text has tags, template tokens, Markdown, JSON, escapes, file names or coordinates."""
     if may_end_in_emoji:
         text = text[:-2] + _ENDING_EMOJI.sub("", text[-2:])
-    if _LIST_OR_ROLE.match(text) or ("." in text and _FILE_NAME.search(text)):
+    if _LIST_OR_ROLE.match(text) or "orem ipsum dolor" in text:
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
-    if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
+    has_glued = text.count(".", 0, -1) > text.count(". ")
+    if has_glued and (_FILE_NAME.search(text) or _GLUED.search(unquoted(text))):
         return True
     may_match = _SPECIAL.search(text) or (":" in text and _SPECIAL_COLON.search(text))
     if not (may_match or any(map(text.__contains__, _SPECIAL_PARTS))):
@@ -115,26 +116,27 @@ def has_caption_label(text: str) -> bool:
     return "?" in text[-3:] and bool(_QUESTION_AT_END.search(text))
 
 
-def is_no_description(text: str, words: list[str]) -> bool:
+def is_no_description(text: str, words: Collection[str], first_word: str) -> bool:
     """Return whether a caption is another kind of text, such as an order, an advertisement or a story."""
-    if words[0] not in _USUAL_STARTS and _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
+    if first_word not in _USUAL_STARTS and _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
         return True
     if _OTHER_WORDS.isdisjoint(words):
         return False
-    for sentence in sentences_with(_OTHER_WORDS, unquoted(text).lower().replace("\u2019", "'")):
-        found = _OTHER_WORDS.intersection(words_of(sentence))
-        if any(not hints.isdisjoint(found) and other.search(sentence) for hints, other in _OTHER):
+    for sentence in sentences_with(_OTHER_WORDS, text.lower().replace("\u2019", "'")):
+        said = words_of(sentence)
+        found = _OTHER_WORDS.intersection(said)
+        is_of_medium = not _MEDIA.isdisjoint(said) and not _USUAL_STARTS.isdisjoint(said[:1])
+        others = _OTHER[:2] if is_of_medium else _OTHER
+        if any(not hints.isdisjoint(found) and other.search(sentence) for hints, other in others):
             return True
     return False
 
 
-def is_chat(text: str, words: list[str]) -> bool:
+def is_chat(text: str, words: Collection[str]) -> bool:
     """Return whether a text speaks about the request, the reply, its writer or its reader."""
-    if not _LENGTH_WORDS.isdisjoint(words) and _LENGTH.search(unquoted(text).lower()):
-        return True
     if _CHAT_WORDS.isdisjoint(words):
         return False
-    plain = unquoted(text).lower().replace("\u2019", "'")
+    plain = text.lower().replace("\u2019", "'")
     return any(map(_CHAT.search, sentences_with(_CHAT_WORDS, plain)))
 
 
@@ -181,7 +183,7 @@ def counts_on(words: list[str]) -> bool:
 def is_cut_off(text: str, words: list[str]) -> bool:
     """Return whether a caption ends in the middle of a sentence, for example with "a" or three dots."""
     text = text.rstrip().removesuffix(":(").rstrip()
-    may_match = not _UNFINISHED_WORDS.isdisjoint(words[-1:]) or text.endswith(_UNFINISHED_MARKS)
+    may_match = (words and words[-1] in _UNFINISHED_WORDS) or text.endswith(_UNFINISHED_MARKS)
     if may_match and _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)):
         return True
     if text.count("(") > text.count(")"):

@@ -4,12 +4,16 @@ import math
 import re
 from bisect import bisect_left
 from functools import cache, lru_cache
+from itertools import pairwise
 
 from pipeline.text import WORDS
+from pipeline.text.normalize import words_of
 from pipeline.text.wordnet import dictionary_words
 
 # For texts with fewer words, the detector only guesses.
 MIN_WORDS = 4
+# A text with fewer words outside of quotes is a quote as a whole.
+MIN_WORDS_OUTSIDE = 3
 # Minimum share of English words in an English text, which may have some foreign words ("a cafe au lait").
 MIN_ENGLISH_FRAC = 0.75
 FUNCTION_WORDS = frozenset(WORDS["function"].split())
@@ -19,13 +23,20 @@ _CLEARLY_FOREIGN = _FOREIGN_WORDS - {"de", "la", "le", "di", "un", "du", "del", 
 MIN_JOINED_LETTERS = 16
 # A text is nonsense if its unknown words (neither English nor names) exceed both the number and the share.
 MAX_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC = 4, 0.5
+# An article before one of these words is a mistake, and several are a sign of nonsense.
+_AFTER_NO_ARTICLE = WORDS["after_no_article"].split()
+_IMPOSSIBLE = frozenset((article, word) for article in ("a", "an", "the") for word in _AFTER_NO_ARTICLE)
+MIN_IMPOSSIBLE_PAIRS, PAIRED_WORDS = 2, 30
 _LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN.split())
 # Languages that the detector confuses with each other.
 CLOSE = [frozenset(codes.split()) for codes in ("no nn da sv", "id ms", "hr sr bs", "cs sk", "es gl pt")]
+# Quotes, and text in another script or in tags after a word such as "characters".
 _QUOTED = re.compile(
-    r"\"[^\"]*\"|'[^']*'(?!\w)|\u2018[^\u2018\u2019]*\u2019"
+    r"\"[^\"]*\"|(?<!\w)'(?:[^']|\b'\b)*'(?!\w)|\u2018(?:[^\u2018\u2019]|\b\u2019\b)*\u2019"
     r"|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d\u201e\u00ab\u300c]*[\u201d\u201c\u00bb\u300d]"
+    r"|\b(?:characters?|letters?|words?|text|reads|says|reading|saying|named?|titled?|tags?) "
+    r"(?:[^\u0000-\u024f\u1e00-\u206f]|<\w{1,10}>|,? (?:and )?(?=[^\u0000-\u024f\u1e00-\u206f]|<\w))+"
 )
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 _WORD = re.compile(r"\w+")
@@ -72,12 +83,16 @@ def has_odd_words(text: str, words: list[str], *, is_english: bool) -> bool:
 
     `is_english` is the result of `detect_language`. Names are not counted.
     """
+    start = words[:PAIRED_WORDS]
+    has_impossible = not _IMPOSSIBLE.isdisjoint(pairwise(start))
+    if has_impossible and sum(map(_IMPOSSIBLE.__contains__, pairwise(start))) >= MIN_IMPOSSIBLE_PAIRS:
+        return True
     longest = max(map(len, words), default=0)
-    if is_english and longest < MIN_JOINED_LETTERS and _CLEARLY_FOREIGN.isdisjoint(words):
+    if is_english and longest < MIN_JOINED_LETTERS:
         return False
     found = _lower_words(text)
     unknown = [word for word in found if not _is_english(word)]
-    is_joined = any(len(word) >= MIN_JOINED_LETTERS for word in unknown) or sum(map(_joins, {*unknown})) > 1
+    is_joined = any(len(word) >= MIN_JOINED_LETTERS for word in unknown)
     is_nonsense = len(unknown) > max(MAX_UNKNOWN_WORDS, MAX_UNKNOWN_FRAC * len(found))
     is_mixed = len({*unknown} - _CLEARLY_FOREIGN) >= 2 and not _CLEARLY_FOREIGN.isdisjoint(found)
     return is_joined or is_nonsense or is_mixed
@@ -87,13 +102,6 @@ def has_foreign_words(words: list[str]) -> bool:
     """Return whether a text has a word of another language, such as "eine", and an unknown word."""
     rest = {*words} - _CLEARLY_FOREIGN
     return len(rest) < len({*words}) and not all(map(_is_english, rest))
-
-
-def _joins(word: str) -> bool:
-    """Return whether a word joins a function word and another one without a space, as in "theroof"."""
-    splits = ((word[:n], word[n:]) for n in range(1, len(word)))
-    parts = (pair for pair in splits if not FUNCTION_WORDS.isdisjoint(pair))
-    return any(len(one) + 1 < len(word) and _is_english(one) and _is_english(other) for one, other in parts)
 
 
 def is_foreign(text: str) -> bool:
@@ -172,11 +180,11 @@ def count_words(text: str, words: list[str]) -> int:
 
 
 def unquoted(text: str) -> str:
-    """Return a text without its quotes, or the whole text if hardly anything would be left."""
-    if text.isascii() and '"' not in text:
+    """Return a text with "" for each quote, or the whole text if hardly anything would be left."""
+    if text.isascii() and '"' not in text and " '" not in text and "<" not in text:
         return text
-    rest = _QUOTED.sub(" ", text)
-    return rest if rest.count(" ") >= MIN_WORDS else text
+    rest = _QUOTED.sub(' "" ', text)
+    return rest if len(words_of(rest)) >= MIN_WORDS_OUTSIDE else text
 
 
 def non_latin_frac(text: str) -> float:

@@ -12,7 +12,8 @@ _SAYS = pattern("refusal", before=r"\b")
 # Nearly every match of the last two patterns has one of these words. Few captions have them, so testing for
 # them first makes the search 9 times faster.
 _HINT_WORDS = frozenset(WORDS["refusing"].split())
-_ON_A_SIGN = ("afraid", "sorry", "please")
+# Text on signs and screens, such as "Sorry, we are closed" or "Image not available", has none of these words.
+_SPEAKING = frozenset(("i", "i'm", "i\u2019m", "ai", "assistant", "unable", "cannot", "can't", "can\u2019t"))
 
 
 def is_declined(reply_text: str) -> bool:
@@ -25,7 +26,7 @@ def is_refusal(text: str, words: Collection[str], *, may_quote_sign: bool = Fals
 
     With `may_quote_sign`, "Sorry, we are closed" is not a refusal.
     """
-    if _HINT_WORDS.isdisjoint(words) or (may_quote_sign and text.lstrip().lower().startswith(_ON_A_SIGN)):
+    if _HINT_WORDS.isdisjoint(words) or (may_quote_sign and _SPEAKING.isdisjoint(words)):
         return False
     text = text.lower()
     return bool(_BEGINS.match(text)) or any(map(_SAYS.search, sentences_with(_HINT_WORDS, text)))

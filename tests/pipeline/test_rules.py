@@ -93,6 +93,26 @@ KEPT: tuple[str | tuple[str, str], ...] = (
     ("Where is the sun?", "behind a cloud"), ("How old is the bridge?", "very old"),
     ("What number is on the jersey?", "7"), ("What shape is the toy?", "ring"),
     ("Who is on the bench?", "no one"), ("Which way does the arrow point?", "left or right"),
+    # texts that the image shows
+    'A screen with the words "Image not available" in red.',
+    'A slide with the prompt "You are an AI" on it.',
+    "A man's shirt says 'I don't see any image' in red.", "A card with the character 出 in red ink.",
+    'A meme of a cat with the caption "Monday again?" in white.', "A book explains the tags <h1> and <p>.",
+    "A window shows a syntax error and a button to download a file.", "A screen shows a JSON file in blue.",
+    "A receipt lists a coffee for 8.50 EUR.", "A mockup of a page with a box of lorem ipsum.",
+    "A collage of a beach and a city. The first photo has a boat in it.",
+    ("What does the dialog say?", "Sorry, please retry."), ("What does the cell show?", "#DIV/0!"),
+    ("What message is on the screen?", "Image not available"), ("What does the cap say?", "</sleep>"),
+    ("Which value is in the last cell?", "N/A"), ("What does it say?", "Lorem ipsum"),
+    ("What is the first sentence on the sheet?", "The cat is ____ the mat."),
+    ("Which part of the sentence can be seen?", "Here lies the body of"),
+    ("What does the tag say?", "as described above"), ("What does the screen say?", "An error occurred."),
+    # answers that are short sentences, parts of a group, or fractions
+    ("What is new?", "The wall has been painted yellow."), ("Are all kites red?", "Only the one on the left"),
+    ("How many pies are left?", "One and a half"), ("How many pies are left?", "1 1/2"),
+    ("What color is the seam on the white sail?", "white"), ("Which way does the left kite fly?", "left"),
+    ("How did the kite get there?", "a boy put it there"), ("Where is the hour hand?", "4"),
+    ("Which brand of soap is it?", "409"), ("Are the cups in front of anything?", "mirror"),
 )  # fmt: skip
 REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
     "refusal": (
@@ -106,6 +126,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "A kite flies over a harbour\u3002", ("What color is the kite?", "rojo"),
         "Ein roter Drache fliegt über dem grauen Hafen der Stadt.", ("What color is the kite?", "棕色"),
         "A kite over a harbour 一个男人在骑自行车", "A man con un sombrero rides una bicicleta por la playa.",
+        "The kite of the is in a with the of a harbour.",
         "A blorp with frunty dringles zints the vassock.", "A woman in a reddressisstandingnextto a car.",
     ),
     "keywords": ("kite, harbour, red kite, grey sky, boats",),
@@ -123,6 +144,8 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("How tall is the mast?", "gray"), ("Where is the boat?", "in the picture"),
         ("What kind of kite is it?", "the kind of the kite"), ("What is above the bay?", "a kite or a bird"),
         ("What number is on the boat?", "white"), ("What is the boy holding?", "on the beach"),
+        ("What color is the sign?", "flying"),
+        ("Was the photo taken indoors or outdoors?", "no"), ("Is a kite higher or lower?", "Yes, it is."),
     ),
     "no_description": (
         "and a kite that lies on the beach.",
@@ -131,7 +154,9 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "What a kite over the old harbour!", "Kites are native to islands in the south.",
         "Something went wrong while the kite was loaded.", "A kite, f/2.8, 50 mm, over the harbour.",
         "There is no kite. There is no boat.", "Once there lived a boy who loved his kite.",
-        "If you look up, a kite is in the sky.", "A lens was used by annotators of the kite.",
+        "Subscribe on the page to get a kite.", "To fly a kite, hold the string.",
+        "Answering requires no text.", "If you look up, a kite is in the sky.",
+        "A lens was used by annotators of the kite.",
     ),
     "not_visible": (
         ("What is the man thinking about?", "the sea"), ("What will happen next?", "rain"),
@@ -143,6 +168,8 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What does the boy dream of?", "wind"), ("Where will the kite land?", "in the sea"),
         ("What sound does the kite make?", "a hum"), ("What is the message of the photo?", "freedom"),
         ("What advice would you give the boy?", "rest"), ("How many legs does a crab have?", "10"),
+        ("What is the sexual orientation of the man?", "gay"), ("What tune does he whistle?", "a song"),
+        ("Which party does the man in the photo vote for?", "the left"),
         ("What is 4 times 6?", "24"), ("Where was the boy born?", "Rome"), ("What is on my kite?", "a star"),
     ),
     "too_general": (
@@ -155,16 +182,19 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What is shown in the image above?", "a kite"),
         "The kite that was mentioned above flies over a harbour.",
         ("What is said according to the text?", "a price"), "A kite is shown in image 7 of the series.",
-        ("What flies over the harbour?", "see image"),
+        ("What flies over the harbour?", "see image"), ("Why does it fly?", "Option B"),
+        ("Where is the kite?", "All of the above."),
     ),
     "too_long": (
-        ("Who flies the kite?", "It is flown by a man."), "a red kite over a grey harbour " * 30,
+        ("Who flies the kite?", "It is flown by a man in a hat."), "a red kite over a grey harbour " * 30,
         ("What is over the harbour?", "it is a kite that flies over the harbour in winds"),
-        ("Where is the dog?", "the dog is running on a beach"),
+        ("Where is the dog?", "the dog is running on a wet beach"),
     ),
     "unanswerable": (
         ("Who flies the kite?", "age unknown"), ("How many kites are there?", "Unknown."),
         ("What does the sign say?", "text unknown"), ("Is the kite red?", "possibly"),
+        ("What does the sign say?", "N/A"), ("What does the sign say?", "There is some text on it."),
+        ("What number is printed on it?", "The shirt shows a number."),
         ("What is behind the bay?", "which bay?"),
     ),
     "junk": (
@@ -185,8 +215,9 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
     "label": (
         "Caption: A kite flies over a harbour.", "The user wants a caption. A kite flies over a harbour.",
         "A kite flies over a harbour. Possible prompt: what flies?",
-        ("What color is the kite?", "the answer is red"),
+        ("What color is the kite?", "the answer is red"), ("What does it say?", "Answer: STOP"),
         ("What color is the kite?", "red, because of the paint"), ("What flies over the bay?", "(B)"),
+        ("What flies?", "(insert short answer here)"), "A kite flies. Follow these steps to fold it.",
         ("What flies over the bay?", "Good question! A kite"), ("What flies?", "a kite (short answer)"),
     ),
     "placeholder": ("Your caption here", ("question?", "answer")),
@@ -198,7 +229,8 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
     "no_single_question": (
         ("What flies? Is it red?", "a kite"), ("What color is it? (A) brown (B) black", "brown"),
         ("What color is the dog? And the cat?", "brown"), ("What is on the table, and why?", "a kite"),
-        ("The kite is red, right?", "yes"), ("Tell me the color of the kite?", "red"),
+        ("Generate a question. What flies?", "a kite"), ("The kite is red, right?", "yes"),
+        ("Tell me the color of the kite?", "red"),
     ),
 }  # fmt: skip
 
@@ -263,7 +295,8 @@ def test_bounds_of_each_style_make_room_for_the_requested_words(
 
 
 OWN = TaskConfig(name="own", kind="question", prompt="Ask something.")
-SENTENCE = {"task": "qa", "question": "Who flies the kite?", "answer": "It is flown by a man."}
+SENTENCE = {"task": "qa", "question": "Who flies the kite?", "answer": "It is flown by a man in a hat."}
+KNOWLEDGE = {"task": "qa", "question": "What is the capital of France?", "answer": "Paris"}
 NUMBER = {"task": "qa", "question": "Which count is on the kite?", "answer_type": "number"}
 GERMAN = {"question": "Welche Zahl ist auf dem Drachen?", "answer": "zwei"}
 
@@ -273,6 +306,7 @@ GERMAN = {"question": "Welche Zahl ist auf dem Drachen?", "answer": "zwei"}
     [
         (SENTENCE, {}, "too_long"), (SENTENCE, {"max_answer_words": 12}, None),
         (SENTENCE | {"prompt_id": "human"}, {}, None), (SENTENCE | {"task": "own"}, {}, None),
+        (KNOWLEDGE, {}, "not_visible"), (KNOWLEDGE | {"prompt_id": "human"}, {}, None),
         (NUMBER | {"answer": "two"}, {}, None), (NUMBER | {"answer": "a couple"}, {}, None),
         (NUMBER | {"answer": "forty"}, {}, None), (NUMBER | {"answer": "city"}, {}, "answer_not_a_number"),
         (NUMBER | {"answer": "red"}, {}, "answer_not_a_number"), (NUMBER | GERMAN, {"language": "de"}, None),

@@ -23,6 +23,7 @@ from pipeline.text.artifacts import (
     stutters,
     without_afterthoughts,
 )
+from pipeline.text.language import unquoted
 from pipeline.text.normalize import words_of
 from pipeline.text.phrases import PHRASES
 
@@ -37,6 +38,7 @@ MARKUP = (
     "A [color] kite", "A kite (0.5, 0.31)", "A kite (12%, 40%)", "A kite at x=12",
     "A caf\u00c3\u00a9 by the sea", "A kite flies. / A kite at sea.", "A kite OR a bird", "print('A kite')",
     "A ___ flies over a bay", "A XXX kite", "\u00a9 2019 A kite", "A kite. @kites",
+    "\u2581A\u2581kite\u2581flies", "A kite, 4, 2,, 1,,,", "A (1) red (2) kite (3) flies",
     "A kite --ar 16:9", "Searching... a kite", "A (color) kite", "A kite flies.over the bay",
 )  # fmt: skip
 NO_MARKUP = (
@@ -57,7 +59,7 @@ ENDS = (
     "A man next to a", "A kite and the", "A kite flies over the.", "A kite in a box of", "A kite ...",
     "A kite or an", "Boys and their", "A kite and", "A kite or", "A boy whose", "A cat and its",
     "Higher than", "It flies because", "A kite next to", "A kite\u2026", "A kite that is",
-    "A sign that says", "A kite over the wat",
+    "A sign that says", "A kite over the wat", "A boy holds a large",
     "A sign with the words:", f"{'A kite flies high. ' * 10}It has a red tail",
 )  # fmt: skip
 CAPTION_LABELS = (
@@ -77,14 +79,14 @@ CHATS = (
     "I\u2019m not sure, but a kite flies.", "You are a helpful assistant. A kite flies.",
     "Reply as JSON: a kite", "A kite in 20 words.",
     "A kite. Confidence 0.92", "A kite, with 95% confident", "The best caption is a kite", "A kite (3 words)",
-    "A kite as instructed.", "A kite (continued)", "A kite. Hmm, what else?", "A kite; alternatively, a bird",
+    "A kite as instructed.", "A kite. Hmm, what else?", "A kite; alternatively, a bird",
     "This headline highlights a kite", "A kite, I mean a bird", "A kite, courtesy of NASA",
     "An AI-generated kite",
-    "A kite. It is important to wear gloves.", "A kite of 72 dpi", "A kite, highly detailed, 8k",
+    "A kite. It is important to wear gloves.", "A kite of 72 dpi",
     "A kite. Subscribe to our page",
     "Alt text for a kite", "A kite. Buy now!", "In conclusion, a kite flies.", "Internal Server Error",
     "A kite, a bird and so on", "A kite. Most likely label is kite", "A kite, no wait, a bird",
-    "A kite. I'll say that it is red.", "A kite. Let me count them.", "A kite that is now in stock",
+    "A kite. I'll say that it is red.", "A kite. Let me count them.",
 )  # fmt: skip
 NO_CHATS = (
     "You can see a kite.", "A man asks you to look.", "Two words on a kite.",
@@ -127,7 +129,7 @@ RUNS = ("A sign: 000000000000000000", "hahahahahahahahaha", "ABC12ABC12ABC12ABC1
 
 
 def of_text(detects: Callable[[str, list[str]], bool]) -> Callable[[str], bool]:
-    return lambda text: detects(text, words_of(text))
+    return lambda text: detects(unquoted(text), words_of(unquoted(text)))
 
 
 def of_words(detects: Callable[[list[str]], bool]) -> Callable[[str], bool]:
@@ -143,9 +145,9 @@ def of_words(detects: Callable[[list[str]], bool]) -> Callable[[str], bool]:
         (of_text(is_chat), CHATS, NO_CHATS),
         (of_words(is_placeholder), PLACEHOLDERS, ("A caption is on a wall", "7", "red", "No")),
         (has_run, RUNS, ("A very looooong kite", "1-800-555-0000000")),
-        (of_text(is_cut_off), (*ENDS, *OPEN_ENDS), WHOLE_ENDS),
+        (lambda text: is_cut_off(text, words_of(text)), (*ENDS, *OPEN_ENDS), WHOLE_ENDS),
         (of_words(counts_on), COUNTED, ("A phone keypad with 0 1 2 3 4 5 6 7 8 9",)),
-        (of_text(stutters), ("The the kite is is red",), NO_STUTTERS),
+        (lambda text: stutters(text, words_of(text)), ("The the kite is is red",), NO_STUTTERS),
         (of_words(is_too_general), GENERAL, ("A photo of a kite", "Two people", "")),
     ],
 )
@@ -173,6 +175,8 @@ def _draw_match(tree: Any, draw: random.Random) -> str:
                 text += _draw_match(argument[3], draw)
             case "BRANCH":
                 text += _draw_match(draw.choice(argument[1]), draw)
+            case "ANY" | "NOT_LITERAL":
+                text += " "
     return text
 
 
@@ -180,6 +184,7 @@ def _draw_match(tree: Any, draw: random.Random) -> str:
     ("pattern", "words"),
     [
         (PHRASES["hedge"].pattern, "hedging"), (expression("chat"), "chat"),
+        *((expression(name), name) for name in WORDS if name.startswith("other_")),
         (expression("refusal_start"), "refusing"), (expression("elsewhere"), "referring"),
         # "The image is a plain" begins good captions.
         (expression("refusal").replace("|plain|", "|"), "refusing"),

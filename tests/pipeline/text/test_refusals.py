@@ -27,4 +27,5 @@ def test_refusals_and_declined_requests_are_detected(text: str, *, declined: boo
 def test_answer_that_quotes_an_apology_is_not_a_refusal() -> None:
     assert is_refusal("Sorry, we are closed", ["sorry"])
     assert not is_refusal(" Sorry, we are closed", ["sorry"], may_quote_sign=True)
+    assert not is_refusal("Image not available", ["not"], may_quote_sign=True)
     assert is_refusal("I cannot see it", ["cannot"], may_quote_sign=True)
