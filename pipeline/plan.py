@@ -268,12 +268,12 @@ def describe_start(plan: Plan) -> str:
     rated = f"; rated by {plan.models[config.judge_model].name}" if config.judge_model else ""
     notes = "".join(f"; note: {note}" for note in describe_boxes(plan))
     asked += f"{more}{rated}{prompts}{describe_requests(plan)}{notes}"
-    return f"{start}: {human}asks{missing} {asked}"
+    return f"{start}: {human}requests{missing} {asked}"
 
 
 def _tasks_of(plan: Plan, name: str) -> str:
     tasks = (task.name for task in plan.tasks.asked if name in plan.requests.models_of(task.name))
-    return f"{', '.join(tasks) or 'checks'} of {plan.models[name].name}"
+    return f"{', '.join(tasks) or 'checks'} from {plan.models[name].name}"
 
 
 def describe_requests(plan: Plan) -> str:
