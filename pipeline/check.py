@@ -69,7 +69,7 @@ def check_version(version: Version, stored: Collection[str] | None = None) -> Ch
     find these ids.
     """
     if damage := find_damage(version, stored):
-        hint = f"move {version.path} away and {RUN_AGAIN}: the same rows get the same digest"
+        hint = f"move {version.path} away and {RUN_AGAIN}: this writes the same version again"
         return Checked(str(version.path), "; ".join(damage), False, hint)
     summary = f"{version.num_rows:,} rows in {len(version.manifest['files'])} files match the digest"
     return Checked(str(version.path), summary)

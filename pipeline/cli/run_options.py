@@ -185,7 +185,7 @@ def read_settings(context: Context, file: Path | None, arguments: Mapping[RunOpt
     config = resolve(file, **settings)
     if NO_MODEL in origins.values() and config.asks_model:
         asked = ", ".join((*config.tasks, *config.verify.checks))
-        raise ConfigError(f"{NO_MODEL} excludes a model, but the settings request {asked}", hint="remove one")
+        raise ConfigError(f"{NO_MODEL} excludes models, but {asked} need one", hint="remove one of the two")
     return config
 
 

@@ -1,4 +1,4 @@
-"""Compute the cost of a version's texts in tokens and money, per kept text and per right text.
+"""Compute the cost of a version's texts in tokens and money, per kept text and per correct text.
 
 Tokens of all attempts count. A reply that several images use counts for each of them. The share of right
 texts comes from an audit, or else from a judge, corrected for the errors of the judge.
@@ -21,7 +21,7 @@ Entry = Mapping[str, Any]
 
 
 class _RightShare(NamedTuple):
-    """The estimated share of right texts, with its 95 % interval and the source of the estimate."""
+    """The estimated share of correct texts, with its 95 % interval and the source of the estimate."""
 
     share: float
     low: float
@@ -89,11 +89,11 @@ def _amounts_in_words(entries: list[Entry], manifest: Mapping[str, Any]) -> str:
     measured = [(number, share) for number, share in numbers if share]
     right, low, high = (sum(number * share[n] for number, share in measured) for n in range(3))
     if len(measured) < len(numbers) or not right or not high:
-        problem = "per right text: not measured" if len(measured) < len(numbers) else "no right text"
+        problem = "per correct text: not measured" if len(measured) < len(numbers) else "no correct text"
         return f"{words}; {problem}"
     bounds = f"[{tokens / high:,.0f}, {f'{tokens / low:,.0f}' if low else 'no upper bound'}]"
     sources = " and ".join(sorted({share.source for _, share in measured}))
-    return f"{words}; {_rate(tokens, cost, right)} per right text, tokens {bounds} ({sources})"
+    return f"{words}; {_rate(tokens, cost, right)} per correct text, tokens {bounds} ({sources})"
 
 
 def _rate(tokens: int, cost: float, number: float) -> str:
@@ -106,7 +106,7 @@ def _plain(value: float) -> str:
 
 
 def _right_share(kind: str, manifest: Mapping[str, Any]) -> _RightShare | None:
-    """Return the share of right texts of a kind, or None if it was not measured.
+    """Return the share of correct texts of a kind, or None if it was not measured.
 
     The estimates cover all texts, so nothing is known about the texts of a model if human texts were kept.
     """

@@ -225,7 +225,7 @@ def _ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...
     ladders |= {task.name: task.settings.model for task in tasks.custom if task.settings.model}
     for name, models in ladders.items():
         if name not in names:
-            problem = f"task_models names a task that is not asked: {name}"
+            problem = f"task_models names a task that is not in this run: {name}"
             raise ConfigError(problem, unknown=name, known=names, hint=f"use {', '.join(names)}")
         for model in models:
             if model not in known:

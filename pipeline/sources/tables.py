@@ -83,7 +83,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
             row_split = split_of(row[split_column]) if split_column else file_split
             if split_column and is_unknown(row[split_column]):
                 value = f"{row[split_column]!r} in the column {split_column}"
-                detail = f"{value} is not a split: {', '.join(SPLIT_OF_WORD)}"
+                detail = f"{value} is not a split ({', '.join(SPLIT_OF_WORD)})"
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=detail)
             elif split in (None, row_split):
                 fields = {"license": tables.license, "split": stored_split(row_split, split)}

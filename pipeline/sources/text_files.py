@@ -126,9 +126,9 @@ def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
             problem = f"line {table.line_num} has more columns than the first line"
             raise ValueError(f"{problem}: put texts with commas in quotes")
         if delimiter in "\t|" and any("\n" in value and delimiter in value for value in row):
-            problem = f"a quote before line {table.line_num} is not closed"
-            raise ValueError(f"{problem}: put a text that begins with a quote in quotes")
+            problem = f"a quotation mark before line {table.line_num} is not closed"
+            raise ValueError(f"{problem}: quote the whole of a text that begins with one")
         if any(row):
             yield dict(zip_longest(names, row[: len(names)]))
     if text.count('"') % 2 and any("\n" in value for value in row):
-        raise ValueError(f"a quote before line {table.line_num} is not closed")
+        raise ValueError(f"a quotation mark before line {table.line_num} is not closed")

@@ -428,6 +428,6 @@ def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
 def _checked(step: RowStep, rows: pa.Table, judged: pa.Table) -> pa.Table:
     require_columns(judged, "annotation_id", "reason")
     if not judged["annotation_id"].equals(rows["annotation_id"]):
-        change = f"received {rows.num_rows} rows, but returned {judged.num_rows} or different rows"
+        change = f"received {rows.num_rows} rows, but did not return the same rows ({judged.num_rows})"
         raise TableError(f"the step `{step.name}` {change}", hint=BUG_HINT)
     return judged

@@ -90,7 +90,7 @@ def lease(
                 return
             try:
                 if not _is_holder(path, holder_id):
-                    log.warning("the lease of %s was taken over: this process was paused", path.parent)
+                    log.warning("another process took over the lease of %s during a pause", path.parent)
                     return
                 path.write_bytes(_beat(holder_id, beats))
             except Exception as error:  # noqa: BLE001  # the next heartbeat may succeed

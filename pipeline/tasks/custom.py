@@ -259,7 +259,7 @@ def _field_of(settings: TaskConfig, item: Schema) -> str | None:
     if settings.kind in names or len(names) == 1:
         return settings.kind if settings.kind in names else next(iter(names))
     example = next(reversed(names))
-    problem = f"output has several fields: set the field of the {settings.kind}, as in `field: {example}`"
+    problem = f"output has several fields: name the one with the {settings.kind}, as in `field: {example}`"
     raise UnusableSchemaError(problem)
 
 

@@ -187,7 +187,7 @@ def _kind_of(schema: Schema, path: str) -> str:
         stated = {str: "string", int: "integer"}.get(*kinds) if len(kinds) == 1 else None
         is_large = stated == "integer" and max(map(abs, values)) > _INT64_MAX
         if stated is None or is_large or kind not in (None, stated) or len(values) > MAX_ENUM_VALUES:
-            problem = f"must list only strings, or only integers, and at most {MAX_ENUM_VALUES}"
+            problem = f"must list at most {MAX_ENUM_VALUES} values, only strings or only integers"
             quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes"
             raise UnusableSchemaError(f"{path} {problem}{quotes if bool in kinds else ''}")
         kind = stated

@@ -103,5 +103,5 @@ def check_price(manifest: dict[str, Any], lines: str) -> None:
     assert (kind["prompt_tokens"], kind["reply_tokens"]) == (21 * 40, 21 * 12)
     assert kind["cost"] == pytest.approx(21 * (40 * 0.2 + 12 * 0.6) / 1e6)
     per_text = 21 * 52 / 11
-    assert f"price of kind: {per_text:,.0f} tokens, cost 0.000029 per kept text (11 kept); per right" in lines
-    assert "price of all texts with their checks: " in lines and "per right text: not measured" in lines
+    assert f"price of kind: {per_text:,.0f} tokens, cost 0.000029 per kept text (11 kept)" in lines
+    assert "price of all texts with their checks: " in lines and "per correct text: not measured" in lines

@@ -169,4 +169,4 @@ def test_missing_captions_and_contradicting_options_are_one_error(photos: Path) 
     assert "source scenes does not support --captions" in done.stderr
     (photos / "s.yaml").write_text("captions: [coco.json]\nverify: {checks: [claims]}")
     done = synth(photos, "generate", "--no-model", "--config", "s.yaml", *folder, code=1)
-    assert "--no-model excludes a model, but the" in done.stderr
+    assert "--no-model excludes models, but " in done.stderr

@@ -139,7 +139,7 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
         captioner = CaptionerModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in captioner.state_dict().items()}
     if (states := captioner.encoder.config.states) not in get_args(EncoderStates):
-        raise ValueError(f"the encoder has no states {states!r}")
+        raise ValueError(f"{states!r} is no known value of the encoder's `states`")
     # Tied tensors, such as embedding and head, are stored once, so names may be missing from `stored`.
     if wrong := [name for name, shape in stored.items() if expected.get(name) != shape]:
         raise ValueError(f"the weights do not match the config: {wrong[0]}")

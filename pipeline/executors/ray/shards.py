@@ -69,7 +69,7 @@ class ShardedRun:
         if self.files not in _CHECKED_FILES:
             if files_digest(self.plan) != self.files:
                 problem = "a worker has different files than the node that runs the command"
-                hint = "copy the prompts, the code of tasks and CLIP to the same paths on all nodes"
+                hint = "copy the prompts, the task code and the CLIP model to the same paths on all nodes"
                 raise ClusterError(problem, hint=hint)
             _CHECKED_FILES.add(self.files)
         keep_log_in(self.scratch)

@@ -59,17 +59,17 @@ JUDGE = {"check": "judge", "true": {"share": 0.5, "low": 0.4, "high": 0.8}}
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({}, "10 tokens per kept text (100 kept); per right text: not measured"),
+        ({}, "10 tokens per kept text (100 kept); per correct text: not measured"),
         (
             {"audit": {"rates": [rate("captions", 0.2, 0.1, 0.5)]}, "checks": [JUDGE]},
-            "10 tokens per kept text (100 kept); 12 tokens per right text, tokens [11, 20] (audit)",
+            "10 tokens per kept text (100 kept); 12 tokens per correct text, tokens [11, 20] (audit)",
         ),
         ({"audit": {"rates": [rate("captions", 0.2, 0.1, 1.0)]}}, "tokens [11, no upper bound] (audit)"),
         (
             {"audit": {"rates": [rate("captions", None)]}, "checks": [JUDGE]},
-            "20 tokens per right text, tokens [12, 25] (judge, ",
+            "20 tokens per correct text, tokens [12, 25] (judge, ",
         ),
-        ({"audit": {"rates": [rate("captions", 1.0, 0.7, 1.0)]}}, "(100 kept); no right text"),
+        ({"audit": {"rates": [rate("captions", 1.0, 0.7, 1.0)]}}, "(100 kept); no correct text"),
         ({"checks": [JUDGE], "skipped_checks": {"judge": {"condition_false": 3}}}, "not measured"),
         ({"checks": [{"check": "claims", "true": {"share": 0.9, "low": 0.8, "high": 1}}]}, "not measured"),
         ({"checks": [{"check": "judge", "true": {"share": None, "low": 0.8, "high": 1}}]}, "not measured"),
@@ -89,10 +89,10 @@ def test_total_price_includes_checks_and_is_per_right_text_only_if_each_kind_has
     manifest = {"measured": {}, "price": price, "audit": {"rates": rates}}
     *_, total, time = price_in_words(manifest, asking_s=30.0)
     assert total.startswith("all texts with their checks: 14 tokens, cost 0.004 per kept text (150 kept); ")
-    assert "17 tokens, cost 0.0048 per right text, tokens [16, 19] (audit)" in total
+    assert "17 tokens, cost 0.0048 per correct text, tokens [16, 19] (audit)" in total
     assert time == "all requests in this folder: 0.2 s per kept text"
     del rates[1]
-    assert "per right text: not measured" in price_in_words(manifest)[-1]
+    assert "per correct text: not measured" in price_in_words(manifest)[-1]
 
 
 @pytest.mark.parametrize(("cost", "shown"), [(2e5, "2,000"), (6.4e-3, "0.000064"), (123.0, "1.23")])

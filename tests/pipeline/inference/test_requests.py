@@ -176,8 +176,8 @@ def test_checks_use_the_default_or_a_named_model(settings: dict[str, Any], model
     [
         ({"task_models": {"caption": ["small", "larg"]}}, "unknown model: larg"),
         ({"custom_tasks": [NOTES | {"model": "smal"}]}, "the task notes names an unknown model: smal"),
-        ({"task_models": {"captions": "small"}}, "not asked: captions"),
-        ({"task_models": {"qa": "small"}, "tasks": ["caption"]}, "not asked: qa"),
+        ({"task_models": {"captions": "small"}}, "not in this run: captions"),
+        ({"task_models": {"qa": "small"}, "tasks": ["caption"]}, "not in this run: qa"),
         ({"generate": {"min_logprob": -1}, "task_models": {"qa": "small"}}, "min_logprob needs a ladder"),
         ({"task_models": {"checks": ["small", "large"]}}, "checks can have one model only"),
         ({"verify": {"judge": "larg"}}, "the judge larg has no server"),

@@ -155,7 +155,7 @@ def test_custom_task_is_found_by_name() -> None:
         ({"kind": "record"}, "a record needs `output`"),
         ({"kind": "text", "labels": ["a"]}, "`labels` is only for the kinds `labels` and `boxes`"),
         ({"kind": "labels", "labels": ["a"], "output": PAIR}, "write an enum"),
-        ({"kind": "caption", "output": PAIR}, "output has several fields: set the field of the caption"),
+        ({"kind": "caption", "output": PAIR}, "output has several fields: name the one with the caption"),
         ({"kind": "caption", "output": PAIR, "field": "text"}, "has no field text; it has question, answer"),
         ({"kind": "question", "output": PAIR, "rows": "qa"}, "has no list named qa"),
         ({"kind": "boxes", "output": PAIR}, "each item of `rows` must have one list of four integers"),
