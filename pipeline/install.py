@@ -23,11 +23,7 @@ def installed_version() -> str:
 
 
 def install_command(*extras: str, package: str = "") -> str:
-    """Return the command that installs the packages of these extras.
-
-    The command lists the packages themselves, so it works however this distribution was installed. If the
-    extras do not contain the missing `package`, the command installs only `package`.
-    """
+    """Return the command that installs the packages of these extras, or only `package` if they lack it."""
     try:
         lines = requires(DISTRIBUTION) or []
     except PackageNotFoundError:  # this package runs from its source folder

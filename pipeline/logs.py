@@ -1,6 +1,6 @@
 """The log file in a dataset folder: background events that do not stop a run, with their causes.
 
-Progress is shown during a run, and the log is read afterwards. `synth -v` also shows the log on the terminal.
+`synth -v` also shows the log on the terminal.
 """
 
 import logging

@@ -47,8 +47,7 @@ class Model(NamedTuple):
 class Plan:
     """Everything that a run needs to know. Pickling leaves out the opened source and the engines.
 
-    `config` includes the defaults of the source. `models` and `engines` have the models of the run by their
-    names in the settings.
+    `config` includes the source's defaults. The keys of `models` and `engines` are names in the settings.
     """
 
     config: Config
@@ -190,11 +189,7 @@ def _settings_digest(config: Config) -> str:
 
 
 def _choose_engine(plan: Plan, name: str, progress: Progress, *, in_cluster: bool) -> EngineChoice:
-    """Choose the engine for a model. If none is available, use the replies stored by the last run.
-
-    This requires that the last run had the same model settings. A run that only applies new thresholds or
-    splits sends no requests, so it needs no server. If a request is sent, the original error is raised.
-    """
+    """Choose the engine for a model. If none is available, use the replies stored by the last run."""
     config = plan.config.of_model(name)
     log = plan.dataset.path / ("vllm.log" if name == DEFAULT_MODEL else f"vllm-{name}.log")
     last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)

@@ -34,13 +34,13 @@ class Preview:
 def preview_run(plan: Plan, number: int, progress: Progress) -> Preview:
     """Run all steps on the first `number` images of a source, and write a report page about them.
 
-    Checks are not calibrated, and no answer is rejected for its frequency, since a few images show little
-    about the whole dataset. Raises SynthError as `run.generate_dataset` does.
+    Checks are not calibrated and answers are not balanced, because both need many images. Raises SynthError
+    as `run.generate_dataset` does.
     """
     folder, config, preview = plan.dataset, plan.config, Preview()
     assert plan.source is not None
     rows: list[Sample | Rejected] = []
-    ids = set[str]()  # usable images only
+    ids = set[str]()
     for source_row in plan.source.rows:
         rows.append(source_row)
         if isinstance(source_row, Sample):

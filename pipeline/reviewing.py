@@ -29,9 +29,9 @@ RUN_FIRST = "finish its run first: repeat its `synth generate` command"
 def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
     """Add review files to a dataset folder, and make a new version with these reviews.
 
-    Verdicts of an audit change no row. Instead, the new version states the error rates computed from the
-    verdicts. Raises ConfigError and changes nothing if a file holds no reviews, an edit is unusable, or no
-    review matches a text in this dataset. Raises the errors of `generate_dataset` too.
+    Audit verdicts change no row. They only set the error rates of the new version. Raises ConfigError and
+    changes nothing if a file holds no reviews, an edit is unusable, or no review matches a text. Raises the
+    errors of `generate_dataset` too.
     """
     progress = progress or NullProgress()
     with translate_disk_errors(dataset.path):
@@ -77,7 +77,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
 
 
 def require_records(shards: Sequence[DatasetDir], plan: Plan) -> None:
-    """Raise ConfigError unless the same run has finished all steps before the review step in all shards."""
+    """Raise ConfigError unless the same run has finished all steps before the review in all shards."""
     *before, _, _ = steps_of(plan)
     is_finished = all(read_record(shard, step.name).get("files") for shard in shards for step in before)
     if not is_finished or len({read_record(shard, SPLIT)["key"] for shard in shards}) > 1:

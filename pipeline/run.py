@@ -73,7 +73,7 @@ def run(
         repeated = todo[: names.index(verify.STEP.name)]
         climb(work, [step for _, step in repeated], stats, partial(run_steps, work, repeated))
     run_steps(work, todo)
-    # With a ladder of models, only `attempts` counts the checks of texts that a later model replaced.
+    # If a task has several models, only `attempts` counts the checks of replaced texts.
     stats.total = max(stats.total, stats.attempts.total())
     work.summaries = [step.summarize(work) for step in steps[:-1]]
     for previous, summary in pairwise(work.summaries[2:]):
@@ -87,7 +87,7 @@ def run(
 
 
 def run_steps(work: Work, todo: Sequence[tuple[str, Step]]) -> None:
-    """Run the steps in `todo`, each paired with the name of the step before it. Skip up-to-date steps."""
+    """Run the steps in `todo` unless they are up to date. Each is paired with the step before it."""
     row_steps = [step for step in steps_of(work.plan) if isinstance(step, RowStep)]
     for before, step in todo:
         step.run(work, before)

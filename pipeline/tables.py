@@ -51,9 +51,8 @@ HUMAN_QUESTION = pa.struct(
     ]
 )
 
-# `sample_id` is the SHA-256 of the image bytes, or of the hashes of a deck's pages. `images` are encoded as
-# in the source. A deck has one image per page. `pdq_hashes` is empty if all images are known to be distinct.
-# `context` holds values of source columns that prompts may use.
+# `sample_id` is the SHA-256 of the image bytes, or of the hashes of a deck's pages. `pdq_hashes` is empty if
+# all images are known to be distinct. `context` holds values of source columns that prompts may use.
 SAMPLE = pa.schema(
     [
         *fields(STRING, "sample_id", "source_row", nullable=False),
@@ -75,11 +74,10 @@ SAMPLE_IMAGES = pa.schema([SAMPLE.field("sample_id"), SAMPLE.field("images")])
 
 SOURCE_REJECTED = pa.schema(fields(STRING, "source_row", "reason", "detail", nullable=False))
 
-# ask: `annotation_id` is the SHA-256 of the request and the position in its reply. `style` is empty for
-# questions. `prompt_id` is "caption/v1@<digest of the template>". `record` is the JSON value for a custom
-# task. `pages` is the number of pages in the sample. `reply_error` and `reply_text` are set only if the reply
-# could not be parsed. `model` is the name of the model in the settings, and `rung` its position in a ladder.
-# Both are null for human texts. The log-probabilities are over the tokens of the reply.
+# ask: `annotation_id` is the SHA-256 of the request and the position in its reply. `prompt_id` is
+# "caption/v1@<digest of the template>". `record` is the JSON value for a custom task. `pages` is the number
+# of pages in the sample. `reply_error` and `reply_text` are set only if the reply could not be parsed. `rung`
+# is the position of `model` in the list of models for the task. Both are null for human texts.
 ANNOTATION = pa.schema(
     [
         *fields(STRING, "annotation_id", "sample_id", "request_id", "task", "style", nullable=False),
@@ -152,8 +150,7 @@ EXCLUSIONS = pa.schema(
 )
 
 # The near-duplicates of a sample (images/near_duplicates.py). `image_group` is the first id among all samples
-# that look alike. `image_reason` is null if the sample is kept. Otherwise, `near_duplicate_of` is the sample
-# that is kept instead.
+# that look alike. A rejected sample has an `image_reason`, and `near_duplicate_of` is kept instead.
 IMAGE_GROUPS = pa.schema(
     [
         *fields(STRING, "sample_id", "image_group", nullable=False),
@@ -164,7 +161,7 @@ IMAGE_GROUPS = pa.schema(
 NEAR_DUPLICATE = pa.schema([*LISTED_SAMPLE, *list(IMAGE_GROUPS)[1:]])
 
 # select: the score (`select.by`) of the best of several captions, and the text of the worst one. The text is
-# null if the worst caption has the same score or the same words as the best.
+# null if both captions have the same score or the same words.
 SELECTED = pa.schema([*fields(FLOAT64, "selection_score"), *fields(STRING, "rejected_text")])
 
 # dedupe: `cluster` is the first id among all texts of this task with the same words. `duplicate_of` is the
@@ -188,7 +185,7 @@ HUMAN_PROMPTS = (HUMAN, REVIEWED)
 # The export field that states who wrote a text, and its possible values.
 WRITTEN_BY, BY_MODEL, BY_HUMAN = "written_by", "model", "people"
 EVIDENCE = pa.field("evidence_pages", PAGES)
-# review: the human review of an annotation (dataset/reviews.py), and the final fields.
+# review: the human review of an annotation (dataset/reviews.py). FINAL has the resulting fields.
 REVIEW = pa.struct(
     [
         *fields(STRING, "verdict", "reason", "text", "question", "answer"),
@@ -316,7 +313,7 @@ def is_caption(table: pa.Table) -> pa.ChunkedArray:
 
 
 def final_value(row: dict[str, Any], name: str) -> Any:
-    """Return the final value of an annotation field: from the review step, else filter, else ask."""
+    """Return the value of an annotation field from the last step that wrote it: review, filter or ask."""
     return row.get(f"final_{name}", row.get(f"clean_{name}", row.get(name)))
 
 

@@ -40,8 +40,9 @@ from pipeline.types import Request, SampleBatch
 
 # Maps template variables to columns.
 _RATED = {"caption": "clean_text", "question": "clean_question", "answer": "clean_answer"}
-MIN_CLAIMS_TOKENS = 800  # minimum of max_tokens for a list of claims; 24 claims take about 350 tokens
-QUESTION_CHECKS = ("round_trip", "blind", "evidence")  # checks of questions; all are asked in the first batch
+# A list of 24 claims takes about 350 tokens.
+MIN_CLAIMS_TOKENS = 800
+QUESTION_CHECKS = ("round_trip", "blind", "evidence")
 ORDER = dict.fromkeys(QUESTION_CHECKS, 0) | {
     "claims": 1, "repair": 2, "covers": 3, "alignment": 4, "judge": 5
 }  # fmt: skip
@@ -57,11 +58,13 @@ class Check(NamedTuple):
     kind: str
     question: str
     expected: str
-    pages: tuple[int, ...] | None = None  # page numbers to show, counted from 1, or None for all
-    caption: str | None = None  # the caption to show instead of the image
+    # Page numbers start at 1. None means all pages.
+    pages: tuple[int, ...] | None = None
+    # If set, the model sees this caption instead of the image.
+    caption: str | None = None
     task: Task = ANSWER
     claim: str | None = None
-    weight: int = 1  # how much the answer counts for or against the claim
+    weight: int = 1
 
 
 def question_checks(row: dict[str, Any], enabled: Collection[str]) -> list[Check]:
@@ -199,7 +202,7 @@ def is_confirmed(check: Mapping[str, Any]) -> bool:
 
 
 def claims_in(checks: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Return the evidence against each answered claim in checks (tables.CHECK)."""
+    """Return the evidence against each claim with answers in `checks` (tables.CHECK)."""
     answered = (check for check in checks if check["kind"] == "claims" and check["answer"] is not None)
     return {claim: evidence_against(group) for claim, group in groupby(answered, itemgetter("claim"))}
 
@@ -211,8 +214,5 @@ def evidence_against(checks: Iterable[Mapping[str, Any]]) -> int:
 
 
 def share_of_confirmed_claims(evidence: Sequence[int]) -> float | None:
-    """Return the share of confirmed claims, or None without claims.
-
-    `evidence` has the evidence against each claim. A claim is confirmed if this is at most -REFUTED.
-    """
+    """Return the share of confirmed claims (evidence at most -REFUTED), or None without claims."""
     return sum(against <= -REFUTED for against in evidence) / len(evidence) if evidence else None

@@ -36,10 +36,13 @@ STRUCTURED_OUTPUTS = {
     "disable_additional_properties": True,
 }
 MIN_TOKENS = 1024
-GPU_SEQS, CPU_SEQS = 256, 32  # --max-num-seqs if the GPU's memory is unknown, and on a CPU
-MAX_TOKENS = 8192  # maximum length of a prompt with its reply
-MAX_DECK_TOKENS = 16_384  # enough for 20 pages of 700 x 850 px (larger pages are scaled down)
-VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable for the path of a Python interpreter with vLLM
+# A server handles this many requests at once if the GPU's memory is unknown, or on a CPU.
+GPU_SEQS, CPU_SEQS = 256, 32
+# A prompt and its reply have at most this many tokens.
+MAX_TOKENS = 8192
+# This is enough for 20 pages of 700 x 850 px. Larger pages are scaled down.
+MAX_DECK_TOKENS = 16_384
+VLLM_PYTHON = "SYNTH_VLLM_PYTHON"
 # Maps patterns in vLLM's log to advice for the user.
 ADVICE = {
     "out of memory|no available memory for the cache|kv cache is needed|less than desired gpu memory": (
@@ -51,8 +54,9 @@ ADVICE = {
     "no module named '?vllm": f"install vLLM here, or set {VLLM_PYTHON} to an interpreter that has it; ",
     "unrecognized arguments": "a flag after -- is not a flag of vLLM; ",
 }
-_GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry in CUDA_VISIBLE_DEVICES
-_FLAG = re.compile(r"--|-[a-zA-Z]")  # the beginning of a flag, but not of a negative number
+_GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")
+# A negative number is not a flag.
+_FLAG = re.compile(r"--|-[a-zA-Z]")
 SHORT_FLAGS = {
     "-asc": "--api-server-count", "-dp": "--data-parallel-size", "-pp": "--pipeline-parallel-size",
     "-q": "--quantization", "-tp": "--tensor-parallel-size",
@@ -60,7 +64,8 @@ SHORT_FLAGS = {
 # Beginnings of flags that change how much memory a model needs.
 MEMORY_FLAGS = ("--quantization", "--gpu-memory-utilization", "--cpu-offload", "--kv-cache")
 STOP_SECONDS = 15
-MAX_TAIL_BYTES = 20_000  # size of the part at the end of the log that is searched for errors
+# Only this many bytes at the end of the log are searched for errors.
+MAX_TAIL_BYTES = 20_000
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
 SOCKET_FOLDER = "/dev/shm"  # noqa: S108  # the path of a socket has at most 107 bytes, and TMPDIR may be long
 CPU_STEP_TIMEOUT_S = 3600  # vLLM's default of 300 s is too short for a large model on a small CPU
@@ -71,7 +76,8 @@ class VllmCommand:
     """Command line, environment and limits for starting a server."""
 
     python: str
-    name: str  # served model name, which is the base name with the revision
+    # The model is served under its base name with its revision.
+    name: str
     arguments: tuple[str, ...]
     environment: dict[str, str]
     log: Path
@@ -92,9 +98,8 @@ def plan_servers(
 ) -> list[VllmCommand]:
     """Return the commands that start vLLM servers on this machine, one per GPU or per group of GPUs.
 
-    The user's parallel flags set the size of a group. `find_folder` may download the model. Independent
-    servers replace vLLM's data parallelism, since each one restarts alone. Raises EngineError if vLLM is not
-    installed, if groups would leave GPUs idle, if flags are not supported, or if the model does not fit.
+    The user's parallel flags set the size of a group. `find_folder` may download the model. Raises
+    EngineError if vLLM is missing, a GPU would stay idle, a flag is not supported, or the model is too large.
     """
     python = require_vllm()
     gpus, size = visible_gpus(), count_gpus(server.flags)
@@ -129,9 +134,8 @@ def plan_vllm_command(
 ) -> VllmCommand:
     """Choose the flags for serving the model in `folder`. The user's flags override them.
 
-    Images have at most `max_pixels`. With `decks`, a request may show up to MAX_PAGES images instead of one.
-    `gpus` are entries of CUDA_VISIBLE_DEVICES, or () for a CPU server. `cores` and `memory_gib` are the
-    server's share of this machine.
+    With `decks`, a request may show several images. `gpus` are entries of CUDA_VISIBLE_DEVICES, or () for a
+    CPU server. `cores` and `memory_gib` are the server's share of this machine.
     """
     limits = _plan_limits(name, folder, server.flags, gpu_memory_gib(gpus), max_pixels, decks=decks)
     is_qwen, utilization, batched_tokens, max_num_seqs, max_model_len = limits
@@ -193,10 +197,7 @@ def _plan_limits(
     *,
     decks: bool,
 ) -> tuple[bool, float, int, int, int]:
-    """Return whether the model's shape is known, and limits for vLLM (the first four fields of MemoryPlan).
-
-    Raises EngineError if the model does not fit the GPU, unless the user's flags change the memory it needs.
-    """
+    """Return whether the model's shape is known, and limits that let the model fit into memory."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -276,10 +277,7 @@ def has_gpu() -> bool:
 
 @cache
 def visible_gpus() -> tuple[str, ...]:
-    """Return the GPUs that this process may use, as entries of CUDA_VISIBLE_DEVICES.
-
-    Returns () if there is no NVIDIA driver. Does not import torch, since that takes seconds.
-    """
+    """Return the entries of CUDA_VISIBLE_DEVICES for visible GPUs, or () without an NVIDIA driver."""
     try:
         listing = _nvidia_smi("-L")
     except (OSError, subprocess.SubprocessError):
@@ -317,9 +315,9 @@ class Server:
         """Prepare a server that listens on `socket`. vLLM puts its internal sockets into the same folder."""
         self.launch = launch
         self.restarted = 0
-        self.failure: EngineError | None = None  # why the server is not restarted any more
+        self.failure: EngineError | None = None
         self.socket = socket
-        self.root = f"http://{socket.stem}.localhost"  # the base URL without `/v1`
+        self.root = f"http://{socket.stem}.localhost"
         self._progress = progress
         self._process: asyncio.subprocess.Process | None = None
         self._reaper_pipe: int | None = None
@@ -365,7 +363,7 @@ class Server:
                 self._progress.message(str(error))
                 await self._kill()
                 self.failure = error if self._process is None else None
-            except OSError as error:  # such as a full disk
+            except OSError as error:
                 hint = f"check the disk of {self.launch.log}"
                 self.failure = EngineError(f"cannot restart vLLM: {error.strerror or error}", hint=hint)
 
@@ -439,7 +437,7 @@ def open_log(path: Path) -> io.FileIO:
 async def run_servers(launches: Sequence[VllmCommand], progress: Progress) -> AsyncIterator[list[Server]]:
     """Start servers in parallel, yield them, and stop them at the end.
 
-    The servers share a private folder for sockets. Raises EngineError if a server cannot be started.
+    Raises EngineError if a server cannot be started.
     """
     parent = SOCKET_FOLDER if os.access(SOCKET_FOLDER, os.W_OK) else None
     with TemporaryDirectory(prefix="synth-", dir=parent) as folder:
@@ -458,11 +456,8 @@ async def run_servers(launches: Sequence[VllmCommand], progress: Progress) -> As
 
 
 def _start_reaper(group: int) -> int:
-    """Start a process that kills a process group when this process ends. Return a pipe that stops it.
-
-    Ray kills the children of a worker, but not the engine that vLLM starts. So the new process must not be a
-    child of this process.
-    """
+    """Start a process that kills a process group when this process ends. Return a pipe that stops it."""
+    # The new process is not a child of this process, because Ray kills the children of a worker.
     reader, writer = os.pipe()
     command = ["/bin/sh", "-c", REAPER, "sh", str(group)]
     subprocess.run(command, stdin=reader, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603

@@ -1,7 +1,6 @@
 """Choose random texts for an audit, and write them as an HTML page or as tasks for a labeling tool.
 
-The page shows one text at a time next to its image, and makes no network requests. Model text is untrusted:
-the script never parses it as HTML.
+Model text is untrusted, so the script of the page never parses it as HTML.
 """
 
 from pathlib import Path
@@ -27,8 +26,7 @@ PAGE = "page"
 def write_audit(version: Version, dataset: DatasetDir, number: int, seed: int, tool: str) -> tuple[Path, int]:
     """Write `number` random texts of a version. Return the page or folder, and the number of texts.
 
-    `tool` is PAGE, or a tool of `audit_files`. The page shows reviewers their verdicts that were already
-    applied.
+    `tool` is PAGE, or a tool of `audit_files`. The page also shows verdicts that were applied before.
     """
     manifest = version.manifest
     own = manifest.get("own_columns", {})

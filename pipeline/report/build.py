@@ -1,7 +1,6 @@
 """Write a report: one HTML file that opens without a server.
 
-The page makes no network requests. Model text is untrusted: the template escapes it, and the script never
-parses it as HTML.
+Model text is untrusted: the template escapes it, and the script never parses it as HTML.
 """
 
 import os
@@ -37,8 +36,7 @@ GENERATOR = '<meta name="generator" content="synth report">'  # only pages with 
 def write_report(version: Version, folder: Path) -> Path:
     """Write `report.html` into the dataset folder, and return its path.
 
-    At most MAX_IMAGES images are shown: the ones with the lowest ids. Ids are digests, so this is a random
-    sample. Raises StoreError if the version or a step file is damaged.
+    The page shows at most MAX_IMAGES images. Raises StoreError if the version or a step file is damaged.
     """
     manifest, num_shown = version.manifest, min(version.num_rows, MAX_IMAGES)
     dataset = DatasetDir(folder)
@@ -108,11 +106,7 @@ def _read_rows(version: Version, num_shown: int) -> Iterator[dict[str, Any]]:
 
 
 def _pictured_ids(rejected: Iterable[dict[str, str]]) -> set[str]:
-    """Return the ids of the samples to show with the rejections.
-
-    These are the first MAX_REJECTED_PICTURES rejected samples per reason. For a duplicate, the id of the
-    sample with the same or a similar image is added.
-    """
+    """Return the ids of the samples to show with the rejections, and of the samples that they repeat."""
     counts: Counter[tuple[str, str]] = Counter()
     ids = set[str]()
     for row in rejected:

@@ -19,7 +19,8 @@ from pipeline.errors import ImageError, StoreError
 from pipeline.images.decode import prepare_image
 
 THUMBNAIL_PIXELS = 320 * 320
-PIXELS_PER_BYTE = 12  # maximum in WebP photos; gives the first size to try
+# WebP photos have at most this many pixels per byte.
+PIXELS_PER_BYTE = 12
 QUALITY = 70
 
 _PAGES = Environment(
@@ -60,7 +61,8 @@ def thumbnail_uri(image: bytes, max_bytes: int, max_pixels: int = THUMBNAIL_PIXE
     try:
         webp = thumbnail(image, max_bytes, max_pixels)
     except ImageError:
-        return ""  # an untrusted version may contain broken images, which the page shows as "no picture"
+        # Images of an untrusted version may be broken.
+        return ""
     return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
 
 

@@ -1,6 +1,5 @@
 """Read the rows of a report: the texts of a version with their ids for reviews, and the rejections.
 
-Rejections are shown only if the step files match the version. Their images come from the image store.
 All text is untrusted: long text is cut, and control characters are escaped.
 """
 
@@ -27,8 +26,10 @@ from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 from pipeline.text.pii import redact
 from pipeline.text.reasons import in_short, in_words
 
-MAX_REJECTED = 1000  # rejections shown per step and reason
-SMALL_WIDTH_PX = 200  # the page enlarges smaller images without smoothing
+# The page shows at most this many rejections per step and reason.
+MAX_REJECTED = 1000
+# The page enlarges images below this width without smoothing.
+SMALL_WIDTH_PX = 200
 # In these rejections of the read step, the detail is the id of another sample.
 REPEATING = ("duplicate_image", "near_duplicate_image", "near_held_out_image")
 _TEXT_FIELDS = ("text", "question", "answer", "record")
@@ -56,9 +57,8 @@ def write_rejected(folder: Path, path: Path) -> None:
 def read_rejected(folder: Path, max_rows: int = MAX_REJECTED) -> Iterator[dict[str, str]]:
     """Yield the first `max_rows` rejections per step and reason, as dictionaries of strings.
 
-    `where` is the source row, such as a file name. `id` is the sample id, or "" if that row never became a
-    sample. `what` is the rejected text or the detail. If another sample has the same or a similar image,
-    `repeats` is the id of that sample, and `what` also names its source row.
+    `where` is the source row, such as a file name. `id` is the sample id, or "" without one. `what` is the
+    rejected text or the detail. `repeats` is the id of another sample with the same or a similar image.
     """
     rows = list(_first_rejected(folder, max_rows))
     unnamed = {row["id"] for row in rows if not row["where"]} | {row["repeats"] for row in rows}

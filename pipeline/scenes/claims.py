@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.text.vqa_answers import normalize_answer
 
-MAX_CLAIMS = 16  # claims per caption
+MAX_CLAIMS = 16
 
 _NUMBER = r"(?:no|one|two|three|four|five|six|seven|eight|nine|ten|\d{1,2})"
 _COLOR = r"red|orange|yellow|green|blue|purple|pink|black|white|gray|grey|brown|beige|mint|golden|silver"

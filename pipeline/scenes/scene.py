@@ -16,7 +16,8 @@ from pipeline.config import DECKS
 SIZES = ("small", "large")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
-PLACES = (  # in reading order: index = row * 3 + column
+# The places are in reading order: index = row * 3 + column.
+PLACES = (
     "top left", "top center", "top right",
     "middle left", "center", "middle right",
     "bottom left", "bottom center", "bottom right",
@@ -48,7 +49,8 @@ BACKGROUND_RGB = {
     "beige": (232, 214, 178),
     "mint": (178, 230, 204),
 }
-JITTER_RGB = 10  # maximum color change for objects (half as much for the background)
+# Object colors vary by at most this much, and background colors by half as much.
+JITTER_RGB = 10
 JITTER_PX = 2.0
 
 Point = tuple[float, float]

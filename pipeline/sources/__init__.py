@@ -14,7 +14,7 @@ from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
 from pipeline.types import ImageKind, Rejected, Sample, Source
 
-PHOTO_STYLES = ("plain", "detailed")  # default caption styles of photos
+PHOTO_STYLES = ("plain", "detailed")
 SOURCES: tuple[SourceSpec, ...] = (
     scenes.SPEC,
     scenes.DECK_SPEC,
@@ -60,7 +60,8 @@ def with_source_defaults(config: Config) -> Config:
     if "caption_styles" not in config.generate.model_fields_set and not config.has_scene_prompts:
         generate["caption_styles"] = PHOTO_STYLES
     if spec.is_endless and "max_pixels" not in config.generate.model_fields_set:
-        generate["max_pixels"] = None  # no limit, since drawn images are small
+        # Drawn images are small, so they need no limit.
+        generate["max_pixels"] = None
     changes["generate"] = config.generate.model_copy(update=generate)
     return config.model_copy(update=changes)
 

@@ -41,14 +41,16 @@ from pipeline.types import UNKNOWN, RawSample, Rejected, Source
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TEXT_SUFFIXES = (".txt", ".json")
-MAX_TEXT_BYTES = 1_000_000  # per text file
-MAX_HEADER_BYTES = 1_000_000  # tar header that holds a long name
+MAX_TEXT_BYTES = 1_000_000
+# A tar header that holds a long name may have at most this size.
+MAX_HEADER_BYTES = 1_000_000
 MAX_MEMBERS = 1_000_000
 # An archive of N bytes may unpack to N * MAX_UNPACK_RATIO + FREE_UNPACKED_BYTES bytes.
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
 # Limits for consecutive entries with the same key, which are held in memory together.
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000
-COLUMN_GROUPS = 20  # number of groups whose texts are searched for the context columns
+# The context columns are looked up in the texts of this many groups.
+COLUMN_GROUPS = 20
 BLOCK_BYTES = 1 << 20
 MAX_NAME_CHARACTERS = 1_000
 UNPACK_HINT = "unpack it, and pass the folder: --source folder:DIR"
@@ -77,7 +79,7 @@ class Entry:
     name: str
     data: bytes | None
     reason: str = ""
-    text: str | None = None  # content of a text file
+    text: str | None = None
 
 
 def _key(name: str) -> str:
@@ -105,7 +107,8 @@ def read_entries(file: BinaryIO, name: str) -> Iterator[Entry]:
 
         yield from _read_tar(_CountedFile(unpacked, require_no_bomb), name)
     except (OSError, *_DAMAGES) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # an error of the disk, not of a decoder
+        # Only errors of the disk have a number. Other errors come from a decoder.
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         hint = "download it again, or remove it"
         raise SourceError(f"{name} is damaged: {one_line(error)}", hint=hint) from None
@@ -126,11 +129,7 @@ class _CountedFile:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A tar header that raises ValueError for overlong names, sparse files and damage.
-
-    tarfile alone would read names and sparse maps of any length into memory, and would mistake a damaged
-    header for the end of the archive.
-    """
+    """A tar header that raises ValueError for overlong names, sparse files and damage."""
 
     _LONG = (
         tarfile.XHDTYPE,
@@ -240,8 +239,7 @@ def group_by_key(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 def pair_texts(group: Sequence[Entry]) -> tuple[list[tuple[Entry, list[Entry]]], list[Entry]]:
     """Return the images in a group, each with its texts, and the texts that cannot be used.
 
-    If several images have the same key, a text belongs to the image that has the same name except for the
-    suffix.
+    If several images share the key, a text belongs to the image with the same name except for the suffix.
     """
     images = [entry for entry in group if not is_text(entry.name)]
     texts = [entry for entry in group if entry.text is not None]
@@ -260,10 +258,7 @@ def _stem(entry: Entry) -> str:
 
 
 def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
-    """Return the human captions in an image's text files, and the values in its JSON files.
-
-    Lines of NAME.txt are skipped if NAME.json lists them as written by a model.
-    """
+    """Return the human captions in an image's text files, and the values in its JSON files."""
     rows = {entry.name: _read_json(entry) for entry in texts if _suffix(entry.name) != ".txt"}
     skipped = "\n".join(text for row in rows.values() for text in model_texts(row))
     by_model = {line.strip() for line in skipped.splitlines()}
@@ -289,11 +284,7 @@ def _read_json(entry: Entry) -> dict[str, Any]:
 
 
 def _open(config: Config, path: str) -> Source:
-    """Open the images in archives. Values of JSON files next to the images become the context.
-
-    Raises SourceError if no archive belongs to the split, or if the first images lack a context column.
-    Reading the source raises SourceError if an archive is damaged or no archive has an image.
-    """
+    """Open the images in archives. Values of JSON files next to the images become the context."""
     refuse_roles(config, "an archive", "to use values of NAME.json in prompts, pass --columns context=A,B")
     files = find_source_files(path, (*SUFFIXES, ".zip"), follow_links=config.follow_links)
     zips = [name for name in files.names if name.lower().endswith(".zip")]

@@ -14,7 +14,7 @@ from pipeline.types import ImageKind, RawSample, Rejected, Sample, Source
 
 DECK_TASKS = ("deck_qa",)
 LICENSE_FROM_OPTION = "unknown without --license; images with unknown license are pushed as private"
-NAMED_ROWS = 3  # number of names that a message lists
+NAMED_ROWS = 3
 # Settings that only some sources support, with their options.
 OPTIONS = {
     "source_split": "--split",
@@ -38,13 +38,14 @@ class SourceSpec:
     needs: str = "a vision-language model"
     open: Callable[[Config, str], Source]
     tasks: tuple[str, ...] = ("caption", "qa")  # default tasks
-    options: frozenset[str] = frozenset()  # keys of OPTIONS that this source supports
+    # These are keys of OPTIONS.
+    options: frozenset[str] = frozenset()
     # How the search for near-duplicates compares images, or None if all images are known to be distinct.
     image_kind: ImageKind | None = "photos"
-    scored_split: str | None = None  # split on which models are scored
+    scored_split: str | None = None
     model: str = LARGE  # default model
     clip_model: str = "clip"  # default CLIP
-    is_endless: bool = False  # whether the source can make any number of samples
+    is_endless: bool = False
     default_grouping: Literal["folder"] | None = None  # default of split.group_by
 
     @property
@@ -74,8 +75,7 @@ class SourceSpec:
 def check_samples(rows: Iterator[RawSample | Rejected]) -> Iterator[Sample | Rejected]:
     """Yield a sample for each row, or a rejection if one of its images is unusable.
 
-    Worker processes decode the images. The sample id is computed from the original images, but the sample
-    holds them without metadata.
+    The sample id is a digest of the original images, but the sample holds them without metadata.
     """
     jobs = ((row, row.images if isinstance(row, RawSample) else ()) for row in rows)
     for row, checked in check_all(jobs):

@@ -79,11 +79,7 @@ def _open_questions(
     *,
     decks: bool = False,
 ) -> Source:
-    """Return a source with one sample for each group of adjacent rows with the same key.
-
-    The first of `text_columns` is the key. A sample has all questions of its group. If rows with the same
-    image are not adjacent, the read step joins them. Raises SourceError if the split or a column is missing.
-    """
+    """Return a source with one sample per group of adjacent rows with the same first text column."""
     tables, split, key = open_hub(repo or default_repo), config.source_split, text_columns[0]
     check_split(tables, split)
     require_columns(text_columns, tables.schema.names, "use hub:ORG/NAME with --columns; existing columns")
@@ -127,7 +123,8 @@ def _open_questions(
 def _vqav2_question(row: dict[str, Any]) -> ReferenceQA:
     values = row["answers"] or ()  # the test split has no answers
     texts = (value["answer"] if isinstance(value, dict) else value for value in values)
-    answers = tuple(normalize_answer(str(text)) for text in texts)  # as the official evaluation does
+    # The official evaluation normalizes answers in the same way.
+    answers = tuple(normalize_answer(str(text)) for text in texts)
     return ReferenceQA(question=row["question"], answers=answers, answer_type=row["answer_type"])
 
 

@@ -31,8 +31,9 @@ from pipeline.storage.untrusted import TOO_LARGE, UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import UNKNOWN, RawSample, Rejected, Source
 
-FRAME_SECONDS = 5.0  # default interval between frames
-MAX_PDF_BYTES = 500_000_000  # limited because a document is held in memory
+FRAME_SECONDS = 5.0
+# A document is held in memory, so its size is limited.
+MAX_PDF_BYTES = 500_000_000
 
 
 def _split_into_rows(

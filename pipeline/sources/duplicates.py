@@ -10,8 +10,8 @@ from pipeline.digests import canonical
 from pipeline.sources.splits import most_held_out
 from pipeline.tables import LISTED_SAMPLE, REFERENCE_QA, REFERENCES
 
-POSITION = "position"  # row index in the source, from 0
-IS_COPY = "is_copy"  # whether an earlier sample has the same image
+POSITION = "position"
+IS_COPY = "is_copy"
 READ_SAMPLE = pa.schema(
     [
         *LISTED_SAMPLE,
@@ -19,7 +19,8 @@ READ_SAMPLE = pa.schema(
         pa.field(IS_COPY, pa.bool_(), nullable=False),
     ]
 )
-REPEATED = "duplicate_image"  # rejection reason: another row has the same image, and gets this row's texts
+# A row is rejected for this reason if an earlier row has the same image.
+REPEATED = "duplicate_image"
 
 
 @dataclass(slots=True)
@@ -29,9 +30,11 @@ class DuplicateImages:
     A kept sample gets the captions and questions of all copies, since tables often have one row per caption.
     """
 
-    kept: dict[str, str | None] = field(default_factory=dict)  # sample id -> split
-    later: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # sample id -> rows of later copies
-    copies: list[dict[str, str]] = field(default_factory=list)  # rows of SOURCE_REJECTED
+    # The split of each sample, by sample id.
+    kept: dict[str, str | None] = field(default_factory=dict)
+    # The later rows with the same image, by sample id.
+    later: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    copies: list[dict[str, str]] = field(default_factory=list)
     has_questions: bool = False
 
     def add(self, row: dict[str, Any]) -> bool:

@@ -1,7 +1,6 @@
 """Decontamination: find images that occur in other datasets, such as a benchmark's test set.
 
-Images match by their bytes, or by the PDQ hash of the whole excluded image or of its center crops. Mirrored
-photos match too. Texts are not compared, because a caption such as "A man rides a bike." fits many images.
+Images match by their bytes, or by the PDQ hash of the image or its center crops. Texts are not compared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,8 @@ from pipeline.storage.files import write_table
 from pipeline.tables import EXCLUSIONS
 from pipeline.types import ImageKind, Rejected, Sample, Source
 
-CROPS = (1.0, 224 / 256)  # side lengths of square center crops, relative to the image's shorter side
+# These are side lengths of square center crops, relative to the image's shorter side.
+CROPS = (1.0, 224 / 256)
 
 
 def hash_images(sample: Sample) -> tuple[bytes, ...]:

@@ -71,11 +71,11 @@ class FolderTexts:
     ) -> None:
         self._root, self._images, self._bound, self._columns = root, images, bound, columns
         self._texts: defaultdict[str, ImageTexts] = defaultdict(ImageTexts)
-        self._values: defaultdict[str, dict[str, str]] = defaultdict(dict)  # context values by image
+        self._values: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self._known_columns = {*PATH_COLUMNS}
         self._num_by_model = 0
         self._messages: list[str] = []
-        self.files: set[Path] = set()  # the files that were read
+        self.files: set[Path] = set()
         names = {str(path): name for name, path in images.items()}
         self._name_of = {normalize_path(path): name for path, name in names.items()} | names
         parents = {path.parent for path in images.values()}
@@ -224,11 +224,7 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
 
 
 def _open(config: Config, path: str) -> Source:
-    """Open the image files below a folder, sorted by path.
-
-    Links to files outside of the folder are rejected unless `follow_links` is set, because the files would be
-    published. Raises SourceError if the folder has no image, or if its texts cannot be read.
-    """
+    """Open the image files below a folder, sorted by path. Without follow_links, reject links out of it."""
     refuse_roles(config, "a folder", "to use columns of metadata.csv in prompts, pass --columns context=A,B")
     root, license = expand_user(path), config.license or UNKNOWN
     if not root.is_dir():

@@ -15,7 +15,8 @@ from pipeline.sources import read_images
 from pipeline.storage.files import translate_disk_errors
 from pipeline.tables import PIXELS, SAMPLE_IMAGES, features, row_schema
 
-Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or all pages of a deck
+# A sample id, with its image or with all pages of its deck.
+Images = tuple[str, tuple[bytes, ...]]
 
 
 def with_pixels(version: Version, images: str | None) -> Version:
@@ -27,7 +28,7 @@ def with_pixels(version: Version, images: str | None) -> Version:
     if not version.lacks_pixels:
         return version
     home = DatasetDir(version.dataset_dir / JOINED)
-    with translate_disk_errors(home.path), home.lock(wait=True):  # wait if another process joins images
+    with translate_disk_errors(home.path), home.lock(wait=True):
         if joined := find_joined(version):
             return joined
         if images is None:

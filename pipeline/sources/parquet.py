@@ -17,15 +17,18 @@ from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.types import Rejected
 
-BATCH_ROWS = 16  # maximum number of rows without images to decode at once
-MAX_ROW_BYTES = 256_000_000  # maximum size of a row that has images
-MAX_TEXT_BYTES = 1_000_000  # maximum size of a row without images
-BUFFER_BYTES = 1 << 20  # read buffer per column, since a whole row group of photos may have half a gigabyte
+# At most this many rows without images are decoded at once.
+BATCH_ROWS = 16
+# A row with images is rejected above MAX_ROW_BYTES, and other rows above MAX_TEXT_BYTES.
+MAX_ROW_BYTES = 256_000_000
+MAX_TEXT_BYTES = 1_000_000
+# Without this buffer, Arrow reads whole row groups, which may have half a gigabyte.
+BUFFER_BYTES = 1 << 20
 NAMED_IMAGES_HINT = (
     "save the images to a folder with a metadata.csv (file_name, caption), and pass --source folder:PATH; "
     "docs/sources.md has commands that download URLs"
 )
-TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # (row name, split of its file, values)
+TableRow = tuple[str, str | None, dict[str, Any] | Rejected]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class Tables:
     name: str
     revision: str
     license: str
-    files: dict[str | None, list[str]]  # split -> paths; None for paths that name no split
+    # The keys are splits, or None for paths that name no split.
+    files: dict[str | None, list[str]]
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # raises SourceError
     is_partial: bool = False  # the Hub has converted only the first rows
@@ -126,10 +130,8 @@ def read_plain_rows(data: bytes, max_bytes: int) -> Iterator[dict[str, Any]]:
 
 
 def _batch_rows(parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
-    """Return how many rows to decode at once: 1 if they have images, and few if Arrow dictionaries are large.
-
-    Every row may repeat a dictionary value, so a file of 5 kB can hold 2,000 rows of 100 MB each.
-    """
+    """Return how many rows to decode at once, so that the decoded rows fit in memory."""
+    # Every row may repeat a dictionary value, so a file of 5 kB can hold 2,000 rows of 100 MB each.
     schema, metadata = parquet.schema_arrow, parquet.metadata.row_group(group)
     if any(_holds_bytes(schema.field(column).type) for column in columns):
         return 1

@@ -1,7 +1,6 @@
 """The read step writes images to the store (dataset/images.py), and a list of samples to the step's folder.
 
-A download may take hours, so SourceReader writes rows in parts, and the next run resumes after the last part.
-If the source and the files of the step have not changed, the next run uses the files.
+SourceReader writes rows in parts, so that a stopped run resumes after the last part.
 """
 
 import secrets
@@ -66,16 +65,17 @@ from pipeline.tables import (
 )
 from pipeline.types import ImageKind, Rejected, Sample, Source
 
-PARTS_FOLDER = "parts"  # subfolder of the step's folder
+PARTS_FOLDER = "parts"
 PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
 PART_ROWS = 16_384
 READ_VERSION = 5  # increase it when a change makes the same source yield other samples
-# Settings that determine which samples a source yields. `reading_key` adds a few others in another form.
+# Settings that determine which samples a source yields.
 READ_SETTINGS = (
     "source", "source_split", "license", "columns", "follow_links", "frame_seconds", "image_filter",
 )  # fmt: skip
 _TEMPORARY = ("too_slow", "too_much_memory", "decoder_died")
-ADVICE = {  # rejection reason -> change that the user can make
+# Advice for the user, by rejection reason.
+ADVICE = {
     "image_not_embedded": f"if the table names its images: {NAMED_IMAGES_HINT}",
     "unsupported_format": "convert the files to JPEG; HEIC needs the package pillow-heif (extra `heic`)",
     "several_images": "to read the images of a row as a deck, pass --columns pages=COLUMN",
@@ -97,8 +97,7 @@ ADVICE = {  # rejection reason -> change that the user can make
 }
 # In these rejections, the detail is the id of another sample or the name of an excluded dataset.
 _REJECTED_FOR_ANOTHER_IMAGE = ("near_duplicate_image", "near_held_out_image", "banned_image")
-# Reasons whose advice is always shown. Slides of one design look similar, and few users would find the
-# setting dedupe.images.
+# The advice for these reasons is always shown.
 _ALWAYS_ADVISED = ("near_duplicate_image", *_TEMPORARY)
 
 
@@ -134,7 +133,8 @@ class SourceReader:
         self._exclusions = open_exclusions(config)
         self._key = reading_key(config, source, self._exclusions)
         self._images = DuplicateImages()
-        self._num_rows = 0  # source rows up to the last kept sample
+        # This counts source rows up to the last kept sample.
+        self._num_rows = 0
 
     def read(self, limit: int | None) -> None:
         """Write up to `limit` samples. Raises SourceError if no sample is left."""
@@ -152,7 +152,7 @@ class SourceReader:
             write_record(self.dataset, "read", self._key, **facts, result=result)
 
     def _describe(self, *, is_preview: bool) -> dict[str, Any]:
-        """Return the provenance of the source. In a preview, only some of its images were read."""
+        """Return the provenance of the source."""
         source, kind, captions = self.source, choose_image_kind(self.config), self.config.captions
         return {
             "name": source.name,
@@ -167,10 +167,7 @@ class SourceReader:
         }
 
     def _find_result(self, limit: int | None) -> dict[str, Any] | None:
-        """Return the result of an earlier run if its files are unchanged and fit `limit`, else None.
-
-        None is also returned if that run could not read all excluded images.
-        """
+        """Return the result of an earlier run if it can be used again, else None."""
         record = read_record(self.dataset, "read")
         try:
             result: dict[str, Any] = record["result"]
@@ -231,11 +228,8 @@ class SourceReader:
         return Rejected(source_row=row.source_row, reason="banned_image", detail=name) if name else row
 
     def _open_source(self) -> tuple["SourceParts", Generator[Sample | Rejected]]:
-        """Open the source. Return the parts, and the rows that are not in the parts.
-
-        If the source no longer has the last row of the parts in the same place, remove the parts (but not
-        their images), and read all rows again.
-        """
+        """Open the source. Return the parts, and the rows that are not in the parts."""
+        # If the last row of the parts has moved, the source has changed, and all rows are read again.
         kind = choose_image_kind(self.config)
         exclusions = self.dataset.step_file("read", "exclusions")
         self._exclusion_index = ExclusionIndex(read_table(exclusions), kind)
@@ -314,7 +308,8 @@ class SourceReader:
             return
         hint = "fix the files, or choose another source; steps/read/rejected.parquet lists every row"
         if reasons:
-            hint = ADVICE.get(next(iter(reasons)), hint)  # the most common reason
+            # The first reason is the most common one.
+            hint = ADVICE.get(next(iter(reasons)), hint)
         problem = f"no image of {self.config.source} can be used; {'; '.join(described) or 'it is empty'}"
         raise SourceError(problem, hint=hint)
 
@@ -323,16 +318,14 @@ class SourceReader:
 class SourceParts:
     """Stores the rows read so far in parts. The next run resumes after the last part.
 
-    A part is a Parquet file with samples in source order and a JSON file, which is written last. The JSON
-    file holds the rejected rows, the number of source rows so far, and the last row's name. At the start, the
-    first unusable part and all later parts are removed. A part is unusable if it has another key, is damaged
-    or lacks images.
+    A part is a Parquet file with samples and a JSON file, which is written last. At the start, the first
+    damaged or outdated part and all later parts are removed.
     """
 
     folder: Path
-    key: str  # digest of everything that determines the samples
+    key: str
     store: ImageStore
-    num_rows: int = 0  # source rows so far
+    num_rows: int = 0
     last_row: str = ""
     rejected: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # (position, SOURCE_REJECTED)
     _count: int = 0
@@ -372,10 +365,7 @@ class SourceParts:
             self.write()
 
     def write(self) -> None:
-        """Write the rows since the last part, if there are any, as a new part. Images are stored first.
-
-        A row whose addition was interrupted is left out, since the next run reads it again.
-        """
+        """Write the rows since the last part, if there are any, as a new part. Images are stored first."""
         if self.num_rows > self._first_row:
             images = pa.table([[*self._images], [*self._images.values()]], schema=SAMPLE_IMAGES)
             self.store.add([images])

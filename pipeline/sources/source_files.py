@@ -1,7 +1,6 @@
 """Find and open the files of a source, on the local disk, in an object store or on a web server.
 
-fsspec reads remote files in place (`parquet:s3://BUCKET/FOLDER`, `gs://`, `hf://` and `https://`) and
-transfers only the byte ranges that are needed. Each store's own library finds its credentials and endpoint.
+fsspec reads remote files in place, and transfers only the byte ranges that are needed.
 """
 
 import hashlib
@@ -42,7 +41,8 @@ _UNREAD_FORMATS = (
 )
 UNREAD_SUFFIXES = frozenset(f".{name}" for name in _UNREAD_FORMATS.split())
 UNREADABLE_FOLDER = "unreadable_folder"
-REFUSALS = {  # reason -> detail, without local paths
+# The reason and the detail of each rejection. The detail has no local path.
+REFUSALS = {
     OUTSIDE: "a file outside of the folder: copy it there, or pass --follow-links",
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
     TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
@@ -60,9 +60,9 @@ class FolderContent:
     """The files below a folder, grouped by how they are treated."""
 
     images: list[Path] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)  # unsupported images and unreadable folders
+    rejected: list[Rejected] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
-    links: list[Path] = field(default_factory=list)  # links to folders, which are not followed
+    links: list[Path] = field(default_factory=list)
     hidden: list[Path] = field(default_factory=list)
 
 
@@ -165,12 +165,13 @@ def read_image(path: Path, bound: Path | None) -> bytes:
 class SourceFiles:
     """The files of a source, such as archives. `revision` is a digest of their names and contents."""
 
-    name: str  # name of the folder, or of the only file
+    # The name of the folder, or of the only file.
+    name: str
     names: list[str]
     revision: str
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]]  # raises SourceError
-    messages: tuple[str, ...] = ()  # about folders that were not read
+    messages: tuple[str, ...] = ()
 
 
 def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool) -> SourceFiles:

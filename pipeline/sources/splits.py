@@ -14,7 +14,8 @@ _SPLIT_WORDS = {
 }
 SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
 _WORD = re.compile(r"[a-z]+")
-_VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")  # such as testA and testB in RefCOCO
+# RefCOCO names its test splits testA and testB.
+_VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")
 
 
 def read_split(value: Any) -> str | None:
@@ -48,8 +49,7 @@ def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
 def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
     """Return the split that each name states, such as a folder name.
 
-    Return {} if all names state the same split, or if `train` is the only stated split. Without a validation
-    split, training images are left out, because some of them will be held out.
+    Return {} if all names state the same split. Without a validation split, training images are left out.
     """
     splits = {key: SPLIT_OF_WORD.get(name.casefold()) for key, name in names.items()}
     stated = {*splits.values()}
@@ -65,7 +65,7 @@ def most_held_out(split: str | None, other: str | None) -> str | None:
 
 
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
-    """Return the split to store, or None if only `train` is read: some of its images will be held out."""
+    """Return the split to store. It is None if only `train` is read, so that some images are held out."""
     return None if requested_split == "train" else row_split
 
 

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
-NO_COLUMN = "none"  # value of --columns: no column has this role (split or question)
+# In --columns, this value states that no column has the role `split` or `question`.
+NO_COLUMN = "none"
 PARTIAL_MESSAGE = (
     "the Hub has converted only the first part of {name} to Parquet: to read the rest, download the dataset"
 )
@@ -45,13 +46,14 @@ OFFLINE = "check the network; without one, --source scenes and folder:PATH work"
 DEFAULT_CONFIG = "default"
 CONVERSION_BRANCH = "refs/convert/parquet"
 PARTIAL_FILE = re.compile(r"(^|/)partial-")  # the Hub converts only the first 5 GB of a large split
-BLOCK_BYTES = 1 << 20  # per request, since fsspec's default of 50 MB is more than a small --limit needs
+# A small --limit needs less than fsspec's default of 50 MB per request.
+BLOCK_BYTES = 1 << 20
 # Columns of multiple-choice questions, whose answers may be numbers or letters.
 _CHOICE_COLUMNS = frozenset(("choices", "options", "candidates"))
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _MAPPING_HINT = "set the columns, for example: --columns image=COLUMN,references=COLUMN"
 
-Columns = dict[str, list[str]]  # role -> columns
+Columns = dict[str, list[str]]
 FilesBySplit = dict[str | None, list[str]]
 
 
@@ -94,7 +96,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str) -> 
         numbers = (
             number
             for number, (_, _, row) in enumerate(tables.rows([column]), 1)
-            # Rows with an unknown split count too: they are read as rejections, whichever split is requested.
+            # Rows with an unknown split count too, because they are read as rejections.
             if isinstance(row, Rejected) or split_of(row[column]) == split or is_unknown(row[column])
         )
         return next(islice(numbers, start - 1, None), tables.count()) if start else 0
@@ -389,7 +391,7 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, FilesBySplit]
             continue
         folder = str(config.get("data_dir") or "").removeprefix("./").strip("/")
         entries = _as_list(config.get("data_files", f"{folder}/**" if folder else None))
-        matched: dict[str | None, dict[str, None]] = {}  # split -> ordered set of files
+        matched: dict[str | None, dict[str, None]] = {}
         for entry in entries:
             split = entry.get("split") if isinstance(entry, dict) else None
             patterns = entry.get("path") if isinstance(entry, dict) else entry
@@ -419,7 +421,7 @@ def _choose_files(
 ) -> FilesBySplit:
     """Return the files of a config. The card declares the configs, or else each folder is a config.
 
-    Without a name, return the files of the default or only config. Raises SourceError if there is none.
+    Without a name, return the files of the default or only config.
     """
     folders: dict[str, list[str]] = {}
     for path in paths:

@@ -23,7 +23,8 @@ import pyarrow as pa
 from pipeline.errors import SourceError, one_line
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 
-MAX_FILE_BYTES = 256_000_000  # of the file, and of its unpacked content
+# This limits both the file and its unpacked content.
+MAX_FILE_BYTES = 256_000_000
 MAX_VALUES = 20_000_000  # Karpathy's file about COCO has 11 million values
 MAX_PROBLEM_CHARACTERS = 300
 # These characters are counted to limit the number of values: each value comes after one of them.
@@ -105,10 +106,7 @@ def _parse_lines(text: str) -> Iterator[Any]:
 
 
 def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a CSV as dictionaries. Commas, semicolons, tabs or bars separate the values.
-
-    Raises ValueError if a column name is repeated, a row has too many values, or a quote is not closed.
-    """
+    """Yield the rows of a CSV as dictionaries. Commas, semicolons, tabs or bars separate the values."""
     _require_few_values(text, "CSV")
     delimiter = max(",;\t|", key=re.split(r"[\r\n]", text, maxsplit=1)[0].count)
     read = partial(csv.reader, delimiter=delimiter, skipinitialspace=True)

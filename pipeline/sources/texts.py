@@ -44,18 +44,20 @@ from pipeline.tables import (
 from pipeline.text.escape import encodable
 from pipeline.types import ReferenceQA
 
-TEXT_KEYS = ("raw", "caption", "text", "answer")  # keys under which an object may hold its text
+TEXT_KEYS = ("raw", "caption", "text", "answer")
 MAX_LITERAL_CHARACTERS = 100_000  # parsing a Python literal takes up to 345 times its size in memory
 # A Python string without a prefix. An unclosed string extends to the end, so that the search is linear.
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'?|"(?:[^"\\]|\\.)*+"?""", re.DOTALL)
-_ADJACENT = re.compile(r"''\s*+\w*+''")  # adjacent strings without a comma, after '' has replaced each string
+# This finds strings without a comma between them, after '' has replaced each string.
+_ADJACENT = re.compile(r"''\s*+\w*+''")
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
 FORMATS_HINT = "use COCO or Karpathy JSON, or CSV or JSON lines with file_name and caption, in UTF-8"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PATH_COLUMNS = ("folder", "file_name")  # context columns that every image has
-MAX_DEPTH = 8  # maximum number of nested lists and objects around a text
+# A text may be nested in at most this many lists and objects.
+MAX_DEPTH = 8
 MAX_TEXT_CHARACTERS = 20_000  # longer texts are cut to this length, and the filter rejects them
 
 
@@ -63,10 +65,7 @@ MAX_TEXT_CHARACTERS = 20_000  # longer texts are cut to this length, and the fil
 
 
 def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Return the human captions in a row, from the first of these columns that has a value.
-
-    If a model wrote the row, only list items that state their own author are read.
-    """
+    """Return the human captions in a row, from the first of these columns that has a value."""
     value = next((row[name] for name in names if row.get(name)), None)
     if _is_by_model(row):
         items = value if isinstance(value, list) else ()
@@ -110,7 +109,7 @@ def model_texts(row: Mapping[str, Any]) -> list[str]:
 
 
 def _is_by_model(row: Mapping[str, Any]) -> bool:
-    # In rows that synth wrote, the prompt id ends with a digest. Other files may have any value there.
+    # In rows that synth wrote, the prompt id ends with a digest.
     prompt_id = row.get("prompt_id")
     is_version_row = isinstance(prompt_id, str) and _PROMPT_ID.fullmatch(prompt_id) is not None
     return row.get(WRITTEN_BY) == BY_MODEL or is_version_row
@@ -134,7 +133,7 @@ def extract_texts(
 ) -> list[str]:
     """Return the human texts in a value, which is a string, a list, or an object with one of TEXT_KEYS.
 
-    `text_of` returns the text of a value of another type. Values below `max_depth` levels are not texts.
+    `text_of` converts values of other types. Texts nested more deeply than `max_depth` are ignored.
     """
     if isinstance(value, str) and (items := parse_list(value)) is not None:
         value = items
@@ -251,7 +250,8 @@ def _parse_whole_object(value: dict[str, Any]) -> Iterator[NamedTexts]:
         return (_parse_row(with_name(annotation)) for annotation in value["annotations"])
     if isinstance(images, list):
         return (_parse_row({**one, "captions": [item["raw"] for item in one["sentences"]]}) for one in images)
-    if any(name in value for name in NAMES):  # JSON lines with a single row
+    # This is a JSON lines file with a single row.
+    if any(name in value for name in NAMES):
         return iter([_parse_row(value)])
     return ((str(name), ImageTexts(extract_texts(captions))) for name, captions in value.items())
 

@@ -125,10 +125,7 @@ def write_annotations(shard: DatasetDir, settings: AskSettings, texts: Sequence[
 
 
 def _texts_by_rung(shard: DatasetDir, settings: AskSettings, escalated: Sequence[Escalated]) -> list[TextsOf]:
-    """For each model of a ladder, return a function that maps a sample id to the inputs of its requests.
-
-    For all models except the first, the inputs include the pairs of task and style to request.
-    """
+    """For each model of a task, return a function that maps a sample id to the inputs of its requests."""
     first = NO_TEXTS
     if settings.requests.context or settings.requests.has_conditions:
         batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa", *IMAGE_SIZE])

@@ -132,8 +132,8 @@ class Work:
 class Step:
     """A step of a run.
 
-    `advice` maps a rejection reason to a change that the user can make if too many rows have this reason.
-    With `is_choice`, the rejected rows are not reported as lost, because the step chooses among good rows.
+    `advice` maps a rejection reason to a change that the user can make. With `is_choice`, rejected rows are
+    not reported as lost, because the step chooses among good rows.
     """
 
     name: str
@@ -255,7 +255,7 @@ class RowStep(Step):
         compare_shards(self, executor.shards, rows, plan, work.progress)
         executor.each(partial(judge_shard, self, rows, plan, key))
         executor.wait()
-        # Keep these files until now, because a shard is judged again if its worker is lost.
+        # A shard is judged again if its worker is lost, so these files are kept until now.
         for shard in executor.shards:
             shard.step_file(self.name, "compared").unlink(missing_ok=True)
 
@@ -275,7 +275,7 @@ def ask_once(
 ) -> None:
     """Call a function that sends requests, unless the record already has this key. Record the result.
 
-    If a request stays unanswered, the key of the record is left empty, so that the next run asks again.
+    If a request stays unanswered, the recorded key is empty, so that the next run asks again.
     """
     stats = services.stats
     if is_done(shard, name, key, record):

@@ -20,7 +20,7 @@ from pipeline.storage.files import open_table
 from pipeline.tables import BOOL, DEDUPED, FLOAT64, HUMAN, IMAGE_GROUPS, STRING, fields, is_caption
 from pipeline.text.content_keys import content_keys
 
-# Scores that decide which of two equal annotations is kept, in order of precedence.
+# These scores decide which of two equal annotations is kept. The first score counts most.
 SCORES = ("agreement", "alignment", "hedge_count")
 IDS = ("annotation_id", "sample_id", "task")
 NAMES = fields(STRING, *IDS, "content_key")
@@ -60,8 +60,8 @@ WITH hashed AS (
 )
 SELECT * EXCLUDE (other_group), other_group AS image_group FROM judged
 """
-# Human texts come first, regardless of scores. Styles may share a reply, and their annotations then have the
-# same id, so `row` is the last criterion.
+# Human texts come first. Two annotations from the same reply may have the same id, so `row` is the last
+# criterion.
 SCORE_ORDER = "agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST"
 BEST = f"is_human DESC, {SCORE_ORDER}, annotation_id, row"
 

@@ -41,15 +41,14 @@ EXCEPT
 SELECT sample_id, task, style, rung + 1 FROM kept WHERE coalesce(logprob_mean, 0) >= {min_logprob}
 ORDER BY ALL
 """
-Escalated = dict[str, frozenset[Pair]]  # pairs of task and style by sample id
+# The keys are sample ids, and each pair is a task and a style.
+Escalated = dict[str, frozenset[Pair]]
 
 
 def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[[], None]) -> None:
     """Find the texts that each model of a ladder fails to write.
 
-    The next run of the ask step requests these texts from the next models. `run` runs `steps`, from ask to
-    verify. The search is skipped if an earlier run with the same inputs has finished it. In this case, the
-    metadata of the file has the same key.
+    `run` runs `steps`, from ask to verify. The search is skipped if an earlier run has finished it.
     """
     plan, path = work.plan, _file_of(work.plan.dataset)
     row_steps = [step for step in steps if isinstance(step, RowStep)]
@@ -67,7 +66,8 @@ def climb(work: Work, steps: Sequence[Step], stats: RequestStats, run: Callable[
             stats.begin_pass()
             if not escalate(work, rung):
                 break
-        if not stats.unanswered:  # otherwise the next run sends the requests again, and repeats the search
+        # With unanswered requests, the next run repeats the search.
+        if not stats.unanswered:
             write_table(path, [_read(plan.dataset)], ESCALATED.with_metadata({b"key": key}))
     work.executor.begin_pass(digest(_read(plan.dataset).to_pydict()))
 
@@ -78,7 +78,7 @@ def _file_of(dataset: DatasetDir) -> Path:
 
 
 def escalate(work: Work, rung: int) -> bool:
-    """List the texts to request from model number `rung` of each ladder. Return False if there are none."""
+    """List the texts to request from the model with index `rung`. Return False if there are none."""
     plan, shards = work.plan, work.executor.shards
     work.executor.wait()
     tasks = [task.name for task in plan.tasks.asked if len(plan.requests.models_of(task.name)) > rung]
@@ -125,8 +125,7 @@ def read_escalated(plan: Plan, shard: DatasetDir) -> list[Escalated]:
 def describe_ladder(plan: Plan, shards: Sequence[DatasetDir]) -> list[dict[str, Any]]:
     """Return the requests, tokens, cost and texts of each model of a ladder, by task, for the manifest.
 
-    A request about several samples counts for each of them (Journal.spent). `texts` counts all texts of
-    a model, and `kept` those that passed all steps up to verify.
+    `texts` counts all texts of a model, and `kept` those that passed all steps up to verify.
     """
     tasks = {task.name for task in plan.tasks.asked if len(plan.requests.models_of(task.name)) > 1}
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)

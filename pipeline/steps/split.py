@@ -61,8 +61,8 @@ def split_of(group: str, config: SplitConfig, seed: int) -> str:
 def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     """Return `stated_split`, `split_group` and `held_out` for each row.
 
-    `held_out` lists the splits, except train, that the source states. An image without a stated split gets a
-    split stated for its group: test if any image of the group is in test, else validation, else train.
+    `held_out` lists the splits, except train, that the source states. An image without a stated split gets
+    one from its group: test before validation before train.
     """
     rows, (config, _) = comparison.rows, comparison.settings
     is_stated = any(part["source_split"].null_count < part.num_rows for part in rows.batches("source_split"))
@@ -76,7 +76,7 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
 
 
 def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> pa.Table:
-    """Map each image group to a split group, whose images must stay in one split: their names are related."""
+    """Map each image group to a split group: groups whose file names are related stay in one split."""
     db = comparison.db
     key_of = partial(name_key, by=by)
     names = (
@@ -98,8 +98,7 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     """Return a key that related source rows share, or "" if the row has no related rows.
 
     With "folder", the key is the folder of the file. With "prefix", it is the path without the last number:
-    `a/clip1` for `a/clip1_0042.jpg`, and `a/clip1_*_left` for `a/clip1_0042_left.jpg`. A number inside a name
-    must have a letter before it, or the key is "". If the name is only a number, the key is the folder.
+    `a/clip1` for `a/clip1_0042.jpg`, and `a/clip1_*_left` for `a/clip1_0042_left.jpg`.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)
@@ -118,8 +117,7 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
 def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Map each image group to its split group. Each pair holds an image group and a name key.
 
-    Image groups that share a key, directly or through others, form one split group. Its name is the first of
-    its keys in alphabetical order.
+    Image groups that share a key, directly or through others, form one split group.
     """
     parent: dict[str, str] = {}
 
@@ -139,8 +137,7 @@ def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 def split_annotations(table: pa.Table, settings: tuple[SplitConfig, int]) -> pa.Table:
     """Append `split`: the stated split, or else a split by the hash of the group. No row is rejected.
 
-    If the hash chooses a split that the source already has, the image is assigned to train. `settings` also
-    has the seed of the run.
+    If the hash chooses a split that the source already has, the image is assigned to train.
     """
     require_columns(table, "image_group", *ADDS.names)
     groups = pc.coalesce(table["split_group"], table["image_group"])

@@ -77,7 +77,7 @@ T = TypeVar("T")
 Subjects = Sequence[CheckedAnnotation]
 KEYS = fields(STRING, "style", "question", "answer")
 COMPARED = pa.schema([ROW, *fields(BOOL, "is_caption"), *KEYS, *VERIFIED, *ALIGNMENT])
-# "yes" and "no" are right by chance half of the time, so `blind` ignores them. The balance step handles them.
+# "yes" and "no" are right by chance half of the time, so `blind` ignores them.
 QUERY = """
 WITH answers_to_question AS (
     SELECT question, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY question) AS asked
@@ -118,7 +118,7 @@ class VerifySettings:
 
     `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
     `clip_model` is None if captions are not compared with images. `samples` is a digest of the list of all
-    samples. `seed` and `samples` determine which images are used to measure the errors of the checks.
+    samples.
     """
 
     verify: VerifyConfig
@@ -316,7 +316,7 @@ class AnnotationChecker:
 
     def _check_coverage(self, captions: Subjects, questions: Subjects) -> None:
         """Ask each question about a caption's sample once. The model sees the caption, but not the image."""
-        pairs: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # by sample id
+        pairs: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
         for one in questions:
             if not self._is_contradicted(one):
                 pairs[one.sample_id][one.row["clean_question"], one.row["clean_answer"]] = None
@@ -443,10 +443,7 @@ class AnnotationChecker:
     def _ask(
         self, name: str, task: Task, requests: Iterator[Chunk], total: int, read: Callable[[Journal], T]
     ) -> T:
-        """Send the requests that have no reply in the journal yet, and return the result of `read`.
-
-        All requests go to the model of `task`.
-        """
+        """Send the requests that have no reply in the journal yet, and return the result of `read`."""
         stats, progress = self.services.stats, self.services.progress
         start = partial(self.services.engine, self.plan.model_of(task.name))
         with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
@@ -469,10 +466,7 @@ def _by_sample(subjects: Subjects) -> dict[str, list[CheckedAnnotation]]:
 
 
 def _keeps_other_claims(subject: CheckedAnnotation, clean: Row) -> bool:
-    """Return whether a repair only removes words, and keeps all claims that were not refuted.
-
-    The articles a and an may change.
-    """
+    """Return whether a repair only removes words (or swaps a and an), and keeps the unrefuted claims."""
     rest = (_ARTICLES.get(word, word) for word in words_of(subject.row["clean_text"]))
     if not all(_ARTICLES.get(word, word) in rest for word in words_of(clean["clean_text"])):
         return False
@@ -499,7 +493,7 @@ def ask_checks(
 
 
 def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
-    """Return `row` and `reason` of the annotations that fail a check. Some limits depend on all rows."""
+    """Return `row` and `reason` of the annotations that fail a check."""
     config: VerifyConfig = comparison.settings.verify
     if not config.is_asked:
         return None

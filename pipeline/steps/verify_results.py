@@ -50,10 +50,11 @@ CHECKED = pa.schema(
     ]
 )  # fmt: skip
 Row = dict[str, Any]
-OTHER_IMAGE = "other_image"  # kind of a known text: a caption of another image
-# Maximum known truths and planted falsehoods per image. Each costs up to four requests.
+# A text of this kind is a caption of another image.
+OTHER_IMAGE = "other_image"
+# An image has at most this many true and planted false texts. Each costs up to four requests.
 MAX_TRUTHS, MAX_FALSEHOODS = 3, 2
-Claim = list[verification.Check]  # the questions about a claim
+Claim = list[verification.Check]
 T = TypeVar("T")
 
 
@@ -100,7 +101,7 @@ class CheckConditions:
     def __init__(self, shard: DatasetDir, when: Iterable[tuple[str, str]], tasks: Tasks) -> None:
         self._conditions = {check: parse_condition(text) for check, text in when}
         self._shard, self._tasks = shard, tasks
-        self._results: dict[str, Row] = {}  # by sample id
+        self._results: dict[str, Row] = {}
 
     def read_results(self, rows: Iterable[Row]) -> None:
         """Store each sample's results of tasks and captions by style. `rows` has all its annotations."""
@@ -186,9 +187,8 @@ def _is_confirmed(checks: Sequence[Row], kind: str) -> bool | None:
 class KnownSample:
     """A sample with texts that are known to be true or false.
 
-    False statements are made from the text `base`, by replacing a word. `said` has the words of all texts
-    about the sample. They are not used as replacements, because the result could be true. The candidates
-    with the lowest `rank` are used.
+    False statements are made by replacing a word in the text `base`. The words in `said` are not used as
+    replacements, because the result could be true.
     """
 
     known: KnownTexts

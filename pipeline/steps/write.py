@@ -77,8 +77,7 @@ def write_rows(
 def list_rejections(step: str, table: pa.Table) -> pa.Table:
     """Return the rejections (tables.REJECTIONS) for the rows that a step rejected.
 
-    A row is identified by `source_row`, by `sample_id`, or by `sample_id` and the digest of its final text.
-    The text itself is left out, since it may be the reason for the rejection.
+    The text of a row is left out, since it may be the reason for the rejection.
     """
     rows = table.to_pylist()
     for row in rows:
@@ -136,9 +135,8 @@ def publish_shards(
 ) -> tuple[Version, bool]:
     """Publish the rows of all shards as one version. Return it, and whether it is new.
 
-    If the newest version has the same rows, it is returned. The files in `written` are below `draft`, a
-    scratch folder next to the versions. `provenance` describes the run in the manifest. Raises the errors of
-    `publish_version`.
+    If the newest version has the same rows, it is returned. The files in `written` are in the scratch folder
+    `draft`. `provenance` describes the run in the manifest. Raises the errors of `publish_version`.
     """
     plan, shards = work.plan, work.executor.shards
     num_rows = sum(sum(part.counts.values()) for part in written)
@@ -199,8 +197,7 @@ def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras
 def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest field with the price of the texts, or {} if no model was asked.
 
-    With a ladder of models, the price does not include checks, because the records lack the
-    checks of replaced texts.
+    If a task has several models, the price does not include checks.
     """
     has_checks = plan.config.verify.is_asked and plan.requests.num_rungs == 1
     records = [("ask", DONE), *[("verify", PREPARED)] * has_checks]

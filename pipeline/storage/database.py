@@ -17,9 +17,9 @@ from pipeline.errors import StoreError, one_line
 from pipeline.storage.files import remove
 from pipeline.storage.object_store import is_remote
 
-MEMORY_BYTES = 1_500_000_000  # memory limit of DuckDB
+MEMORY_BYTES = 1_500_000_000
 BATCH_ROWS = 65_536
-PREFIX = ".compare-"  # prefix of the temporary folder of a database
+PREFIX = ".compare-"
 _cursors: list[duckdb.DuckDBPyConnection] = []
 
 
@@ -101,8 +101,7 @@ def load(
 ) -> None:
     """Create the table `name` from the result of `query`, which reads the tables in `batches` as `incoming`.
 
-    One table is in memory at a time. Exceptions in `batches` are raised unchanged. The iterator `batches` may
-    query the database only through another cursor.
+    One table is in memory at a time. The iterator `batches` must use another cursor for queries.
     """
     raised: list[BaseException] = []
 

@@ -60,8 +60,8 @@ _ERRNO_OF_SQLITE_CODE = {
     sqlite3.SQLITE_LOCKED: errno.EBUSY,
 }
 BATCH_ROWS = 16_384
-SCRATCH = ".next"  # name of scratch folders
-TEMPORARY_FILES = ".*.tmp"  # glob pattern of unfinished files
+SCRATCH = ".next"
+TEMPORARY_FILES = ".*.tmp"
 MAX_JSON_BYTES = 100_000_000
 _REMAKE = "run `synth generate` again to make the file"
 
@@ -162,8 +162,9 @@ def open_writer(
     empty = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), empty)
     columns = pq.ParquetFile(pa.BufferReader(empty.getvalue())).schema
-    leaves = [columns.column(n).path for n in range(len(columns))]  # such as captions.list.element.text
-    pixels = (*PIXELS, "images")  # PIXELS in versions, `images` in the image store and exports
+    leaves = [columns.column(n).path for n in range(len(columns))]
+    # Versions have the columns PIXELS. The image store and exports have `images`.
+    pixels = (*PIXELS, "images")
     texts = [path for path in leaves if path.split(".")[0] not in pixels]
     return pq.ParquetWriter(
         target.absolute() if isinstance(target, Path) else target,

@@ -1,7 +1,6 @@
 """Dataset folders in an object store (`s3://`, `gs://`), accessed through fsspec.
 
-Objects are written atomically, cannot be renamed, and have no locks. Each store's library finds its own
-credentials and endpoint.
+Objects are written atomically, cannot be renamed, and have no locks.
 """
 
 import re

@@ -20,16 +20,20 @@ from pipeline.text.normalize import tidy
 
 # One line of text without control characters that has at least one non-space character.
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
-MAX_LINE_CHARACTERS = 100_000  # protects later steps; normally, token limits end replies far earlier
+MAX_LINE_CHARACTERS = 100_000
 Line = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LINE_CHARACTERS, pattern=_LINE)]
 MAX_QA_PAIRS = 8
-QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # ASCII, Chinese or Japanese, and Arabic
-MAX_PAGES = 20  # per deck, as in SlideVQA
-# Default bounds on the pixels of an image: 1,280 tokens of 28 x 28 px, as Qwen's model card recommends, and
-# 2,560 where small print or exact positions matter.
+# These are the ASCII, the Chinese and Japanese, and the Arabic question mark.
+QUESTION_MARKS = ("?", "\uff1f", "\u061f")
+# A deck has at most this many pages, as in SlideVQA.
+MAX_PAGES = 20
+# By default, an image has at most 1,280 tokens of 28 x 28 px, as Qwen's model card recommends. Tasks about
+# small print or exact positions allow 2,560 tokens.
 MAX_PIXELS, MAX_DETAIL_PIXELS = 1_003_520, 2_007_040
-_SURROGATE = re.compile("[\ud800-\udfff]")  # allowed in JSON but not in a table
-MAX_REPEATS = 4  # as in "a cat and a cat and a cat and a cat and"
+# JSON may hold these characters, but a table may not.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# "a cat and a cat and a cat and a cat and" repeats three words four times.
+MAX_REPEATS = 4
 # The row model checks lengths and patterns. A grammar that counts characters is slow and cuts sentences off.
 _NOT_ON_THE_WIRE = frozenset({"title", "description", "minLength", "maxLength", "pattern", "default"})
 
@@ -50,24 +54,33 @@ class Task:
     """Defines the request to a model about a sample, and the conversion of a reply to rows."""
 
     name: str
-    output: type[Output]  # model of a whole reply
-    row: type[Output]  # model of one annotation
-    rows_field: str | None = None  # field of a reply that lists the rows, or None if the reply is one row
-    plain_field: str | None = None  # field of a reply that may be plain text without JSON
-    tidy_row: Callable[[dict[str, Any]], dict[str, Any]] = tidy_texts  # called before the row model
-    text_field: str | None = None  # field of a row that fills the column `text`
-    asks_about_decks: bool = False  # whether requests show all pages of a deck
-    has_styles: bool = False  # whether there is one request for each of `generate.caption_styles`
-    temperature_key: str = "qa_temperature"  # name of the temperature setting in `generate`
-    card_category: str | None = None  # task category on the Hub
-    keep_if: str | None = None  # condition; images that do not meet it are dropped
-    needs: tuple[str, ...] = ()  # names of tasks or caption styles whose results the prompt uses
+    output: type[Output]
+    row: type[Output]
+    # This field of a reply lists the rows. Without it, the reply is one row.
+    rows_field: str | None = None
+    # A plain reply without JSON becomes the value of this field.
+    plain_field: str | None = None
+    tidy_row: Callable[[dict[str, Any]], dict[str, Any]] = tidy_texts
+    # This field of a row fills the column `text`.
+    text_field: str | None = None
+    asks_about_decks: bool = False
+    # There is one request for each of `generate.caption_styles`.
+    has_styles: bool = False
+    temperature_key: str = "qa_temperature"
+    card_category: str | None = None
+    # Images that do not meet this condition are dropped.
+    keep_if: str | None = None
+    # The prompt uses the results of these tasks or caption styles.
+    needs: tuple[str, ...] = ()
     shows_image: bool = True
-    max_tokens: int | None = None  # None: use generate.max_tokens
-    language: str | None = None  # None: use filter.language
-    box_field: str | None = None  # field of an annotation that is a bounding box
-    own_prompt: str | None = None  # prompt template of a custom task
-    shows_detail: bool = False  # whether images have up to MAX_DETAIL_PIXELS
+    # None means generate.max_tokens.
+    max_tokens: int | None = None
+    # None means filter.language.
+    language: str | None = None
+    box_field: str | None = None
+    own_prompt: str | None = None
+    # Images may have up to MAX_DETAIL_PIXELS.
+    shows_detail: bool = False
 
     def wire_schema(self) -> dict[str, Any]:
         """Return the JSON schema that the decoder enforces, unless the prompt asks for a plain text."""
@@ -149,7 +162,7 @@ def _repeats(words: list[str]) -> bool:
 
 
 def _with_texts(item: Any) -> Any:
-    """Convert numbers and booleans to strings. Servers that enforce no schema may return them."""
+    """Convert numbers and booleans to strings, because some servers enforce no schema."""
     if not isinstance(item, dict):
         return item
     words = {True: "yes", False: "no"}

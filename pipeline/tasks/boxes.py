@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from pipeline.images.decode import PATCH_PX, round_to_patches, sent_size, shrink_to_patches
 
 BOX_FIELDS = ("bbox_2d", "bbox", "box")  # Qwen2.5-VL was trained on bbox_2d
-MIN_PIXELS, PROCESSOR_PIXELS = 56 * 56, 12_845_056  # limits in Qwen2.5-VL's processor
-MAX_OUTSIDE_FRAC = 0.02  # share of the side; boxes further outside are rejected, others are clipped
+# These are limits of Qwen2.5-VL's processor.
+MIN_PIXELS, PROCESSOR_PIXELS = 56 * 56, 12_845_056
+# Boxes that are outside by more than this share of a side are rejected. Others are clipped.
+MAX_OUTSIDE_FRAC = 0.02
 THOUSAND = 1000
 OUTSIDE, EMPTY = "box_outside_image", "box_empty"
 

@@ -15,7 +15,8 @@ def tidy_caption(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields with the caption on one line, without later paragraphs that do not belong to it."""
     text = fields.get("caption")
     if isinstance(text, str) and "\n" in text:
-        from pipeline.text.artifacts import without_afterthoughts  # compiles regular expressions
+        # This import is slow, because it compiles large regular expressions.
+        from pipeline.text.artifacts import without_afterthoughts
 
         fields = {**fields, "caption": without_afterthoughts(text)}
     return tidy_texts(fields)

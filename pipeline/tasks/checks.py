@@ -19,8 +19,8 @@ MAX_CLAIMS = 24  # per caption
 WORDS_PER_CLAIM = 3.6
 CANNOT_TELL = "cannot tell"
 _FIRST_WORD_ALONE = re.compile(r"\W*\w+\s*(?:[^\w\s]|$)")
-# Questions about a claim, with the answers that confirm it. The answers of a pair are yes and no, so that a
-# model that always gives the same answer neither confirms nor refutes a claim.
+# Questions about a claim, with the answers that confirm it. Each pair expects yes and no, because some models
+# always give the same answer.
 PHRASINGS = (
     ("Is it true that {}?", "yes"),
     ("Is it false that {}?", "no"),
@@ -29,7 +29,7 @@ PHRASINGS = (
 )
 # The evidence against a claim is the number of answers that refute it, minus the number that confirm it.
 MAX_EVIDENCE = len(PHRASINGS)
-# Least evidence that may refute a claim: both answers of a pair, or three of four answers.
+# A claim needs at least this evidence to be refuted: both answers of a pair, or three of four answers.
 REFUTED = 2
 Score = Literal["1", "2", "3", "4", "5"]
 
@@ -93,7 +93,7 @@ def questions_about(claim: str) -> list[tuple[str, str]]:
 
 
 def count_claims(caption: str) -> int:
-    """Return how many claims a caption of this length has, estimated from its number of words."""
+    """Estimate the number of claims in a caption from its number of words."""
     return max(1, min(MAX_CLAIMS, round(count_words(caption, words_of(caption)) / WORDS_PER_CLAIM)))
 
 

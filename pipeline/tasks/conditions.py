@@ -27,11 +27,11 @@ COLUMN, TEXT, INTEGER, NUMBER = ({"type": kind} for kind in ("column", "string",
 # Reasons why a task or check was not asked.
 CONDITION_FALSE, CONDITION_WITHOUT_VALUE = "condition_false", "condition_without_value"
 HAS_HUMAN_TEXT = "has_human_text"
-# Rejection reason of a text that the next model of a ladder was asked to replace.
+# Rejection reason of a text that another model was asked to replace.
 REPLACED = "replaced_by_next_model"
 # Prefixes of the rejection reasons of dropped images. The name of the task follows.
 _DROPPED = {CONDITION_FALSE: "dropped_by_", CONDITION_WITHOUT_VALUE: "dropped_without_"}
-_WORDS = {"true": True, "false": False, "null": None}  # as YAML writes them
+_WORDS = {"true": True, "false": False, "null": None}
 _TYPES = {str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _NUMERIC, _TEXTS = ("integer", "number", "column"), ("string", "column")
 _EQUAL = {ast.Eq: operator.eq, ast.NotEq: operator.ne}
@@ -45,7 +45,7 @@ def drop_reason(task: str, unmet: str) -> str:
 
 
 def is_no_loss(reason: str) -> bool:
-    """Return whether a rejection is intended: by the settings, or because the next model is asked instead."""
+    """Return whether a rejection is intended: by the settings, or because another model was asked."""
     reasons = (CONDITION_FALSE, HAS_HUMAN_TEXT, REPLACED)
     return reason in reasons or reason.startswith(_DROPPED[CONDITION_FALSE])
 
@@ -110,7 +110,8 @@ def parse_condition(text: str) -> Condition:
         raise ConditionError(error.offset or 1, error.msg, hint) from None
     except (ValueError, RecursionError, MemoryError):
         raise ConditionError(1, "this cannot be read") from None
-    after = len(text.encode()[: tree.end_col_offset].decode())  # the rest is parentheses, spaces or a comment
+    # The rest is parentheses, spaces or a comment.
+    after = len(text.encode()[: tree.end_col_offset].decode())
     if (position := text.find("#", after)) >= 0:
         raise ConditionError(position + 1, "a condition cannot have comments", "leave out the text from # on")
     level: list[ast.AST] = [tree]

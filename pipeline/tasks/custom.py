@@ -33,12 +33,14 @@ from pipeline.tasks.caption import Caption, tidy_caption
 from pipeline.tasks.output_schema import Schema, UnusableSchemaError, require_field, without_null
 from pipeline.text.normalize import tidy
 
-NOTHING_FOUND = "nothing_found"  # error code if the list of rows is empty
-NOTHING = "[]"  # value of `record` if the list of rows is empty
-JOINING = ("caption", "question")  # kinds that add to the captions or questions of built-in tasks
+NOTHING_FOUND = "nothing_found"
+# The column `record` has this value if the list of rows is empty.
+NOTHING = "[]"
+# Tasks of these kinds add to the captions or questions of built-in tasks.
+JOINING = ("caption", "question")
 TEMPLATE = "{prompt}\nReply as {{{{ reply }}}}.\nTask: {name}\n"
 PLAIN_TEMPLATE = "{prompt}\nReply with the text alone.\nTask: {name}\n"
-CARD_CATEGORIES = {  # task categories on the Hub
+CARD_CATEGORIES = {
     "caption": "image-to-text",
     "question": "visual-question-answering",
     "labels": "image-classification",
@@ -46,7 +48,8 @@ CARD_CATEGORIES = {  # task categories on the Hub
     "text": "image-to-text",
 }
 _TEXT: Schema = {"type": "string"}
-_ERROR_WORDS = {  # pydantic's error type -> end of the rejection reason
+# Maps pydantic's error types to ends of rejection reasons.
+_ERROR_WORDS = {
     "literal_error": "not_allowed",
     "missing": "missing",
     "string_pattern_mismatch": "off_pattern",
@@ -74,10 +77,12 @@ class CustomTask(Task):
     """A custom task. It validates replies with its closed schema (output_schema.py)."""
 
     settings: TaskConfig
-    whole: Schema  # closed schema of a whole reply
-    item: TypeAdapter[Any]  # validates one annotation
-    field: str | None  # field of an annotation that holds its text or value, or None for the whole annotation
-    value: Schema  # closed schema of this text or value
+    # `whole` is the schema of a whole reply, and `value` is the schema of one text or value.
+    whole: Schema
+    item: TypeAdapter[Any]
+    # `field` holds the text or value of an annotation. None means the whole annotation.
+    field: str | None
+    value: Schema
 
     def wire_schema(self) -> Schema:
         """See Task."""
@@ -240,10 +245,7 @@ def _list(items: Schema) -> Schema:
 
 
 def _field_of(settings: TaskConfig, item: Schema) -> str | None:
-    """Return the field that holds an annotation's text or value, or None for the whole annotation.
-
-    This is the field in the settings, or else the field that is named like the kind, or else the only field.
-    """
+    """Return the field that holds an annotation's text or value, or None for the whole annotation."""
     item = without_null(item)
     if item["type"] != "object":
         if settings.field or settings.kind not in ("caption", "text", "labels"):

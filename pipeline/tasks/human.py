@@ -24,8 +24,8 @@ def human_annotations(
 ) -> tuple[dict[str, Any], ...]:
     """Return human captions and questions as annotations (tables.ANNOTATION).
 
-    `questions` have the fields of tables.HUMAN_QUESTION. Questions without an answer are left out. For a
-    deck, `deck_pages` is the number of pages, and questions without evidence pages get all pages.
+    `questions` have the fields of tables.HUMAN_QUESTION. Questions without an answer are left out.
+    `deck_pages` is the number of pages of a deck. A question without evidence pages gets all pages.
     """
     task = "qa" if deck_pages is None else "deck_qa"
     pages = list(range(1, (deck_pages or 0) + 1))
@@ -66,7 +66,7 @@ def _with_answer(pair: dict[str, Any], task: str, pages: list[int]) -> dict[str,
 
 
 def _type_of(pair: dict[str, Any], answer: str, task: str) -> str:
-    """Return the answer type in the source if it is consistent with the answer, or else derive the type."""
+    """Return the answer type in the source if it fits the answer, or else derive the type."""
     given, kind = pair["answer_type"], kind_of_answer(answer)
     if given in _ANSWER_TYPES[task] and (given == "yes/no") == (kind == "yes/no" and task == "qa"):
         return str(given)

@@ -28,7 +28,8 @@ from pipeline.tables import BOOL, FLOAT64, INT64, STRING
 
 Schema = dict[str, Any]
 MAX_DEPTH = 12
-MAX_NODES = 1000  # maximum number of schema parts after references are resolved
+# A schema has at most this many parts after references are resolved.
+MAX_NODES = 1000
 MAX_TEXT_CHARACTERS = 20_000
 MAX_ITEMS = 1000
 MAX_REQUIRED_VALUES = 10_000
@@ -61,8 +62,10 @@ class _Position:
     defs: Schema
     path: str = "output"
     depth: int = 0
-    references: tuple[str, ...] = ()  # names of the references that lead to this part
-    num_nodes: list[int] = field(default_factory=lambda: [0])  # number of parts visited so far (shared)
+    # These references lead to this part.
+    references: tuple[str, ...] = ()
+    # All parts share this count of the parts visited so far.
+    num_nodes: list[int] = field(default_factory=lambda: [0])
 
 
 def close_schema(schema: Any) -> Schema:
@@ -155,10 +158,7 @@ def _close_object(schema: Schema, position: _Position) -> Schema:
 
 
 def _split_null(schema: Schema, path: str) -> tuple[Schema, bool]:
-    """Return a schema that does not allow null, and whether the original schema allows null.
-
-    A schema without alternatives is returned as the same object.
-    """
+    """Return a schema that does not allow null, and whether the original schema allows null."""
     values = schema.get("enum")
     if isinstance(values, list) and None in values:
         rest = schema | {"enum": [value for value in values if value is not None]}

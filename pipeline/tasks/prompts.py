@@ -30,7 +30,8 @@ Folders = tuple[Path, ...]  # template folders, which are searched in this order
 Results = Sequence[tuple[str, str]]  # pairs (name of another task, its result as JSON)
 SYSTEM, TEXT_SYSTEM = "system/v1", "system_text/v1"  # TEXT_SYSTEM is for requests without an image
 STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "dense")
-DRAWS = 24  # number of values of `draw`, which selects wordings and question types
+# `draw` has this many values. It selects wordings and question types.
+DRAWS = 24
 MAX_PROMPT_BYTES = 1_000_000
 MAX_NOTE_CHARACTERS = 1000
 # A title or alternative text may contain instructions to the model (prompt injection).
@@ -51,7 +52,8 @@ class Values(dict[str, Any]):
 
 
 _DEFAULTS: dict[str, Any] = {"draw": 0, "words": None, "language": ""}
-RENDER_ERRORS = (  # errors that expressions in templates may raise
+# Expressions in templates may raise these errors.
+RENDER_ERRORS = (
     TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError, RecursionError,
     MemoryError,
 )  # fmt: skip
@@ -93,11 +95,10 @@ def render(
 ) -> Prompt:
     """Render the prompt of a task. `values` are variables for the template, such as `style`.
 
-    Every template may use `draw` (0 to DRAWS - 1), `words` (desired length or None), `language` (English name
-    of the language, or "" for English), `row` (source columns, as in `row.title`) and `results` (results of
-    other tasks, as in `results.detailed`). If a built-in task's template does not use `row`, the columns are
-    prepended to the text as notes. Templates in `folders` override the built-in ones. Raises ConfigError if
-    the template is invalid or does not support a value.
+    Every template may use `draw` (0 to DRAWS - 1), `words` (desired length or None), `language` (English
+    name, or "" for English), `row` (source columns) and `results` (of other tasks). A built-in template
+    without `row` gets the columns as notes. Templates in `folders` override the built-in ones. Raises
+    ConfigError if the template is invalid or does not support a value.
     """
     name, source = _source_of(task, folders)
     try:
@@ -168,7 +169,7 @@ def check_names(task: Task, folders: Folders, columns: Sequence[str]) -> None:
         raise ConfigError(problem, hint=hint) from None
     if unknown:
         problem = f"the prompt {name} uses row.{unknown[0]}, which is not a context column"
-        close = get_close_matches(unknown[0], columns)  # mapped columns that may be misspelled
+        close = get_close_matches(unknown[0], columns)
         names = [column for column in columns if column not in close]
         hint = f"to use the column {unknown[0]}, pass --columns context={','.join([*names, *unknown])}"
         known = [f"row.{column}" for column in columns]

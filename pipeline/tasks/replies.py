@@ -11,7 +11,8 @@ from pipeline.tasks.boxes import Frame
 from pipeline.tasks.custom import NOTHING_FOUND
 from pipeline.types import Reply, Request
 
-MAX_BRACES = 32  # number of opening braces at which parsing is tried
+# JSON is searched at no more than this many opening braces.
+MAX_BRACES = 32
 _DECODER = json.JSONDecoder()
 _COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expression", "record")
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
@@ -60,10 +61,7 @@ def find_flaw(
 def read_fields(
     task: Task, reply: Reply, frame: Frame | None = None, style: str = ""
 ) -> list[tuple[dict[str, Any], str | None]]:
-    """Return the columns of each annotation in a reply, each with an error or None.
-
-    A plain text may also come as JSON, since many models write JSON out of habit.
-    """
+    """Return the columns of each annotation in a reply, each with an error or None."""
     if reply.finish_reason != "stop":
         return [({}, _UNFINISHED.get(reply.finish_reason, reply.finish_reason))]
     value = _parse(reply.text)
