@@ -29,7 +29,7 @@ from pipeline.dataset.calibration import NEVER, TRUE, Evidence, Findings
 
 IMAGES, KNOWN, MAX_LOST = 200, 3, 0.1
 ERRORS, WRONG, ALWAYS_YES = (0.02, 0.1, 0.3), (0.0, 0.05, 0.1, 0.2), (0.0, 0.3)
-NOISE = (0.0, 1.0, 2.0)  # standard deviations of normal noise; log-odds are multiplied by exp(noise)
+NOISE = (0.0, 1.0, 2.0)
 UNSURE_FRAC = 0.25
 Array = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -45,14 +45,14 @@ def ask(is_true: Array, wrong: float, always_yes: float, draw: np.random.Generat
 
 
 def evidence_of(answers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return refuting minus confirming answers per claim. If the first two confirm it, only they count."""
+    """Return, per claim, the number of refuting answers minus that of confirming answers."""
     first = answers[..., :2].sum(-1)
     evidence: npt.NDArray[np.int64] = np.where(first > -2, answers.sum(-1), first)
     return evidence
 
 
 def evidence_by_image(evidence: npt.NDArray[np.int64]) -> Evidence:
-    """Return the evidence against the claims of each image. Shape of `evidence`: (images, claims)."""
+    """Count the images with the same evidence. Shape of `evidence`: (images, claims)."""
     return Counter(map(tuple, evidence.tolist()))
 
 
@@ -120,7 +120,7 @@ def auroc(log_odds: Floats, is_true: Array) -> float:
 def compare_log_odds(
     texts: int, claims: int, error: float, wrong: float, noise: float, rounds: int, draw: np.random.Generator
 ) -> dict[str, float]:
-    """Return the mean shares of true captions kept and of false captions found, with and without log-odds."""
+    """Return the mean shares of true captions kept and of false captions found by each check."""
     results: list[dict[str, float]] = []
     for _ in range(rounds):
         is_true = np.ones((texts, claims), bool)

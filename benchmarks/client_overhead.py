@@ -31,9 +31,10 @@ from tests.plans import request_plan
 HERE = Path(__file__).parent
 CONCURRENCY = 256
 LATENCY_SECONDS = 0.2
-KEPT_FILES = 2000  # further images are copies with additional bytes at the end
+KEPT_FILES = 2000
 WITH_CONTEXT = "synth-context"
-HANGS_SECONDS = 180  # a client hangs if half of the rows take this long; normally, they take a few seconds
+# A client hangs if half of the rows take this long.
+HANGS_SECONDS = 180
 PROMPT = "Write one sentence that names the main things in view."
 
 
@@ -51,7 +52,8 @@ class Run:
 
 def make_images(folder: Path) -> None:
     """Write distinct noisy JPEGs of about 85 kB."""
-    from photos import noise_jpeg  # imported here to keep it out of the measured clients
+    # The measured clients do not need this import.
+    from photos import noise_jpeg
 
     folder.mkdir(parents=True)
     for number in range(KEPT_FILES):
@@ -96,10 +98,7 @@ def run_raw(url: str, images: Path, rows: int) -> None:
 
 
 def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: bool = False) -> None:
-    """Run the generate step of `synth generate`: hashing, journal, validation and annotation table.
-
-    With `with_context`, each prompt contains a title and tags for its image.
-    """
+    """Run the generate step of `synth`. With `with_context`, each image has its own prompt."""
     from contextlib import ExitStack
 
     from pipeline.config.files import resolve
@@ -151,7 +150,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
 
 
 def measure(command: list[str], out: Path) -> Run:
-    """Run a client until it exits. CPU and memory include child processes that it waited for."""
+    """Run a client until it exits. CPU time and memory include its child processes."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with (out.parent / f"{out.name}.log").open("w") as log:
@@ -232,7 +231,7 @@ def main() -> None:
         return run_synth(
             arguments.url, arguments.images, arguments.rows, arguments.out, with_context=with_context
         )
-    from mock_chat import running_mock  # imported here to keep it out of the measured clients
+    from mock_chat import running_mock
 
     with running_mock(LATENCY_SECONDS, various=False) as root, tempfile.TemporaryDirectory() as temporary:
         compare(arguments, root, Path(temporary))
@@ -255,7 +254,8 @@ def compare(arguments: argparse.Namespace, root: str, scratch: Path) -> None:
     clients = commands(f"{root}/v1", images, peers)
     runs: dict[str, Run] = {}
     for _ in range(arguments.repeat):
-        for name, command in clients.items():  # interleaved, so that load on the machine affects all clients
+        # The clients take turns, so that other load affects all of them.
+        for name, command in clients.items():
             out = scratch / name
             few = measure([*command, "--rows", str(short), "--out", str(out)], out)
             runs[name] = many = measure([*command, "--rows", str(arguments.rows), "--out", str(out)], out)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 DRAWS = 2000
-# 97.5 % quantile of Student's t distribution by degrees of freedom, relative to the normal distribution.
+# 97.5 % quantiles of Student's t distribution, divided by that of the normal distribution.
 WIDENING = {1: 6.48, 2: 2.20, 3: 1.62, 4: 1.42, 5: 1.31, 6: 1.25, 7: 1.21, 8: 1.18, 9: 1.15}
 Scores = npt.NDArray[np.float64]
 
@@ -38,9 +38,9 @@ def read_scores(folders: list[Path]) -> Scores:
 
 
 def draw_means(scores_SI: Scores, images_RI: npt.NDArray[np.int64], rng: np.random.Generator) -> Scores:
-    """Return bootstrap draws of the mean score: (R,)."""
+    """Return the mean score of each bootstrap sample: (R,)."""
     S, mean_I = len(scores_SI), scores_SI.mean(0)
-    # Means of S drawn seeds have only (S - 1) / S of the true variance.
+    # The means of S sampled seeds have only (S - 1) / S of the true variance.
     spread = WIDENING.get(S - 1, 1.0) * np.sqrt(S / (S - 1)) if S > 1 else 0.0
     drawn_RI = mean_I + spread * (scores_SI[rng.integers(S, size=(len(images_RI), S))].mean(1) - mean_I)
     means_R: Scores = np.take_along_axis(drawn_RI, images_RI, 1).mean(1)
@@ -59,7 +59,7 @@ def interval(scores_SI: Scores, base_SI: Scores | None = None) -> tuple[float, f
 
 
 def print_comparison(title: str, arms: dict[str, Scores]) -> None:
-    """Print the mean score of each arm, and the difference of each later arm from the first."""
+    """Print the mean score of each group, and its difference from the first group."""
     base = next(iter(arms))
     for name, scores_SI in arms.items():
         low, high = interval(scores_SI)

@@ -38,7 +38,8 @@ NOUNS = (
 )
 KINDS = ("red", "blue", "old", "small", "wooden", "striped", "broken", "shiny", "pale", "narrow")
 BATCH = 5000
-MAX_PROBES = 20  # requests that probe the server do not count as the first request
+# The first requests only probe the server.
+MAX_PROBES = 20
 
 
 def caption_of(number: int) -> str:
@@ -82,7 +83,7 @@ def digest_of(dataset: Path) -> str:
 
 
 def asked(mock: str) -> int:
-    """Return the number of requests that a mock endpoint received, or 0 if `mock` is empty."""
+    """Return the number of requests that a mock endpoint received, or 0 without an endpoint."""
     if not mock:
         return 0
     with urllib.request.urlopen(f"{mock}/stats") as response:
@@ -125,7 +126,7 @@ def watch(
 
 
 def main() -> None:
-    """Run the command twice, optionally after a killed run. Print time and memory of each run."""
+    """Run the command twice, and print the time and memory of each run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

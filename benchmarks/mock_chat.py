@@ -46,7 +46,7 @@ def answer(text: str, finish_reason: str = "stop") -> bytes:
 
 
 def caption(key: bytes) -> str:
-    """Choose one of half a million captions by a key."""
+    """Choose one of half a million captions. The choice depends on the key."""
     words = [
         options[byte % 8]
         for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)
@@ -57,7 +57,7 @@ def caption(key: bytes) -> str:
 
 
 def pairs(key: bytes) -> list[dict[str, str]]:
-    """Choose four questions with answers by a key. One answer is yes or no, and one is a number."""
+    """Choose four questions with answers. The choice depends on the key."""
     words = [
         options[byte % 8]
         for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)
@@ -117,7 +117,7 @@ class Mock:
         self.answered[key] += 1
         body = self.body
         if self.various:
-            asked_for_pairs = b"Task: qa" in raw  # the last line of the prompt
+            asked_for_pairs = b"Task: qa" in raw
             body = answer(json.dumps({"qa": pairs(key)} if asked_for_pairs else {"caption": caption(key)}))
         return web.Response(body=body, content_type="application/json")
 
@@ -159,7 +159,7 @@ async def health(_request: web.Request) -> web.Response:
 
 @contextmanager
 def running_mock(seconds: float = 0, *, various: bool = True) -> Iterator[str]:
-    """Run a mock in its own process. Yields its address (without /v1) once it answers."""
+    """Run a mock in its own process. Yields its address (without /v1) once it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

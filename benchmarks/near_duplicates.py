@@ -16,12 +16,13 @@ import numpy as np
 
 from pipeline.images.near_duplicates import Hashes, near_hashes
 
-FLIPS = np.array([2**64 - 1, 2**64 - 1, 0, 0], np.uint64)  # XOR gives the hash of the mirrored image
+# XOR with this value gives the hash of the mirrored image.
+FLIPS = np.array([2**64 - 1, 2**64 - 1, 0, 0], np.uint64)
 BITS = (8, 20, 48, 56, 64, 70)
 
 
 def plant(count: int) -> tuple[Hashes, dict[tuple[int, int], int]]:
-    """Return hashes, and the planted pairs among them with their distances in bits."""
+    """Return random hashes, and the pairs that were made similar, with their distances in bits."""
     rng = np.random.default_rng(count)
     hashes = rng.integers(0, 2**64, (count, 4), dtype=np.uint64)
     planted = {}

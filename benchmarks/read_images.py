@@ -57,19 +57,19 @@ def source(folder: Path) -> None:
 
 
 def send(folder: Path) -> None:
-    """Check from each header that the bytes can be sent unchanged."""
+    """Check whether the bytes can be sent unchanged, which needs only the header of each image."""
     for path in sorted(folder.iterdir()):
         assert sendable_format(path.read_bytes(), None)
 
 
 def shrink(folder: Path) -> None:
-    """Scale images down to 100,000 pixels and re-encode them, as for images that are too large."""
+    """Reduce images to 100,000 pixels and re-encode them."""
     for path in sorted(folder.iterdir()):
         reencode(path.read_bytes(), 100_000)
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and its running children, such as decoding workers."""
+    """Return the CPU seconds of this process and its running children."""
     children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
     ticks = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13] for child in children]
     return time.process_time() + sum(int(count) for used in ticks for count in used) / os.sysconf(

@@ -29,7 +29,8 @@ from pipeline.text.phrases import PHRASES, phrases_in
 from pipeline.types import Reply, Request, Sampling
 
 BATCH = 10_000
-LENGTHS = {"captions_human": range(10, 15), "captions_vlm": range(110, 151)}  # words per timed caption
+# The CPU time is measured for captions with these numbers of words.
+LENGTHS = {"captions_human": range(10, 15), "captions_vlm": range(110, 151)}
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def read(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def annotations(rows: list[dict[str, Any]], *, are_human: bool = False) -> pa.Table:
-    """Convert rows to annotations, as parsed from replies with the same texts."""
+    """Convert rows to annotations, as if a model had replied with the same texts."""
     parsed: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         task = "caption" if "text" in row else "qa"
@@ -79,7 +80,7 @@ def annotations(rows: list[dict[str, Any]], *, are_human: bool = False) -> pa.Ta
 
 
 def judge(rows: list[dict[str, Any]], *, are_human: bool = False) -> tuple[list[str | None], float]:
-    """Return the rejection reason of each row, or None if it is kept, and the CPU seconds in filter."""
+    """Return the rejection reason of each row, or None if it is kept, and the CPU seconds."""
     reasons: list[str | None] = []
     seconds = 0.0
     for first in range(0, len(rows), BATCH):

@@ -31,7 +31,7 @@ from pipeline.storage.files import write_json
 
 TEXTS = len(STYLES) + 3  # per image
 START_IMAGES = 8
-MAX_WORDS = 200  # more words than any caption has
+MAX_WORDS = 200
 CODE = "from pipeline.cli import main; main()"
 
 

@@ -68,7 +68,7 @@ class Rounds:
 def annotate(
     samples: list[Sample], config: Config, weights: Path, *, reworded: bool
 ) -> tuple[list[dict[str, Any]], float]:
-    """Annotate all samples. Returns annotations and seconds, which do not include loading the model."""
+    """Annotate all samples. Returns annotations and seconds, without the time to load the model."""
     engine = EmbeddedEngine(weights)
 
     def requests(chunk: list[Sample]) -> list[Request]:
@@ -136,7 +136,7 @@ def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
 
 
 def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """Print the accuracy of answers and evidence pages by type, and for questions about differences."""
+    """Print the accuracy of answers about several pages, by type."""
     scenes = scenes_by_id(samples, DECKS)
     differences = [
         row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")

@@ -43,11 +43,13 @@ from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.devices import matmul_precision
 from trainer.tokenizer import TextBatch
 
-CAPTIONS, TOKENS = 5, (10, 22)  # TOKENS: minimum and maximum caption length
-STATES, WIDTH = 50, 768  # CLIP ViT-B/32 (--states overrides STATES)
+# Captions have this number of tokens: (minimum, maximum).
+CAPTIONS, TOKENS = 5, (10, 22)
+STATES, WIDTH = 50, 768
 VOCABULARY = 8_192
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-QWEN3 = {  # the sizes of Qwen3-0.6B-Base
+# These are the sizes of Qwen3-0.6B-Base.
+QWEN3 = {
     "model_type": "qwen3",
     "vocab_size": 151_936,
     "hidden_size": 1024,
@@ -66,7 +68,7 @@ GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
 def now(device: torch.device) -> float:
-    """Return seconds of the wall clock or, on a CPU, of CPU time, which other processes change less."""
+    """Return seconds of the wall clock, or of CPU time on a CPU."""
     return time.process_time() if device.type == "cpu" else time.monotonic()
 
 
@@ -92,7 +94,7 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
     if isinstance(captioner.decoder, PretrainedDecoder):
         with torch.no_grad():
             for weights in captioner.decoder.parameters():
-                weights.copy_(weights.bfloat16())  # Qwen3 is stored in bfloat16
+                weights.copy_(weights.bfloat16())
         captioner.decoder.add_adapters(32, 0.05)
     return captioner.to(device).train()
 
@@ -169,7 +171,7 @@ def cell(
     torch.manual_seed(0)
     captioner = build(name, device)
     if precision == "bf16":
-        captioner.reduce_frozen()  # as in training
+        captioner.reduce_frozen()
     step = step_of(captioner, images, precision, packed=packed, states=states)
     for _ in range(2):
         step()
@@ -190,7 +192,8 @@ def cell(
         "steps_per_s": 1 / median,
         "captions_per_s": images * CAPTIONS / median,
         "of_the_floor": median / floor,
-        "waited_frac": statistics.median(waited) / median,  # near 0 if Python is the bottleneck
+        # This is near 0 if Python is the bottleneck.
+        "waited_frac": statistics.median(waited) / median,
         "kernels": count_kernels(step),
         "weights_gb": sum(weights.nbytes for weights in captioner.parameters()) / 1e9,
     }
@@ -211,7 +214,7 @@ class _Kernels(TorchDispatchMode):
 
 
 def count_kernels(step: Callable[[], float]) -> int:
-    """Return the number of operations in a step that compute something."""
+    """Return the number of operations in a step, except views and allocations."""
     kernels = _Kernels()  # type: ignore[no-untyped-call]
     with kernels:
         step()
@@ -234,10 +237,7 @@ def _launches_and_syncs(step: Callable[[], float]) -> dict[str, int]:
 def captions_per_s(
     name: str, images: int, states: int, rounds: int, decoding: DecodingConfig, device: torch.device
 ) -> tuple[float, float]:
-    """Return the number of 20-token captions per second, and the ratio of their time to the floor.
-
-    The floor is the time for the same FLOPs at the speed of one large matrix product.
-    """
+    """Return the number of 20-token captions per second, and the ratio of their time to the floor."""
     captioner = build(name, device).eval()
     states_BNV = torch.randn(images, states, WIDTH, device=device)
     prompt_BT = torch.full((images, 2), 2, device=device)

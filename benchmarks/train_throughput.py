@@ -33,7 +33,7 @@ from trainer.runtime.devices import autocast, matmul_precision
 from trainer.tokenizer import TextBatch
 
 IMAGES, CAPTIONS, TOKENS = 4, 5, 20
-SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384  # PATCH_PX is the default patch size
+SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384
 VOCAB = 16_384
 TOWER = {
     "hidden_size": WIDTH,
@@ -83,7 +83,7 @@ def our_step(
         CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields)
     ).to(device)
     learned = [*captioner.connector.parameters(), *captioner.decoder.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)  # as in trainer.optimizer
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)
     pixels_BCHW = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX, device=device)
     with torch.no_grad():
         states_BNV: Tensor = captioner.encoder(pixels_BCHW)
@@ -158,7 +158,7 @@ def nanovlm_step(
         targets[:, -1] = -100
         targets[:, states - 1] = -100  # the first token is the prompt, as in our step
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # as in train.py
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             _, loss = model(ids, list(pixels.split(1)), attention_mask=torch.ones_like(ids), targets=targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -190,7 +190,8 @@ def _take_steps(build: Callable[[], Step], pipe: Connection) -> None:
     torch.manual_seed(0)
     step = build()
     for _ in range(2):
-        step()  # warm-up, since memory is reused only from the second step on
+        # Warm up, because memory is reused only from the second step on.
+        step()
     pipe.send(None)
     while True:
         pipe.recv()

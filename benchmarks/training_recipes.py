@@ -39,14 +39,16 @@ from trainer.config import resolve
 from trainer.training import train_captioner
 
 TEST, VALIDATION, TAUGHT, TRUE, DECODER_SCENES = 250, 50, 1200, 100, (200, 600, 1800)
-FALSE = 0.2  # share of false phrases, including purple objects (1 of 8) called "blue"
+# This share of phrases is false, including purple objects called "blue".
+FALSE = 0.2
 FALSE_SHAPES = (FALSE - 1 / len(COLORS)) / (1 - 1 / len(COLORS))
 SHARED: dict[str, Any] = {
     "encoder": "tiny-clip", "encoder_states": "2x2", "text_weights": {"answer": 0},
     "evaluate_images": VALIDATION, "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4,
     "batch_size": 16, "connector_lr": 2e-3, "decoder_lr": 2e-3,
 }  # fmt: skip
-ARMS: dict[str, list[dict[str, Any]]] = {  # training runs of each arm; each continues the previous one
+# Each training run of a recipe continues the previous one.
+ARMS: dict[str, list[dict[str, Any]]] = {
     "two-stages": [{"text_source": "synthetic", "steps": 300}, {"text_source": "human", "steps": 150}],
     "teacher": [{"text_source": "synthetic", "steps": 450}],
     "true": [{"text_source": "human", "steps": 450}],
@@ -60,7 +62,7 @@ DECODERS: dict[str, list[dict[str, Any]]] = {
 
 
 def caption_as_teacher(scene: Scene, draw: random.Random) -> str:
-    """Return a caption with the errors of the teacher. The expected share of false phrases is FALSE."""
+    """Return a caption with the errors of the teacher."""
     things = []
     for thing in scene.objects:
         color, shape = "blue" if thing.color == "purple" else thing.color, thing.shape
@@ -100,7 +102,7 @@ def build_version(folder: Path, scenes: int, *, taught: bool) -> Version:
 
 
 def train(version: Version, folder: Path, seed: int, trainings: list[dict[str, Any]]) -> Path:
-    """Run the unfinished training runs of an arm. Return the folder of the last captioner."""
+    """Run the unfinished training runs of a recipe. Return the folder of the last captioner."""
     settings, out = dict(SHARED), folder
     for number, changes in enumerate(trainings):
         out = folder / f"{number}-{seed}"
@@ -126,7 +128,7 @@ def read_truth(version: Version, folders: list[Path]) -> Scores:
 
 
 def main() -> None:
-    """Train the missing captioners of an experiment, and print the scores of each arm."""
+    """Train the missing captioners of an experiment, and print the scores of each recipe."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("experiment", choices=("stages", "decoders"))

@@ -46,7 +46,7 @@ SIDE_PX = 448
 REVISION = "benchmark"
 PORT = 8133
 
-# Settings for a model with random weights, which gives no usable replies.
+# The model has random weights, so its replies are not usable.
 UNUSABLE: dict[str, Any] = {
     "generate": {"max_tokens": 16, "attempts": 1},
     "server": {"flags": ["--block-size", "32"], "max_failure_frac": 1.0},
@@ -143,7 +143,7 @@ def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) 
 def compare(
     pairs: int, count: int, concurrency: int, root: str, client: Client, config: Config, scratch: Path
 ) -> Iterator[float]:
-    """Yield one ratio per pair. The order of the clients alternates, and the first pair is only a warm-up."""
+    """Yield one ratio per pair of runs. The first pair is a warm-up."""
     for pair in range(pairs + 1):
         rates = {}
         for client_name in ("bare", "synth") if pair % 2 else ("synth", "bare"):
@@ -176,7 +176,7 @@ def measure_prefix(count: int, scratch: Path) -> None:
         styles: prefix_hits(folder, styles, count, scratch) for styles in (("brief",), ("brief", "detailed"))
     }
     one_task, two_tasks = hits["brief",] / count, hits["brief", "detailed"] / count
-    # Subtract the tokens from the start of the system prompt, which every task reuses.
+    # Subtract the start of the system prompt, which every task reuses.
     gain = two_tasks - 2 * one_task
     print(
         f"the second task of an image found {gain:.0f} tokens more in the cache than the first; an image "
@@ -199,7 +199,7 @@ def make_large_model(folder: Path) -> Path:
 
 
 def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path) -> float:
-    """Return the number of prefix-cache hits, in tokens, of a run on `count` images with a new server."""
+    """Return the number of tokens that a run on `count` images finds in the prefix cache."""
     options = {**UNUSABLE, "generate": UNUSABLE["generate"] | {"caption_styles": styles}}
     config = resolve(source="scenes", engine="vllm", tasks=["caption"], **options)
     images = photos(0, count, SIDE_PX)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 LISTS = Path(__file__).parents[1] / "pipeline/text/wordnet"
 PARTS = ("noun", "verb", "adj", "adv")
-# Lexicographer files of words for visible things: acts, animals, artifacts, attributes, bodies, food, places,
-# objects, persons, phenomena, plants, shapes, substances and times, and all adjectives.
+# Lexicographer files of words for visible things, such as animals, food and shapes.
 VISIBLE = {"noun": {4, 5, 6, 7, 8, 13, 15, 17, 18, 19, 20, 25, 27, 28}, "adj": {0, 1, 44}}
 
-TYPES = {"noun": "1", "adj": "35"}  # the types of meanings in cntlist.rev
-MAX_MEANINGS, MIN_FRAC = 3, 0.1  # limits on the frequent meanings of a word
+TYPES = {"noun": "1", "adj": "35"}
+# A word has at most three frequent meanings, each at least a tenth as frequent as its most frequent one.
+MAX_MEANINGS, MIN_FRAC = 3, 0.1
 
 
 def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
@@ -31,7 +31,7 @@ def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
     synonyms: set[str] = set()
     frequent = {part: _frequent_senses(folder, part) for part in VISIBLE}
     for part, numbers in VISIBLE.items():
-        # Fields of a data line: offset, file number, type, number of words (hexadecimal), first word, ...
+        # The fields are offset, file number, type, number of words (hexadecimal), first word, ...
         for fields in (line.split(" ") for line in _lines(folder / f"data.{part}")):
             # Adjectives may have a marker: "afraid(p)".
             names = {name.partition("(")[0].lower() for name in fields[4 : 4 + 2 * int(fields[3], 16) : 2]}
@@ -49,10 +49,9 @@ def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
 
 
 def _frequent_senses(folder: Path, part: str) -> set[tuple[str, str]]:
-    """Return the words of a part of speech with the offsets of their frequent meanings.
+    """Return (word, offset) for the frequent meanings of the words of a part of speech.
 
-    A word's first meaning is always included. Its second and third are included if they are not much rarer
-    in WordNet's tagged texts.
+    The first meaning is always included, the second and third only if they are not much rarer.
     """
     counts: dict[tuple[str, int], int] = {}
     for key, number, count in (line.split(" ") for line in _lines(folder / "cntlist.rev")):

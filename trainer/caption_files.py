@@ -23,9 +23,9 @@ from pipeline.storage.sidecars import images_without_text, write_sidecar
 from pipeline.storage.untrusted import is_hidden, read_regular
 
 if TYPE_CHECKING:
-    from trainer.captioner import Captioner  # imports torch, which takes seconds
+    from trainer.captioner import Captioner
 
-SIDECARS = Path("txt")  # the `out` value for one text file next to each image
+SIDECARS = Path("txt")
 MAX_TEXT_BYTES = 8_000_000_000
 JSON_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 Row = dict[str, Any]
@@ -69,8 +69,7 @@ def open_captions(
 ) -> Iterator[tuple[set[str], Callable[[list[Row]], None]]]:
     """Yield the images that an earlier run captioned, and a function that adds the rows of an image.
 
-    All rows are written to `path` when the context ends. Raises ConfigError if an earlier run, finished or
-    interrupted, used different settings.
+    All rows are written to `path` at the end. Raises ConfigError if an earlier run used different settings.
     """
     require_caption_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,11 +97,7 @@ def open_captions(
 
 
 def _read_rows(path: Path, draft: Path, settings: dict[str, Any]) -> list[Row]:
-    """Return the rows of an earlier run. Raises ConfigError if they are damaged.
-
-    If the run was interrupted, its rows are in `draft`, and ConfigError is also raised if it used different
-    settings. The rows of the last image in the draft are dropped, because some may be missing.
-    """
+    """Return the rows of an earlier run. Raises ConfigError if they are damaged."""
     file = draft if draft.exists() else path
     # Not splitlines(): a caption may contain other line separators.
     lines = _read(file).decode("utf-8", "replace").split("\n") if file.exists() else [""]
@@ -146,7 +141,7 @@ class CaptionedImages:
 
 @dataclass(frozen=True, slots=True)
 class CaptionTask:
-    """The images to caption, and the options. With a `question`, `styles` must be ("",)."""
+    """The images to caption, and the options. If `question` is set, `styles` must be ("",)."""
 
     captioner: "Captioner"
     images: list[Path]
@@ -166,10 +161,7 @@ class CaptionTask:
     def run(
         self, images: list[Path], write: Callable[[Path, list[str]], int], progress: Progress
     ) -> CaptionedImages:
-        """Call `write` with each image and its texts, one per style.
-
-        `write` returns the number of added texts.
-        """
+        """Pass each image and its texts to `write`, which returns the number of texts that it added."""
         result, pairs = CaptionedImages(), ((path, path) for path in images)
         styles = [style or None for style in self.styles]
         if num_kept := len(self.images) - len(images):
@@ -182,8 +174,7 @@ class CaptionTask:
                 result.unread.append((path, texts))
             else:
                 result.num_written += write(path, texts)
-            # Report progress after whole batches only: the images of a batch finish together, so the speed
-            # would be wrong in between.
+            # The images of a batch finish together, so the speed would be wrong within a batch.
             if count % self.batch_size == 0 or count == len(images):
                 progress("caption", count, len(images))
         return result
@@ -194,8 +185,8 @@ def caption_images(
 ) -> CaptionedImages:
     """Write captions to the file `out`, or to text files next to the images if `out` is SIDECARS.
 
-    If `out` is None, rows are passed to `show`. Texts of an earlier run with these settings, and existing
-    text files, are kept. Raises ConfigError if an earlier run wrote to `out` with different settings.
+    If `out` is None, rows are passed to `show`. Existing text files, and texts of an earlier run with the
+    same settings, are kept. Raises ConfigError if an earlier run wrote to `out` with different settings.
     """
 
     def show_rows(path: Path, texts: list[str]) -> int:

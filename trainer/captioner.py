@@ -29,7 +29,7 @@ from trainer.runtime.checkpoint_folder import find_captioner, require_learned
 from trainer.tokenizer import TargetText, scored_prompt
 
 BATCH_SIZE = 32
-READERS = 2  # threads, each of which holds one full-size image
+READERS = 2
 Picture = Image.Image | str | PathLike[str] | bytes
 
 
@@ -43,8 +43,7 @@ class Captioner:
     def from_pretrained(cls, name: str | Path, device: str | None = None) -> "Captioner":
         """Load a captioner from a folder or from the Hub (ORG/NAME or ORG/NAME@REVISION).
 
-        `device` is a torch device name and defaults to a GPU if there is one. Raises TrainError if there is
-        no captioner.
+        `device` defaults to a GPU if there is one. Raises TrainError if there is no captioner.
         """
         return cls(load_checkpoint(find_captioner(name), torch.device(device) if device else None))
 
@@ -64,9 +63,9 @@ class Captioner:
         return self.checkpoint.captioner.config.decoding().num_beams
 
     def decoding(self, num_beams: int, question: str = "") -> DecodingConfig:
-        """Return the options of the final evaluation for captions, but only `num_beams` for answers.
+        """Return the decoding options for captions or, with a `question`, for answers.
 
-        Other options, such as a minimum length, do not suit short answers.
+        Answers use only `num_beams`, because options such as a minimum length do not suit short answers.
         """
         config = self.checkpoint.captioner.config
         return DecodingConfig(num_beams=num_beams) if question else config.decoding(num_beams)
@@ -81,9 +80,9 @@ class Captioner:
     ) -> list[str]:
         """Return one caption per image or, with a `question`, one answer per image.
 
-        An image is a PIL image, or the path or the content of a file. `num_beams` defaults to `usual_beams`.
-        A value of 1 means greedy decoding, which is faster. Raises TrainError if the style was not learned
-        or an image cannot be read.
+        An image is a PIL image, a path, or the bytes of an image file. `num_beams` defaults to `usual_beams`,
+        and 1 means greedy decoding. Raises TrainError if the style was not learned or an image cannot be
+        read.
         """
         pictures = [images] if isinstance(images, Image.Image | str | PathLike | bytes) else images
         captions = []
@@ -103,8 +102,7 @@ class Captioner:
     ) -> Iterator[tuple[Any, list[str] | ImageError]]:
         """Yield (key, texts) for each (key, image), in order, with one text per style.
 
-        An unreadable image has an ImageError instead of texts. Threads read and resize the files of a batch.
-        Each image is encoded once for all styles.
+        If an image cannot be read, an ImageError takes the place of its texts.
         """
         num_beams = self.usual_beams if num_beams is None else num_beams
         if batch_size < 1 or num_beams < 1:
@@ -115,7 +113,8 @@ class Captioner:
         with ThreadPoolExecutor(READERS) as pool:
 
             def prepare(picture: Picture) -> Callable[[], Tensor | ImageError]:
-                if isinstance(picture, Image.Image):  # preprocess now: the caller may change the image
+                # The caller may change the image later, so preprocess it now.
+                if isinstance(picture, Image.Image):
                     pixels = self.prepare(picture)
                     return lambda: pixels
                 return pool.submit(self.prepare, picture).result

@@ -29,16 +29,20 @@ ENCODERS = {
     "siglip2": "google/siglip2-base-patch16-256",
     "dinov2": "facebook/dinov2-base",
 }
-TINY_VIT = "tiny-vit"  # an encoder with random weights, trained together with the decoder
-PREFIX = "prefix"  # a language model with random weights and the image states as a prefix
+# This encoder has random weights, and is trained together with the decoder.
+TINY_VIT = "tiny-vit"
+# This decoder is a language model with random weights that reads the image as a prefix.
+PREFIX = "prefix"
 SCRATCH_DECODERS = ("scratch", PREFIX)
 DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
 
 FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
-MAX_CAPTION_TOKENS = 8192  # limit for settings and for untrusted checkpoints
-MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0  # with larger values, generation could take forever or overflow
+# These limits also apply to checkpoints from untrusted sources.
+MAX_CAPTION_TOKENS = 8192
+MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0
 MAX_EPOCHS, MAX_STAGE_FRAC = 1_000_000, 10.0
-MIN_EVALUATIONS = 4  # evaluations are limited to one per epoch, but never to fewer than this number
+# A run has at most one evaluation per epoch, but this number is always allowed.
+MIN_EVALUATIONS = 4
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {},
@@ -233,8 +237,8 @@ class TrainConfig(Section):
 def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     """Merge defaults, preset, settings file and flags. Later ones take precedence.
 
-    The values None and "auto" mean that a flag is not set. Raises ConfigError for an invalid key
-    or value, or an unknown encoder or decoder in a flag.
+    A flag that is None or "auto" is not set. Raises ConfigError for an invalid key or value, or if a flag
+    names an unknown encoder or decoder.
     """
 
     def is_set(name: str, value: Any) -> bool:
@@ -243,7 +247,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     given = read_yaml(config_file, "for an example, see train.json of a checkpoint") if config_file else {}
     values = {name: value for name, value in given.items() if is_set(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and is_set(name, value)}
-    if not (values | flags).get("init"):  # a captioner to continue may contain other models
+    # A captioner whose training continues may contain other models.
+    if not (values | flags).get("init"):
         _require_known_models(flags)
     preset, decoder = ({**values, **flags}.get(name) for name in ("preset", "decoder"))
     if values.get("preset", "auto") not in ("auto", preset):
@@ -266,7 +271,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
 
 
 def _require_known_models(flags: dict[str, Any]) -> None:
-    """Raise ConfigError for an encoder or a decoder that is neither a short name, a path nor a Hub id."""
+    """Raise ConfigError if the encoder or the decoder in the flags is unknown."""
     for kind, names in (("encoder", (*ENCODERS, TINY_VIT)), ("decoder", (*SCRATCH_DECODERS, *DECODERS))):
         name = str(flags.get(kind, names[0]))
         if name in names or "/" in name or Path(name).exists():
@@ -276,12 +281,12 @@ def _require_known_models(flags: dict[str, Any]) -> None:
 
 
 def keeps_human_texts(manifest: dict[str, Any]) -> bool:
-    """Return whether human texts passed through all pipeline steps. Otherwise they are only references."""
+    """Return whether the caption and question columns of a version contain human texts."""
     return any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
 
 
 def default_texts(manifest: dict[str, Any]) -> Mixture:
-    """Return which texts are in the caption columns of a version: synthetic, human or mixed."""
+    """Return whether the caption columns of a version hold synthetic, human or mixed texts."""
     if not keeps_human_texts(manifest):
         return "synthetic"
     return "human" if manifest["model"]["name"] == NO_MODEL else "mixed"

@@ -23,7 +23,7 @@ from trainer.image_index import StoredImage, map_images
 from trainer.prompts import STYLES
 from trainer.tokenizer import TargetText
 
-REFERENCE_STYLE = "brief"  # human captions are learned in this style
+REFERENCE_STYLE = "brief"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Example:
         return prepare_image(self.image if isinstance(self.image, bytes) else self.image.read())
 
 
-Sets = dict[str, list[Example]]  # examples by split
+Sets = dict[str, list[Example]]
 
 
 def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainConfig]:
@@ -107,11 +107,10 @@ def read_examples(
 ) -> list[Example]:
     """Return one example for each row that has a training text or, with `to_score`, a reference.
 
-    `images` maps sample ids to images, or is None if the samples are decks (several pages each). With
-    `keeps_human`, human texts are read from the caption and question columns, otherwise from the reference
-    columns.
+    `images` maps sample ids to images, or is None if each sample has several pages. With `keeps_human`, human
+    texts are read from the caption and question columns, otherwise from the reference columns.
 
-    Raises TrainError if the samples are decks, or if no row has a caption to learn.
+    Raises TrainError if `images` is None, or if no row has a caption to learn.
     """
     if images is None:
         problem = "captioners are trained on single images, but these samples are decks"

@@ -31,9 +31,11 @@ from trainer.prompts import preferred_source
 from trainer.runtime.devices import gather_slices, own_slice
 from trainer.tokenizer import TargetText, scored_prompt
 
-CLIPSCORE_WEIGHT = 2.5  # from the paper, scales typical scores to the range 0 to 1
-SHOWN_IMAGES = 12  # examples in the report and in the card of a captioner
-HELD_IMAGES = 256  # images whose states are in memory at the same time, 155 MB for ViT-B/16
+# The paper scales the score by 2.5, so that typical scores are between 0 and 1.
+CLIPSCORE_WEIGHT = 2.5
+SHOWN_IMAGES = 12
+# At most this number of images has its hidden states in memory.
+HELD_IMAGES = 256
 
 
 def score_answers(
@@ -73,20 +75,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score captions against the source's references or, if there are none, the teacher's captions.
 
-    `prompt` is (source, style). With `questions`, answers are scored too, and intervals are computed. With
-    `clip`, CLIPScore is added. In the result, `shuffled_scores` compares each image's references with another
-    image's caption.
-    `intervals` holds 95 % bootstrap intervals. `gain` is the interval of the difference in CIDEr-D between
-    `scores` and `shuffled_scores`. If it includes 0, the captioner may ignore its images. `questions` holds
-    the scores of answers. `each` holds the caption and scores of every image.
+    `prompt` is (source, style). With `questions`, answers are scored too, and 95 % bootstrap intervals are
+    computed. With `clip`, CLIPScore is added.
+
+    In the result, `shuffled_scores` are the scores of the same captions for other images. `gain` is the
+    interval of the difference in CIDEr-D between `scores` and `shuffled_scores`. If it includes 0, the
+    captioner may ignore its images. `each` holds the caption and the scores of every image.
     """
     checkpoint.captioner.eval()
     source, style = prompt
     against, examples, texts = choose_references(examples, style)
     # A caption depends only on its image, so captions are shuffled instead of images.
     order = derangement([example.sample_id for example in examples])
-    # The questions of an example are asked about its own image and, as a control, about another one.
-    asked: list[list[int]] = [[] for _ in examples]  # indices of examples by image
+    # The questions of an example are also asked about another example's image, as a control.
+    asked: list[list[int]] = [[] for _ in examples]
     if questions and any(not style for _, style in checkpoint.captioner.config.prompts):
         for index, shuffled_image in enumerate(order):
             asked[index].append(index)
@@ -155,10 +157,10 @@ def evaluate_version(
     beams: int | None = None,
     clip: str | None = None,
 ) -> dict[str, Any]:
-    """Score a captioner on a split of a version (see `evaluate`). `clip` names the model for CLIPScore.
+    """Score a captioner on a split of a version (see `evaluate`).
 
-    `beams` defaults to the beam width of the final evaluation in training. Raises TrainError if `clip` is the
-    captioner's own encoder, and EngineError if `clip` cannot be loaded.
+    `beams` defaults to the captioner's beam width. `clip` names the model for CLIPScore. Raises TrainError if
+    it is the captioner's own encoder, and EngineError if it cannot be loaded.
     """
     config = checkpoint.captioner.config
     if clip and is_own_encoder(clip, config.encoder["made_from"]):
@@ -166,7 +168,8 @@ def evaluate_version(
         raise TrainError(problem, hint="choose another CLIP: --clip-score")
     try:
         examples = examples_in(version, split, config.data.get("texts", "synthetic"), to_score=True)
-    except TrainError:  # the version lacks the kind of texts (human or synthetic) that was learned
+    # The version lacks the kind of texts that was learned, human or synthetic.
+    except TrainError:
         examples = examples_in(version, split, default_texts(version.manifest), to_score=True)
     features = OnlineFeatures(checkpoint.captioner.encoder, checkpoint.captioner.device)
     prompt, decoding = scored_prompt(config.prompts, style), config.decoding(beams)
@@ -175,7 +178,7 @@ def evaluate_version(
 
 
 def choose_references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:
-    """Return the kind of references, the examples with references, and the references.
+    """Return the kind of references, the examples that have references, and these references.
 
     Raises TrainError if no example has a reference or a caption in the style.
     """
@@ -200,11 +203,7 @@ def _generate(
     decoding: DecodingConfig,
     asked: list[list[int]],
 ) -> tuple[list[str], dict[tuple[int, int], list[str]]]:
-    """Return the caption of each image, and the answers to the questions of the examples in `asked`.
-
-    The images are divided among the processes. A process holds the hidden states of at most HELD_IMAGES
-    images in memory.
-    """
+    """Return the caption of each image, and the answers to the questions of the examples in `asked`."""
     source, style = prompt
     prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))
     captioner = checkpoint.captioner
@@ -255,8 +254,8 @@ def answer_questions(
 def vqa_accuracy(answer: str, truth: Question) -> float:
     """Return VQA accuracy (Antol et al., 2015): min(1, matches / 3), averaged over leave-one-out subsets.
 
-    All answers are normalized first. (The official script compares verbatim if all annotators agree.) With
-    fewer than four annotators, an answer is correct if it equals one of their answers.
+    With fewer than four annotators, an answer is correct if it equals one of theirs. All answers are
+    normalized first. The official script does not normalize them if all annotators agree.
     """
     given = normalize_answer(answer)
     truths = [normalize_answer(reference) for reference in truth.answers]
@@ -269,7 +268,7 @@ def vqa_accuracy(answer: str, truth: Question) -> float:
 def clip_scores(
     name: str, images: Iterable[Image.Image], captions: Sequence[str], *orders: Sequence[int]
 ) -> list[list[float]]:
-    """Return, for each order, the CLIPScore (Hessel et al., 2021) of each image i with caption order[i]."""
+    """Return CLIPScores (Hessel et al., 2021), one list for each order of the captions."""
     clip = ClipScorer(name)
     image_states, text_states = clip.image_states(images), clip.text_states(captions)
     cosines = (clip.compare(image_states, [text_states[index] for index in order]) for order in orders)

@@ -32,9 +32,11 @@ from trainer.model.encoder import Encoder
 from trainer.runtime.devices import autocast, own_slice, sum_over_processes
 
 BATCH_IMAGES, BATCHES_AHEAD = 64, 4
-READERS = min(8, os.cpu_count() or 1)  # threads that decode images
-MIN_FREE_BYTES = 10**9  # stored states leave this much of the disk free
-SAVE_EVERY_S = 1.0  # each save calls fsync twice
+# This number of threads decodes images.
+READERS = min(8, os.cpu_count() or 1)
+# Stored states leave this much of the disk free.
+MIN_FREE_BYTES = 10**9
+SAVE_EVERY_S = 1.0
 IDS, STATES = "ids.bin", "states.bin"
 ID_BYTES = hashlib.sha256().digest_size
 Part = TypeVar("Part")
@@ -46,7 +48,8 @@ class Features:
     """Stored hidden states, looked up by sample id."""
 
     rows: dict[str, int]
-    stored: np.memmap  # bfloat16 states as bytes: (images, bytes)
+    # bfloat16 states as bytes, of shape (images, bytes).
+    stored: np.memmap
     shape: tuple[int, int]  # (N, V)
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
@@ -88,8 +91,9 @@ class OnlineFeatures:
         return states_BNV
 
 
-LoadedFeatures = Features | OnlineFeatures  # a thread calls `load` in advance, and the step calls `states`
-FeatureSource = Callable[[Sequence[Example]], Tensor]  # examples -> hidden states of their images (B, N, V)
+LoadedFeatures = Features | OnlineFeatures
+# Maps examples to the hidden states of their images: (B, N, V).
+FeatureSource = Callable[[Sequence[Example]], Tensor]
 
 
 @torch.inference_mode()
@@ -104,7 +108,7 @@ def hold_features(features: FeatureSource, examples: Sequence[Example]) -> Featu
 def load_ahead(
     load: Callable[[Part], Loaded], parts: Iterable[Part], count: int = BATCHES_AHEAD
 ) -> Iterator[Loaded]:
-    """Yield `load(part)` for each part. A thread loads the next `count` parts while the caller uses one."""
+    """Yield `load(part)` for each part. A thread loads the next `count` parts in the meantime."""
     pool = ThreadPoolExecutor(1)
     tasks = (pool.submit(load, part) for part in parts)
     try:
@@ -121,10 +125,9 @@ def load_ahead(
 def store_features(
     encoder: Encoder, examples: Sequence[Example], folder: Path, device: torch.device, progress: Progress
 ) -> Features:
-    """Return stored features for all examples. Missing features are computed first.
+    """Compute missing features, store them, and return the features of all examples.
 
-    Each process encodes its share of the images. Processes on several machines share all images if their
-    disk is shared. Raises TrainError if the disk is full.
+    The images are divided among the processes. Raises TrainError if the disk is full.
     """
     online = OnlineFeatures(encoder, device)
     num_states, width = online(examples[:1]).shape[1:]
@@ -132,10 +135,11 @@ def store_features(
     store = _Store(folder / f"{name}-{encoder.key()[:16]}", record_bytes=2 * num_states * width)
     example_of = {hashlib.sha256(example.sample_id.encode()).digest(): example for example in examples}
     own = own_slice()
-    # The first process holds the lock for all, so other runs wait and do not remove the store.
+    # The first process locks the folder, so that other runs wait and do not remove it.
     with store.lock(progress) if not own.start else nullcontext():
         while True:
-            sum_over_processes([0])  # wait until all have written
+            # Wait until all processes have written.
+            sum_over_processes([0])
             store.create()
             row_of = store.rows()
             missing = [key for key in example_of if key not in row_of]
@@ -146,7 +150,8 @@ def store_features(
                 break
             store.require_room(len(missing))
             _encode(store, online, {key: example_of[key] for key in missing}, own, progress)
-            own = own_slice(on_machine=True)  # images that other machines have stored on their own disks
+            # In later rounds, each machine encodes the images that only other machines have stored.
+            own = own_slice(on_machine=True)
     rows = {example.sample_id: row_of[key] for key, example in example_of.items()}
     return Features(rows, stored, (num_states, width))
 
@@ -154,15 +159,16 @@ def store_features(
 def _encode(
     store: "_Store", online: OnlineFeatures, missing: dict[bytes, Example], own: slice, progress: Progress
 ) -> None:
-    """Store the states of this process's share of the missing images."""
+    """Store the hidden states of this process's share of the missing images."""
     keys = [*missing][own]
     batches = [keys[start : start + BATCH_IMAGES] for start in range(0, len(keys), BATCH_IMAGES)]
     parts = ([missing[key] for key in batch] for batch in batches)
-    pending: list[tuple[list[bytes], Tensor]] = []  # batches that are not on disk yet
+    pending: list[tuple[list[bytes], Tensor]] = []
     saved_at = time.monotonic()
-    loaded = load_ahead(online.load, parts, count=1)  # pixels take much more memory than states
+    # Only one batch is loaded ahead, because pixels take much more memory than states.
+    loaded = load_ahead(online.load, parts, count=1)
     for number, (batch, pixels_BCHW) in enumerate(zip(batches, loaded, strict=True), 1):
-        with autocast("bf16", online.device):  # states are stored in bf16
+        with autocast("bf16", online.device):
             states_BNV = online.states(pixels_BCHW, online.device).bfloat16()
         pending.append((batch, states_BNV.cpu().contiguous()))
         if number == len(batches) or time.monotonic() - saved_at >= SAVE_EVERY_S:
@@ -175,10 +181,9 @@ def _encode(
 
 @dataclass(frozen=True, slots=True)
 class _Store:
-    """The folder for one encoder. states.bin holds one record per image. ids.bin holds the id digests.
+    """The stored states of one encoder, in states.bin, and the hashes of their sample ids, in ids.bin.
 
-    A digest is written only after its record is on disk, so an interrupted build can resume after the last
-    batch. Processes of one run write at the same time, so `append` locks ids.bin.
+    A hash is written after its states, so that an interrupted run can be resumed.
     """
 
     path: Path
@@ -203,7 +208,7 @@ class _Store:
                 raise TrainError(f"{file} is a link, which synth does not create", hint="remove it")
 
     def rows(self) -> dict[bytes, int]:
-        """Map id digests to rows of states.bin. A repeated digest means damage, so later rows are ignored."""
+        """Map hashes of ids to rows of states.bin. Rows after a repeated hash are ignored as damaged."""
         ids, states = self.path / IDS, self.path / STATES
         data = ids.read_bytes() if ids.exists() else b""
         num_states = states.stat().st_size // self.record_bytes if states.exists() else 0
@@ -216,7 +221,7 @@ class _Store:
         return rows
 
     def require_room(self, count: int) -> None:
-        """Raise TrainError if `count` more records would not leave MIN_FREE_BYTES on the disk."""
+        """Raise TrainError if the disk is too small for the states of `count` more images."""
         num_bytes, free_bytes = count * self.record_bytes, shutil.disk_usage(self.path).free
         if count and num_bytes > free_bytes - MIN_FREE_BYTES:
             need = f"the hidden states of {count:,} images take {num_bytes / 1e9:.1f} GB in {self.path}"
@@ -224,11 +229,11 @@ class _Store:
             raise TrainError(f"{need}, but {free_bytes / 1e9:.1f} GB are free", hint=hint)
 
     def append(self, ids: Sequence[bytes], records: np.ndarray) -> None:
-        """Write records (images, bytes), and then their id digests. Skips ids that the store has."""
+        """Write states (images, bytes), and then the hashes of their ids. Known ids are skipped."""
         with self._lock(IDS, lambda: None):
             row_of = self.rows()
             new = [index for index, key in enumerate(ids) if key not in row_of]
-            # Remove id digests without records.
+            # Remove hashes without states.
             os.truncate(self.path / IDS, len(row_of) * ID_BYTES)
             for name, size, data in (
                 (STATES, self.record_bytes, records[new].tobytes()),

@@ -39,7 +39,7 @@ class StoredImage:
 
 
 class _MappedFile:
-    """A memory-mapped Parquet file with images. Holds no open file handle."""
+    """A memory-mapped Parquet file with images."""
 
     def __init__(self, path: Path, leaf: str, damage: Callable[[Exception], StoreError]) -> None:
         self._leaf, self._damage, self._lock = leaf, damage, threading.Lock()
@@ -61,11 +61,8 @@ class _MappedFile:
                 yield sample_id, StoredImage(self, group, position)
 
     def group_images(self, number: int) -> list[memoryview]:
-        """Return the bytes of the images of a row group, which are located at the first access.
-
-        Images in compressed columns are held in memory, not mapped.
-        """
-        with self._lock:  # several threads may decode images of one file
+        """Return the bytes of the images of a row group."""
+        with self._lock:
             if number not in self._groups:
                 try:
                     self._groups[number] = list(self._locate(number))
@@ -94,11 +91,12 @@ class _MappedFile:
 
 
 def map_images(version: Version, split: str) -> dict[str, StoredImage]:
-    """Map sample ids of a split to images. Raises StoreError if a file is damaged or an image is missing."""
+    """Map the sample ids of a split to images. Raises StoreError for a damaged file or a missing image."""
     if version.holds_pixels:
         try:
             for shard in version.shards(split):
-                version.open_shard(shard)  # raises ValueError if its columns differ from the manifest
+                # This raises ValueError if the columns of the shard differ from the manifest.
+                version.open_shard(shard)
             files = [_MappedFile(shard, IMAGE_LEAF, version.damage_error) for shard in version.shards(split)]
             return {name: image for file in files for name, image in file.images()}
         except READ_ERRORS as error:

@@ -33,12 +33,13 @@ from trainer.runtime.checkpoint_folder import find_captioner, read_models, requi
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """Result of a finished training run."""
+    """Result of a finished training run. `path` is the checkpoint folder."""
 
-    path: Path  # checkpoint folder, for Captioner.from_pretrained
-    version: Version  # the training data, with pixels
+    path: Path
+    version: Version
     config: TrainConfig
-    metrics: dict[str, Any]  # content of metrics.json, or {} in processes other than the first
+    # This is the content of metrics.json, or {} in all processes but the first.
+    metrics: dict[str, Any]
 
     @property
     def scores(self) -> dict[str, float]:
@@ -84,15 +85,17 @@ def train(
     given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else {}
     options = {"encoder": "auto", "decoder": "auto", **given, **settings}
     if not resume and not (out and Path(out, "metrics.json").exists()):
-        require_models(resolve(file, **options))  # reports invalid settings before data or torch is loaded
+        # Report invalid settings before data and torch are loaded.
+        require_models(resolve(file, **options))
     version = open_version(data, images)
     message = progress.message if is_first else NullProgress().message
     config, folder = plan_training(version, options, file, Path(out) if out else None, message, resume=resume)
     for split in SPLITS:
         if not version.manifest["rows"].get(split):
-            version.read(split, ["sample_id"])  # raises StoreError before a folder is made
+            # This raises StoreError before a folder is made.
+            version.read(split, ["sample_id"])
 
-    from trainer.training import train_captioner  # imports torch, which takes seconds
+    from trainer.training import train_captioner
 
     texts = "" if config.text_source == "synthetic" else f", {config.text_source} texts"
     message(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}{texts}")
@@ -104,8 +107,8 @@ def train(
 def open_version(data: str | Path | Version | None, images: str | None = None) -> Version:
     """Open a version from disk, an object store or the Hub. Missing pixels are added from `images`.
 
-    Raises StoreError if the version does not exist or is damaged, and ConfigError if pixels are missing and
-    `images` is None.
+    Raises StoreError if the version does not exist or is damaged. Raises ConfigError if pixels are missing
+    and `images` is None.
     """
     if isinstance(data, str) and is_hub_name(data):
         data = pull_version(data)
@@ -125,8 +128,7 @@ def plan_training(
 ) -> tuple[TrainConfig, Path]:
     """Return the settings of a training run, and its folder. `options` override those in `config_file`.
 
-    A resumed run keeps its original settings. Raises ConfigError if the folder holds other files or an
-    interrupted run.
+    A resumed run keeps its settings. Raises ConfigError if the folder has other files or an interrupted run.
     """
     keeps_settings = resume and config_file is None
     if keeps_settings and out and (out / "train.json").exists():
@@ -146,7 +148,7 @@ def plan_training(
 def choose_settings(
     version: Version, options: dict[str, Any], config_file: Path | None, message: Callable[[str], None]
 ) -> TrainConfig:
-    """Return settings in which preset, encoder, precision and texts suit the data and the machine."""
+    """Return the settings. Unset ones are chosen to suit the data and the machine."""
     config = resolve(config_file, **options)
     if config.init:
         models = read_models(find_captioner(config.init))
@@ -195,7 +197,7 @@ def require_models(config: TrainConfig) -> None:
 def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:
     """Return CLIP if it is cached or can be downloaded, otherwise TINY_CLIP for drawn scenes.
 
-    Raises TrainError for other images if CLIP is missing, because TINY_CLIP only encodes drawn scenes.
+    Raises TrainError if CLIP is missing and the images are not drawn scenes.
     """
     try:
         require_models(TrainConfig(encoder="clip"))

@@ -33,29 +33,30 @@ from trainer.runtime.training_state import Log, delay_signals, save_resume
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
 
-READ_EVERY = 10  # steps between reads of loss and norm, which wait for the device
-SAVE_EVERY_S = 300.0  # interval of saves between evaluations; each evaluation saves too
-MAX_SKIPPED_STEPS = 10  # training fails after this many consecutive skipped steps
+# Reading the loss waits for the device, so it is read only after this number of steps.
+READ_EVERY = 10
+SAVE_EVERY_S = 300.0
+MAX_SKIPPED_STEPS = 10
 VALIDATION_STATE = ("best_score", "best_cider_d", "best_loss", "evaluations_without_gain")
-SCORE_DIGITS = 3  # validation scores are rounded before they are compared
+SCORE_DIGITS = 3
 
 
 class MicroBatch(NamedTuple):
     """Images of one forward pass, with their texts."""
 
-    loaded: Tensor  # pixels or stored states, see trainer/features.py
+    loaded: Tensor
     texts: TextBatch
     examples: list[Example]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The micro-batches of one process in a step. The other numbers cover the batch of all processes."""
+    """The micro-batches of one process in a step. The counts and the weight are those of all processes."""
 
     micro_batches: list[MicroBatch]
     num_images: int
     num_tokens: int  # target tokens
-    weight: float  # sum of the weights of the target tokens
+    weight: float
 
 
 @dataclass(slots=True)
@@ -68,7 +69,7 @@ class BatchLoader:
     features: LoadedFeatures
     rank: int = 0
     processes: int = 1
-    encoded: dict[str, list[EncodedText]] = field(default_factory=dict)  # by sample id
+    encoded: dict[str, list[EncodedText]] = field(default_factory=dict)
 
     def load(self, examples: list[Example]) -> Batch:
         """Load this process's part of the batch for a step. `examples` holds the whole batch."""
@@ -91,26 +92,21 @@ class BatchLoader:
 
 @dataclass(slots=True)
 class Validation:
-    """Scores the captioner on validation images, and saves it when the score improves.
-
-    Each process captions some of the images, and all processes get the same scores.
-    """
+    """Scores the captioner on validation images, and saves it when the score improves."""
 
     checkpoint: Checkpoint
     examples: list[Example]
     loader: BatchLoader
     best_score: float = -math.inf
-    best_cider_d: float | None = None  # None with a single validation image
+    # This is None if there is only one validation image.
+    best_cider_d: float | None = None
     best_loss: float = math.inf
     evaluations_without_gain: int = 0  # consecutive
-    # for the progress display: the latest scores, or a note that the remaining time excludes evaluations
+    # The progress display shows these values.
     shown: dict[str, str] = field(default_factory=lambda: {"evaluations": "not timed yet"})
 
     def score(self, out: Path, log: Log | None, done: int) -> None:
-        """Score the captioner after `done` steps. Only the process with a log writes files.
-
-        Raises TrainError if the loss is NaN or infinite.
-        """
+        """Score the captioner after `done` steps. Raises TrainError if the loss is NaN or infinite."""
         config = self.checkpoint.captioner.config
         prompt, decoding = scored_prompt(config.prompts), config.decoding(num_beams=1)
         # Frozen weights in bfloat16 need autocast.
@@ -128,8 +124,8 @@ class Validation:
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
         if log:
             log.write(step=done, **losses, **scores)
-        # Scores are often equal: about 0 early in training, and always 0 with a single image, because CIDEr-D
-        # weights words by rarity. Then the lower loss wins or, without validation texts, the later step.
+        # Scores are often equal, for example 0 early in training. Then the lower loss wins or, without
+        # validation texts, the later step.
         score, tie_breaker = round(cider_d, SCORE_DIGITS), float(done) if loss is None else -loss
         if (score, tie_breaker) > (self.best_score, -self.best_loss):
             if log:
@@ -144,7 +140,7 @@ class Validation:
         """Return the weighted mean validation loss per token, or None if there are no texts."""
         captioner, total, weight = self.checkpoint.captioner.eval(), 0.0, 0.0
         examples = [example for example in self.examples if example.texts][own_slice()]
-        # A batch of the same size as a micro-batch fits in memory.
+        # Use the size of a micro-batch, which fits in memory.
         config = self.loader.config
         size = math.ceil(config.batch_size / (config.gradient_accumulation_steps * self.loader.processes))
         for start in range(0, len(examples), size):
@@ -158,7 +154,7 @@ class Validation:
 
 @dataclass(slots=True)
 class Trainer:
-    """Computes gradients, and holds the state of the training loop."""
+    """Holds the state of the training loop, and computes its steps."""
 
     checkpoint: Checkpoint
     config: TrainConfig
@@ -166,10 +162,10 @@ class Trainer:
     validation: Validation
     device: torch.device
     schedule: Schedule
-    skipped_steps: Tensor  # consecutive updates that were skipped, on the device
-    frozen_key: str = ""  # digest of the frozen weights
+    skipped_steps: Tensor
+    frozen_key: str = ""
     critic: SelfCritic | None = None
-    rewards: list[float] = field(default_factory=list)  # rewards of the captions sampled in the last step
+    rewards: list[float] = field(default_factory=list)
 
     @property
     def epochs(self) -> float:
@@ -202,24 +198,24 @@ class Trainer:
     def forward_backward(self, batch: Batch, *, rewarded: bool = False) -> Tensor:
         """Compute the gradients of a step, summed over all processes. Returns the loss.
 
-        The loss is the weighted mean per token or, with `rewarded`, the mean per sampled caption. If a
-        micro-batch does not fit in GPU memory, the blocks of a language model are recomputed in the backward
-        pass from then on. With `rewarded`, they are not, because the captioner is in evaluation mode,
-        in which models cannot recompute. Raises TrainError if the micro-batch still does not fit.
+        The loss is the weighted mean per token or, with `rewarded` (self-critical training), the mean per
+        sampled caption. Raises TrainError if a micro-batch does not fit in GPU memory.
         """
         captioner, loss = self.checkpoint.captioner, None
         try:
             loss = self._add_gradients(batch, rewarded=rewarded)
         except torch.OutOfMemoryError:
             decoder = captioner.decoder
+            # With `rewarded`, the model is in evaluation mode, and cannot recompute blocks.
             if rewarded or not (isinstance(decoder, PretrainedDecoder) and decoder.recompute_blocks()):
                 hint = (
                     "raise gradient_accumulation_steps (for --resume, in train.json) or use a smaller decoder"
                 )
                 raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
-        if loss is None:  # outside of `except`, whose exception would keep the memory
+        # Retry outside of `except`, whose exception would keep the memory. The dropout stays the same.
+        if loss is None:
             captioner.zero_grad()
-            torch.manual_seed(torch.initial_seed())  # repeat the step with the same dropout
+            torch.manual_seed(torch.initial_seed())
             return self.forward_backward(batch, rewarded=rewarded)
         return all_reduce_gradients(captioner, loss)
 
@@ -245,7 +241,7 @@ class Trainer:
     def clip_and_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         """Clip the gradients and update the weights. Returns the gradient norm.
 
-        If the loss or the norm is not finite, the update is skipped. Does not wait for the device.
+        The update is skipped if the loss or the norm is not finite.
         """
         captioner = self.checkpoint.captioner
         norm = nn.utils.clip_grad_norm_(captioner.parameters(), self.config.max_grad_norm)
@@ -317,7 +313,8 @@ def build_trainer(
     trainer = Trainer(checkpoint, config, loader, validation, device, Schedule(config), skipped_steps)
     decoder = checkpoint.captioner.decoder
     if config.lora_rank and device.type == "cpu" and isinstance(decoder, PretrainedDecoder):
-        decoder.recompute_blocks()  # saves memory, as running out would kill the process
+        # On a CPU, running out of memory would kill the process.
+        decoder.recompute_blocks()
     if config.stage_steps["scst"]:
         trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
     weights = checkpoint.captioner.state_dict()
@@ -341,7 +338,7 @@ def run_steps(
     evaluate_every = math.ceil(config.total_steps / evaluations)
     optimizer = build_optimizer(trainer.checkpoint.captioner, config)
     done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
-    state.clear()  # frees a copy of all weights and moments
+    state.clear()
     started, saved_at, is_interrupted = time.monotonic(), time.monotonic(), False
     earlier_s, shown_loss = log.seconds if log else 0.0, dict[str, str]()
     with delay_signals() as signals:
@@ -361,7 +358,7 @@ def run_steps(
                 values |= {"images": batch.num_images, "tokens": batch.num_tokens}
                 values |= {"reward": statistics.fmean(trainer.rewards)} if trainer.rewards else {}
                 log.add(**values, seconds=earlier_s + time.monotonic() - started)
-            if is_scored or is_interrupted or done % READ_EVERY == 0:  # reading a tensor waits for the device
+            if is_scored or is_interrupted or done % READ_EVERY == 0:
                 if log:
                     log.flush()
                 shown_loss = {"loss": f"{float(loss):.3f}"}

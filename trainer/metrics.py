@@ -15,7 +15,7 @@ from pipeline.digests import digest
 from pipeline.text.normalize import combining_marks, has_marks
 
 Tokens = Sequence[str]
-References = Sequence[Sequence[Tokens]]  # one sequence per image
+References = Sequence[Sequence[Tokens]]
 NgramCounts = Counter[tuple[str, ...]]
 NgramWeights = dict[tuple[str, ...], float]
 MAX_N = 4
@@ -30,8 +30,7 @@ _HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 def tokenize(text: str) -> list[str]:
     """Split a text into lower-case words and numbers without punctuation, as in COCO evaluation.
 
-    In scripts without spaces, each character with its combining marks is a token, as in sacreBLEU for Chinese
-    (Post, 2018).
+    In scripts without spaces, such as Chinese, each character is a token, as in sacreBLEU (Post, 2018).
     """
     lower = text.lower().translate(_APOSTROPHES)
     is_plain = lower.isascii() or not (has_marks(lower) or _HAS_UNSPACED.search(lower))
@@ -71,7 +70,8 @@ def ngrams(tokens: Tokens, n: int) -> NgramCounts:
 
 def bleu(hypotheses: Sequence[Tokens], references: References) -> list[float]:
     """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002). Brevity is relative to the closest length."""
-    tiny, small = 1e-15, 1e-9  # avoid division by zero, as in pycocoevalcap
+    # These avoid division by zero, as in pycocoevalcap.
+    tiny, small = 1e-15, 1e-9
     matched, possible = [0] * MAX_N, [0] * MAX_N
     length = reference_length = 0
     for hypothesis, refs in zip(hypotheses, references, strict=True):
@@ -138,9 +138,8 @@ def cider_d(
 ) -> list[float]:
     """Return CIDEr-D (Vedantam et al., 2015) of each image, multiplied by 10 as in COCO evaluation.
 
-    N-grams are weighted by their rarity, by default among the images of the corpus. Scores on different test
-    sets are therefore not comparable. Counts of repeated n-grams are clipped, and a Gaussian penalizes
-    length differences. The score is 0 for an image without references.
+    By default, n-grams are weighted by their rarity among these images, so scores on different test sets are
+    not comparable. The score is 0 for an image without references.
     """
     weigh = (rarity or Rarity(references)).weigh
     scores = []
@@ -169,7 +168,7 @@ def bootstrap(per_image: Mapping[str, Sequence[float]]) -> dict[str, tuple[float
     """Return 95 % bootstrap intervals of mean scores. Images are resampled with a fixed seed."""
     scores = [np.array(values) for values in per_image.values()]
     num_images, random = len(scores[0]), np.random.default_rng(0)
-    # One draw at a time, because a matrix of all draws takes 8 GB for a million images.
+    # Use one sample at a time, because all samples take 8 GB for a million images.
     drawn = (random.integers(num_images, size=num_images) for _ in range(1000))
     means = [[values[indices].mean() for values in scores] for indices in drawn]
     lows, highs = np.quantile(means, (0.025, 0.975), axis=0).tolist()

@@ -11,11 +11,12 @@ import torch
 from trainer.config import TrainConfig
 from trainer.model.caption_model import CaptionerModel
 
-ANNEAL_FRAC = 0.15  # share of a shortened stage in which the learning rate falls to its floor
+# The learning rate falls in the last 15 % of a stage that ends early.
+ANNEAL_FRAC = 0.15
 
 
 def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return two groups of trainable weights per part: matrices with weight decay, and biases and norms."""
+    """Return two groups of weights per part: matrices with weight decay, biases and norms without it."""
     rates = {"encoder": config.encoder_lr, "connector": config.connector_lr, "decoder": config.decoder_lr}
     groups = []
     for part, rate in rates.items():
@@ -28,7 +29,7 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
 
 def build_optimizer(captioner: CaptionerModel, config: TrainConfig) -> torch.optim.AdamW:
     """Return an AdamW optimizer. A Schedule sets its learning rates."""
-    # `fused` is faster on a CPU too: one pass over weights, gradients and moments instead of about ten.
+    # `fused` is faster on a CPU too.
     return torch.optim.AdamW(parameter_groups(captioner, config), lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
@@ -36,12 +37,13 @@ def build_optimizer(captioner: CaptionerModel, config: TrainConfig) -> torch.opt
 class Schedule:
     """The stages of a run and their learning rates: linear warm-up and cosine decay to `lr_floor_frac`.
 
-    `lengths` holds the steps of each stage. `end_early` shortens a stage.
+    `lengths` holds the number of steps of each stage.
     """
 
     config: TrainConfig
     lengths: dict[str, int] = field(default_factory=dict)
-    anneal_from: int = -1  # after `end_early`, the step from which the rate falls linearly to the floor
+    # If a stage ends early, the learning rate falls from this step on.
+    anneal_from: int = -1
 
     def __post_init__(self) -> None:
         self.lengths = self.lengths or self.config.stage_steps
@@ -53,11 +55,11 @@ class Schedule:
 
     @property
     def ends(self) -> list[int]:
-        """The number of steps after which each stage ends."""
+        """The number of completed steps at the end of each stage."""
         return list(accumulate(self.lengths.values()))
 
     def stage(self, step: int) -> tuple[str, int]:
-        """Return the stage that a step belongs to (align, train or scst), and the first step of the stage."""
+        """Return the stage of a step (align, train or scst), and the first step of that stage."""
         index = bisect_right(self.ends, step)
         return list(self.lengths)[index], [0, *self.ends][index]
 
@@ -80,7 +82,7 @@ class Schedule:
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
 
     def end_early(self, done: int) -> int:
-        """End the current stage early, with annealing in its last 15 %. Returns the step after the stage."""
+        """Let the learning rate fall, and end the current stage soon. Returns the step after the stage."""
         name, first = self.stage(done - 1)
         steps = math.ceil((done - first) / (1 - ANNEAL_FRAC))
         if first >= self.anneal_from and steps < self.lengths[name]:

@@ -8,12 +8,12 @@ contain a copy of this file (trainer/model/transformers_files.py), so it needs o
 import re
 from collections.abc import Callable
 
-ANSWER = "<answer>"  # last token of a question prompt
+ANSWER = "<answer>"
 STYLES = ("plain", "detailed", "dense", "brief", "alt", "tags", "ocr", "human")
 MAX_CHARACTERS = 2_000  # only the end of a longer text is read
 STYLE_LINE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
 QUESTION_LINE = re.compile(r"^\s*(?:question|q): *([^\n]+)", re.MULTILINE | re.IGNORECASE)
-# Words that request a style, in order of precedence. Other styles are requested by their names.
+# Words that request a style, in order of precedence.
 STYLE_WORDS = {
     "human": r"^what does this image show(?=\W*$)",
     "ocr": r"ocr(?! tokens?)|transcribe|read (all )?the text"
@@ -44,8 +44,8 @@ ANSWER_FORM = re.compile(r"\b(answer|respond|reply)\b")
 def find_question(text: str) -> str:
     """Return the question in a text, or "" if the text requests a caption.
 
-    A question is a line `Question: ...`, or the last sentence that ends in a question mark, or else a first
-    sentence that begins like a question.
+    A question is a line `Question: ...`, the last sentence with a question mark, or a first sentence that
+    begins like a question.
     """
     text = text[-MAX_CHARACTERS:].replace("\N{FULLWIDTH QUESTION MARK}", "?").replace("?.", "?")
     if lines := QUESTION_LINE.findall(text):
@@ -68,13 +68,13 @@ def _normalized(text: str) -> str:
 
 
 def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
-    """Return "brief" or "plain" if learned, otherwise the first learned style, or None without styles."""
+    """Return "brief" or "plain" if learned, otherwise the first learned style or None."""
     styles = [style for _, style in prompts if style]
     return next((style for style in ("brief", "plain") if style in styles), next(iter(styles), None))
 
 
 def preferred_source(prompts: list[tuple[str, str]], style: str) -> str | None:
-    """Return "human" if learned for the style, otherwise its first source, or None for an unlearned style."""
+    """Return "human" if learned for the style, otherwise the style's first source or None."""
     sources = [source for source, learned in prompts if learned == style]
     return "human" if "human" in sources else next(iter(sources), None)
 

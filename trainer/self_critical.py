@@ -23,7 +23,7 @@ SAMPLING = DecodingConfig(temperature=1.0)
 
 
 class SelfCritic:
-    """Samples captions in the style that is scored, and computes their rewards."""
+    """Samples captions, and computes their rewards."""
 
     def __init__(self, checkpoint: Checkpoint, train_set: Sequence[Example], num_samples: int) -> None:
         self.checkpoint, self.num_samples = checkpoint, num_samples
@@ -36,9 +36,9 @@ class SelfCritic:
         self.rarity = Rarity([texts for texts in self.references.values() if texts])
 
     def sample(self, states_BNV: Tensor, examples: Sequence[Example]) -> tuple[TextBatch, list[float]]:
-        """Sample captions in evaluation mode. Returns texts, weighted by their advantages, and the rewards.
+        """Sample captions in evaluation mode. Returns the captions and their rewards.
 
-        The reward is 0 if an image has no references.
+        Captions are weighted by their advantages. The reward is 0 if an image has no references.
         """
         captioner, tokenizer = self.checkpoint.captioner.eval(), self.checkpoint.tokenizer
         prompt_CT = torch.tensor(self.prompt).expand(len(examples) * self.num_samples, -1)

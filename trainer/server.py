@@ -36,15 +36,15 @@ from trainer.prompts import choose_prompt
 if TYPE_CHECKING:
     from trainer.captioner import Captioner
 
-# A body of this size holds a photo of 18 MB in base64. All waiting requests together have at most 960 MB.
+# A body of this size holds a photo of 18 MB in base64.
 MAX_BODY_BYTES, MAX_WAITING = 24_000_000, 40
-# Clients must send a header and a body within these times. Each connection needs an open file, and Linux
-# allows 1,024 per process by default.
+# Each connection needs an open file, and Linux allows 1,024 per process by default.
 HEADER_TIMEOUT_S, BODY_TIMEOUT_S, MAX_CONNECTIONS = 20.0, 30.0, 500
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
 MAX_QUESTION_CHARACTERS = 500
-MAX_VALUES = 100_000  # per request body, because each JSON value takes over 50 bytes of memory
+# Each JSON value takes over 50 bytes of memory.
+MAX_VALUES = 100_000
 Text = Annotated[str, Field(max_length=8_000)]
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class _Part(_Model):
 
 class _Message(_Model):
     role: str
-    content: Text | list[_Part] | None = None  # a message with tool calls may lack content
+    content: Text | list[_Part] | None = None
 
 
 class _Body(_Model):
@@ -69,7 +69,8 @@ class _Body(_Model):
     model: str | None = None
     n: Literal[1] | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    max_tokens: float | None = Field(None, ge=1)  # not int, because some clients send 16.0
+    # Some clients send 16.0.
+    max_tokens: float | None = Field(None, ge=1)
     max_completion_tokens: float | None = Field(None, ge=1)
     stream: bool | None = None
     response_format: Any = None
@@ -77,10 +78,10 @@ class _Body(_Model):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A request for a caption or an answer. `prompt` is source, style and question. Temperature 0 is greedy.
+    """A request for a caption or an answer. `prompt` is (source, style, question).
 
-    If `field` is not None, the text is returned in this JSON property. If the schema allows only one value,
-    `only` holds that value, and `image` is None because it is not needed.
+    If the request has a JSON schema, `field` is its only property. If the schema allows only one value,
+    `only` holds this value, and no image is needed.
     """
 
     model: str | None
@@ -104,7 +105,7 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
         values = _Body.model_validate_json(body)
     except ValidationError as error:
         problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
-        # Remove the names of union types, which pydantic adds to the path of a field.
+        # pydantic adds the names of union types to the path of a field.
         path = [str(part) for part in problem["loc"] if part not in ("constrained-str", "list[_Part]")]
         raise HTTPException(400, f"{'.'.join(path) or 'the body'}: {problem['msg']}"[:180]) from None
     text, image_url = _last_turn(values.messages)
@@ -122,7 +123,7 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
         image=_read_image(image_url) if image_url is not None and only is None else None,
         prompt=prompt,
         max_tokens=int(values.max_completion_tokens or values.max_tokens or MAX_CAPTION_TOKENS),
-        # Rounded, because dividing scores by a number close to 0 would overflow.
+        # Round it, because dividing scores by a number close to 0 would overflow.
         temperature=round(values.temperature or 0.0, 2),
         field=field,
         only=only,
@@ -131,7 +132,7 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
 
 
 def _last_turn(messages: list[_Message]) -> tuple[str, str | None]:
-    """Return the text of the last user message, and the URL of the last image of all user messages."""
+    """Return the text of the last user message, and the URL of the last image."""
     text, url = "", None
     for message in messages:
         if message.role == "user":
@@ -154,7 +155,7 @@ def _read_image(url: str) -> bytes:
 
 
 def _read_schema(response_format: Any) -> tuple[str | None, str | None]:
-    """Return the name of a schema's property, and its value if the schema allows only one value."""
+    """Return the name of a schema's property, and its value if only one is allowed."""
     if response_format in (None, {"type": "text"}):
         return None, None
     try:
@@ -198,7 +199,7 @@ def chunks(body: dict[str, Any]) -> bytes:
 class CaptionServer:
     """HTTP handlers for one captioner, with its model `name` and an optional API `key`.
 
-    `thread` runs the captioner, and should also load it: with OpenMP, this is 1.5 times faster.
+    `thread` should also load the captioner, because that makes it 1.5 times faster with OpenMP.
     """
 
     captioner: "Captioner"
@@ -208,7 +209,7 @@ class CaptionServer:
     num_beams: int = 1
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     unanswered: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_WAITING))
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a request is answered
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def make_server(self) -> uvicorn.Server:
         """Return an HTTP server that stops on Ctrl-C or SIGTERM and prints nothing."""
@@ -221,7 +222,7 @@ class CaptionServer:
         )
         config = uvicorn.Config(
             application,
-            http=LimitedProtocol,  # based on h11, which limits the size of headers
+            http=LimitedProtocol,
             ws="none",
             proxy_headers=False,
             log_config=None,
@@ -245,7 +246,8 @@ class CaptionServer:
             chat = read_request(await read_body(request), self.captioner.checkpoint.captioner.config.prompts)
             if chat.model not in (None, self.name):
                 raise HTTPException(404, f"unknown model {chat.model[:80]}: this server has {self.name}")
-            await request.is_disconnected()  # makes uvicorn notice a disconnect while the request waits
+            # Otherwise, uvicorn would not notice a disconnect while the request waits.
+            await request.is_disconnected()
             async with self.turn:
                 if await request.is_disconnected():
                     raise ClientDisconnect
@@ -322,7 +324,7 @@ async def _error_response(_: Request, error: Exception) -> Response:
 
 
 class LimitedProtocol(H11Protocol):
-    """Closes connections that send no complete header in time, and those above MAX_CONNECTIONS."""
+    """Limits the number of connections, and the time in which a header must arrive."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
@@ -333,7 +335,7 @@ class LimitedProtocol(H11Protocol):
             self.loop.call_later(HEADER_TIMEOUT_S, self._close_idle, None)
 
     def _close_idle(self, earlier: Any) -> None:
-        """Close the connection if no request has arrived since `earlier`. Otherwise, check again later."""
+        """Close the connection if it sent no request since `earlier`, otherwise check again later."""
         if self.cycle is earlier and (earlier is None or earlier.response_complete):
             self.transport.close()
         elif not self.transport.is_closing():

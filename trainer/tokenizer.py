@@ -20,9 +20,9 @@ from trainer.prompts import ANSWER, preferred_source, preferred_style, prompt_id
 from trainer.runtime.checkpoint_folder import require_learned
 
 PAD, EOS = "<pad>", "<eos>"
-PAD_ID, EOS_ID = 0, 1  # in every tokenizer trained by `train_tokenizer`
-ENCODED_TEXTS = 10_000  # per batch in `count_tokens`
-MAX_DEFAULT_TOKENS, TOKEN_STEP = 256, 16  # limits in `choose_max_tokens`
+PAD_ID, EOS_ID = 0, 1
+ENCODED_TEXTS = 10_000
+MAX_DEFAULT_TOKENS, TOKEN_STEP = 256, 16
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[\u3002\uff01\uff1f]")
 
 
@@ -38,11 +38,11 @@ class TargetText:
 
 @dataclass(frozen=True, slots=True)
 class EncodedText:
-    """The token ids of one text about an image."""
+    """The token ids of one text about an image. `target` ends with EOS, unless it was truncated."""
 
     prompt: "array[int]"
-    target: "array[int]"  # ends with EOS, unless it was truncated
-    weight: float = 1.0  # weight of the target tokens in the loss
+    target: "array[int]"
+    weight: float = 1.0
 
     @classmethod
     def of(cls, prompt: Sequence[int], target: Sequence[int], weight: float = 1.0) -> "EncodedText":
@@ -52,13 +52,17 @@ class EncodedText:
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """A right-padded batch of C texts with at most T tokens. Texts about one image are adjacent."""
+    """A right-padded batch of C texts with at most T tokens. Texts about one image are adjacent.
+
+    `ids_CT` holds prompt, target and EOS. `prompt_C` is the number of prompt tokens, and `length_C` that of
+    all tokens without padding. `weight_C` is the weight in the loss.
+    """
 
     image_of_C: Tensor
-    ids_CT: Tensor  # prompt, target, EOS
-    prompt_C: Tensor  # number of prompt tokens
-    length_C: Tensor  # number of tokens without padding
-    weight_C: Tensor  # weight of target tokens in the loss
+    ids_CT: Tensor
+    prompt_C: Tensor
+    length_C: Tensor
+    weight_C: Tensor
 
     @property
     def learned_CT(self) -> Tensor:
@@ -90,16 +94,15 @@ class CaptionTokenizer:
         return prompt_ids(parts, self._special_id, self._ids)
 
     def encode(self, text: TargetText, max_tokens: int | None, weight: float = 1.0) -> EncodedText:
-        """Encode prompt and target.
+        """Encode prompt and target. A longer target is cut after the last sentence within `max_tokens`.
 
-        A target longer than `max_tokens` is cut after the last sentence that fits. If none fits, it is
-        truncated and has no EOS.
+        If no sentence fits, it is truncated and has no EOS.
         """
         whole = self._target_text(text)
         encoding = self.backend.encode(whole, add_special_tokens=False)
         target = [*encoding.ids, self.eos_id]
         if max_tokens is not None and len(target) > max_tokens:
-            first_cut = encoding.offsets[max_tokens - 1][0]  # start of the first token that does not fit
+            first_cut = encoding.offsets[max_tokens - 1][0]
             ends = [match.end() for match in SENTENCE_END.finditer(whole) if match.end() <= first_cut]
             shorter = ([*self._ids(whole[:end]), self.eos_id] for end in reversed(ends))
             target = next((ids for ids in shorter if len(ids) <= max_tokens), target[:max_tokens])
@@ -128,7 +131,8 @@ class CaptionTokenizer:
 
     def with_prompts(self, texts: Iterable[TargetText]) -> "CaptionTokenizer":
         """Return a tokenizer with a token for each source and style of `texts`. Existing ids stay."""
-        if self.kind == "pretrained":  # a language model has plain-text prompts
+        # The prompts of a language model are plain text.
+        if self.kind == "pretrained":
             return self
         backend = Tokenizer.from_str(self.backend.to_str())
         backend.add_special_tokens(_prompt_tokens(texts))
@@ -151,8 +155,7 @@ class CaptionTokenizer:
 def require_known_tokens(backend: Tokenizer, vocab_size: int) -> None:
     """Raise ValueError if the tokenizer can produce tokens without an embedding in the decoder.
 
-    Special tokens may lack an embedding, like Gemma's image token: with `encode_special_tokens`, they never
-    occur in an encoded text.
+    Special tokens are ignored, because they never occur in an encoded text.
     """
     special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
     largest = max((number for number in backend.get_vocab().values() if number not in special), default=-1)

@@ -31,8 +31,9 @@ from trainer.runtime.devices import best_device, join_processes, leave_processes
 from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, scored_prompt
 
-MAX_CUT_SHARE = 0.01  # a larger share of truncated texts is reported
-FOLDER_SETTINGS = {"preset", "init", "encoder", "decoder"}  # may hold names of local folders
+MAX_CUT_SHARE = 0.01
+# These settings may contain names of local folders.
+FOLDER_SETTINGS = {"preset", "init", "encoder", "decoder"}
 
 
 def train_captioner(
@@ -45,12 +46,12 @@ def train_captioner(
 ) -> dict[str, Any]:
     """Train a captioner on a version, score it on the test split, and return the content of metrics.json.
 
-    `out` receives the checkpoint with the best validation CIDEr-D (config.json, model.safetensors and
-    tokenizer.json), train.json (settings), log.jsonl, metrics.json and captions.jsonl (test images). Until
-    the run ends, resume.pt holds the state to resume from.
+    `out` receives the checkpoint with the best validation CIDEr-D, train.json (settings), log.jsonl,
+    metrics.json and captions.jsonl (test images). Until the run ends, resume.pt holds the state to resume
+    from.
 
-    Raises StoreError if the version lacks a split, and TrainError if there is nothing to learn or to resume,
-    `out` has another captioner, a model is missing, or the loss diverges.
+    Raises StoreError if the version lacks a split. Raises TrainError if there is nothing to learn or to
+    resume, `out` has another captioner, a model is missing, or the loss diverges.
     """
     rank, processes = join_processes()
     report = NullProgress() if rank or progress is None else progress
@@ -59,11 +60,13 @@ def train_captioner(
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
 
-    settings = config  # before values that depend on the data are filled in
+    # Keep the settings without the values that depend on the data.
+    settings = config
     sets, config = choose_examples(version, config)
     init = ""
     if config.init:
-        folder = find_captioner(config.init)  # download once: the repository may change
+        # Download only once, because the repository may change.
+        folder = find_captioner(config.init)
         init = file_digest(folder / "model.safetensors")
         config = config.model_copy(update={"init": str(folder)})
     ids = [example.sample_id for example in sets["train"]]
@@ -80,7 +83,8 @@ def train_captioner(
     config = config.model_copy(update={"max_caption_tokens": checkpoint.captioner.config.max_caption_tokens})
     _require_positions(checkpoint, texts_of([*sets["train"], *sets["validation"]]))
     if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
-        _ = checkpoint.captioner.decoder.probed  # the probe needs full float32 precision
+        # The decoder must be measured in full float32 precision.
+        _ = checkpoint.captioner.decoder.probed
     _warn_of_unlearned(version, checkpoint, texts_of(sets["train"]), report)
     state = load_resume(out, settings, run) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
@@ -107,7 +111,7 @@ def train_captioner(
 
 
 def _read_finished(out: Path, config: TrainConfig, run: str) -> dict[str, Any]:
-    """Return the metrics of the finished run in `out`. Raises TrainError if its digest is not `run`."""
+    """Return the metrics of the finished run in `out`. Raises TrainError if it is another run."""
     path = out / "metrics.json"
     try:
         metrics = read_json(path)
@@ -165,7 +169,8 @@ def _describe(trainer: Trainer) -> str:
 
 def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dict[str, Any]:
     """Score the saved captioner on the test split. Writes and returns the metrics."""
-    trainer.checkpoint.captioner.decoder.to("meta")  # free memory for the captioner loaded next
+    # Free memory for the captioner that is loaded next.
+    trainer.checkpoint.captioner.decoder.to("meta")
     checkpoint, features = load_checkpoint(out, trainer.device), trainer.loader.features
     captioner = checkpoint.captioner
     if isinstance(features, OnlineFeatures):
@@ -183,4 +188,5 @@ def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run:
     write_captions(out / "captions.jsonl", metrics.pop("each"))
     write_json(out / "metrics.json", metrics)
     (out / "resume.pt").unlink(missing_ok=True)
-    return read_json(out / "metrics.json")  # JSON types, as `_read_finished` returns
+    # Reading the file gives JSON types, as in `_read_finished`.
+    return read_json(out / "metrics.json")

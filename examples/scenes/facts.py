@@ -44,7 +44,7 @@ _QUESTIONS = {
 
 
 def answer(scene: Scene, question: str) -> str | None:
-    """Return the true answer to a question worded as in `ask_*`, or None if there is not exactly one."""
+    """Return the true answer to a question about a scene, or None if it is unknown or ambiguous."""
     text = question.lower()
     if text == "what color is the background?":
         return scene.background
@@ -59,13 +59,13 @@ def answer(scene: Scene, question: str) -> str | None:
     if kind == "count":
         return str(len(matching))
     if not kind or len(matching) != 1:
-        return None  # an unknown question, or not exactly one object matches
+        return None
     return str(getattr(matching[0], kind))
 
 
 @lru_cache(4096)
 def _parse_question(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Return the kind of a question, or "" if unknown, and the attributes of the objects it is about."""
+    """Return the kind of a question, and the attributes of the objects that it is about."""
     for kind, pattern in _QUESTIONS.items():
         if match := pattern.fullmatch(text):
             attributes = match.groupdict().items()
@@ -83,7 +83,7 @@ _TOGETHER = re.compile(rf"how many objects are there on the ({_ON}) and ({_ON}) 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """The true answer to a question, its evidence pages (counted from 1), and its calculation."""
+    """The true answer to a question, the numbers of the pages that show it, and its calculation."""
 
     answer: str
     evidence_pages: tuple[int, ...]
@@ -91,7 +91,7 @@ class Truth:
 
 
 def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
-    """Return the true answer to a question worded as in `ask_*`, or None if there is not exactly one."""
+    """Return the true answer to a question about a deck, or None if it is unknown or ambiguous."""
     text = question.lower()
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     for pattern, sign in ((_MORE, "-"), (_TOGETHER, "+")):
@@ -121,7 +121,7 @@ def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
 
 @dataclass(slots=True)
 class CaptionScore:
-    """Counts phrases in captions and objects in scenes, and matches them one to one."""
+    """Counts the objects that captions name, the objects in scenes, and their matches."""
 
     num_phrases: int = 0
     num_objects: int = 0
@@ -149,7 +149,7 @@ class CaptionScore:
 
 @dataclass(slots=True)
 class _Answers:
-    """Counts answers of one type. A question without exactly one true answer counts as answered wrongly."""
+    """Counts answers of one type. A question without exactly one true answer counts as wrong."""
 
     asked: int = 0
     right: int = 0
@@ -181,7 +181,7 @@ class AnswerScore(_Answers):
 
 @dataclass(slots=True)
 class DeckScore(_Answers):
-    """Counts answers to questions about decks, with their evidence pages."""
+    """Counts right answers, and right evidence pages, of questions about decks."""
 
     evidence_right: int = 0
 

@@ -26,11 +26,12 @@ from pipeline.tasks import TASKS
 from pipeline.tasks.prompts import SYSTEM, page_label, template
 
 VISION_TOKENS = len(PLACES)
-RARE_WORDS_PROBABILITY = 0.3  # probability that a `rarely_worded` task has words before its line
+RARE_WORDS_PROBABILITY = 0.3
 # Matches the values in a reply that depend on the image.
 DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
-DecidedSpan = tuple[int, int, tuple[Spot, ...]]  # (start, end, image spots that determine these characters)
-MAX_WORDS = 200  # the longest released prompt has 160 words
+# Characters from start to end depend on these parts of the image.
+DecidedSpan = tuple[int, int, tuple[Spot, ...]]
+MAX_WORDS = 200
 
 _TEXT = """
 Please look closely before you reply. You are a careful assistant that writes short texts about pictures. Use
@@ -56,20 +57,26 @@ class TrainingTask:
     line: str
     reply: str
     rarely_worded: bool = False
-    words: str | None = None  # text before the line, or None for random words
+    # None stands for random words.
+    words: str | None = None
     decided_spans: tuple[DecidedSpan, ...] = ()  # for decks
 
 
 @dataclass(slots=True)
 class Packed:
-    """The tokens of a document, with a shared prefix (segment 0) and one segment per task."""
+    """The tokens of a document, with a shared prefix (segment 0) and one segment per task.
+
+    A position is (time, height, width). `labels` holds the next token, or -100 if it is not learned.
+    `weights` holds its weight in the loss.
+    """
 
     ids: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
-    positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
-    labels: list[int] = field(default_factory=list)  # id of the next token, or -100
-    weights: list[float] = field(default_factory=list)  # weight of the next token in the loss
-    decided_spans: list[tuple[Spot, ...]] = field(default_factory=list)  # spots that decide the next token
+    positions: list[tuple[int, int, int]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    # The next token depends on these parts of the image.
+    decided_spans: list[tuple[Spot, ...]] = field(default_factory=list)
 
 
 class Packer:
@@ -87,7 +94,7 @@ class Packer:
         answer_weight: float,
         system: str | None = None,
     ) -> Packed:
-        """Return the sequence for a document with `images` images. `system` defaults to random text."""
+        """Return the sequence for a document with `images` images. `system` is random by default."""
         packed = Packed()
         random_system, _ = sample_wording(rng)
         system = random_system if system is None else system
@@ -111,9 +118,8 @@ class Packer:
             )
             offsets = self.tokenizer(f"{task.reply}<|im_end|>", return_offsets_mapping=True)["offset_mapping"]
             answers = [match.span(1) for match in DECIDED.finditer(task.reply)]
-            for index, (first, stop) in enumerate(
-                offsets, -len(reply_ids) - 1
-            ):  # index of the previous token
+            # Labels are stored at the previous token.
+            for index, (first, stop) in enumerate(offsets, -len(reply_ids) - 1):
                 spots = next((spots for a, b, spots in task.decided_spans if a < stop and first < b), ())
                 packed.decided_spans[index] = spots
                 is_decided = spots or any(a < stop and first < b for a, b in answers)
@@ -171,7 +177,7 @@ def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def sample_wording(rng: random.Random) -> tuple[str, str]:
-    """Return a system text and the words before a task line. Either may be empty."""
+    """Return a random system text, and random words before a task line. Either may be empty."""
     return _wording(rng), _wording(rng)
 
 

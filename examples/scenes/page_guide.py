@@ -23,7 +23,7 @@ from examples.scenes.packed_tasks import VISION_TOKENS, Packed
 from pipeline.scenes.scene import BACKGROUNDS, MAX_OBJECTS, Scene
 
 PAGE_LAYER, WORD_LAYER = 1, 2  # the heads read the hidden states after these layers
-# Layers and heads whose attention is rewarded, counted from 0. The other heads attend to the text.
+# Only these layers and heads have an attention loss. The other heads attend to the text.
 GUIDED_LAYERS, GUIDED_HEADS = (2, 3), slice(2, None)
 IGNORE_INDEX = -100
 
@@ -37,7 +37,7 @@ class DeckExample:
 
 
 class PageGuide(nn.Module):
-    """Auxiliary heads on hidden states, which compute the losses."""
+    """Auxiliary heads that predict facts from hidden states, for use in training only."""
 
     def __init__(self, width: int, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -61,7 +61,8 @@ class PageGuide(nn.Module):
     def forward(self, output: Any, image_BS: Tensor, examples: Sequence[DeckExample]) -> Tensor:
         """Return the sum of all losses for decks with the same number of pages.
 
-        `output` must have hidden states. If it also has attentions, their loss is added."""
+        `output` must have hidden states. If it has attentions, their loss is added.
+        """
         pages, length = len(examples[0].deck), image_BS.shape[1]
         ends_BS = (
             pad_sequence([torch.tensor(item.packed.ids) for item in examples], batch_first=True)
@@ -72,12 +73,11 @@ class PageGuide(nn.Module):
         loss = functional.cross_entropy(self.page(image_KD), page_K)
         words_BSD = output.hidden_states[WORD_LAYER]
         page_BS, ground_BS, spot_BS = _looks(examples, length)
-        # Before the guided layers, hidden states must represent the named page and the decisive spot.
+        # The hidden states before the guided layers must contain the page and the spot.
         heads = (self.word, self.number, self.look_spot)
         for head, targets_BS in zip(heads, (*self._targets(examples, length), spot_BS), strict=True):
             loss = loss + _mean(_costs(head, words_BSD, targets_BS))
-        # A page is identified by its number (after "pages [2]") or by its background (after "on the gray
-        # page").
+        # A page is identified by its number or by its background, so only the smaller loss counts.
         by_number_N, by_ground_N = (
             _costs(self.look_page, words_BSD, page_BS),
             _costs(self.look_ground, words_BSD, ground_BS),
@@ -125,7 +125,7 @@ def _mean(costs_N: Tensor) -> Tensor:
 
 
 def _looks(examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return targets [B, S]: page (from 0), background and spot that decide the next token, if unique."""
+    """Return targets [B, S]: the page, background and spot on which the next token depends."""
     page_BS, ground_BS, spot_BS = (torch.full((len(examples), length), IGNORE_INDEX) for _ in range(3))
     for b, example in enumerate(examples):
         for s, decisive in enumerate(example.packed.decided_spans):
@@ -141,7 +141,7 @@ def _looks(examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor
 def attention_loss(
     attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, examples: Sequence[DeckExample]
 ) -> Tensor:
-    """Return the mean -log of the attention to decisive spots, over the tokens that have such spots.
+    """Return the mean -log of the attention to the spots on which a token depends.
 
     `visual_BS` masks the image tokens and the token after each page.
     """

@@ -9,7 +9,8 @@ from pipeline.scenes.scene import BACKGROUNDS, PLACES, VALUES, Scene, Thing
 from pipeline.tasks.deck_qa import DeckAnswerType, DeckQAPair
 from pipeline.tasks.qa import QAPair
 
-Spot = tuple[int, int]  # (page number from 1, index of a place or END for the token after the page)
+# A spot is (page number from 1, index of a place). END means the token after the page.
+Spot = tuple[int, int]
 END = len(PLACES)
 _ON = "|".join(BACKGROUNDS)
 
@@ -23,17 +24,14 @@ def _describe(attributes: dict[str, str], *, plural: bool = False) -> str:
 
 
 def _some(thing: Thing, names: tuple[str, ...], rng: random.Random) -> dict[str, str]:
-    """Return some attributes of an object, mostly one or two, but sometimes all."""
+    """Return some attributes of an object."""
     count = rng.choices((1, 2, len(names)), weights=(5, 4, 1))[0]
     chosen = rng.sample(names, min(count, len(names)))
     return {name: getattr(thing, name) for name in ("size", "color", "shape", "place") if name in chosen}
 
 
 def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask whether an object exists. Half of the answers are yes.
-
-    For the other half, some attributes of an object are changed.
-    """
+    """Ask whether an object exists. Half of the answers are yes."""
     wanted = rng.choice(("yes", "no"))
     while True:
         attributes = _some(rng.choice(scene.objects), ("size", "color", "shape", "place"), rng)
@@ -47,7 +45,7 @@ def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
 
 
 def ask_number(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask for the number of all objects, or of objects with given attributes (sometimes random ones)."""
+    """Ask for the number of all objects, or of objects with some attributes."""
     draw = rng.random()
     if draw < 0.3:
         attributes: dict[str, str] = {}
@@ -61,7 +59,7 @@ def ask_number(scene: Scene, rng: random.Random) -> QAPair:
 
 
 def ask_other(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask for one attribute of an object that the question identifies, or for the color of the background."""
+    """Ask for an attribute of an object, or for the color of the background."""
     while True:
         if rng.random() < 0.1:
             question = "What color is the background?"
@@ -103,12 +101,12 @@ def ask_count(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
 def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
     """Ask for the sum or difference of the numbers of objects on two pages."""
     first, second = sorted(rng.sample(deck, 2), key=lambda scene: -len(scene.objects))
-    # Differences are rare, so that a model that cannot compare numbers prefers to ask for sums.
+    # Differences are rare, so that a model that cannot compare numbers asks for sums.
     if len(first.objects) > len(second.objects) and rng.random() < 0.35:
         pages = f"on the {first.background} page than on the {second.background} page"
         question = f"How many more objects are there {pages}?"
     else:
-        first, second = sorted((first, second), key=deck.index)  # in page order, like the evidence pages
+        first, second = sorted((first, second), key=deck.index)
         question = (
             f"How many objects are there on the {first.background} and {second.background} pages together?"
         )
@@ -116,7 +114,7 @@ def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
 
 
 def page_questions(deck: tuple[Scene, ...]) -> list[str]:
-    """Return the questions to learn first: the background of each page, and the page with each background."""
+    """Return simple questions: the background of each page, and the page of each background."""
     return [
         question
         for number, scene in enumerate(deck, 1)
@@ -125,7 +123,7 @@ def page_questions(deck: tuple[Scene, ...]) -> list[str]:
 
 
 def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str, str, tuple[Spot, ...]]]:
-    """Return (field, words, spots) for each part of a question or answer that depends on image spots."""
+    """Return (field, words, spots) for the words of a question or answer that depend on spots."""
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     grounds = re.findall(rf"\b({_ON})\b(?= page| and)", pair.question)
     ends = {ground: ((pages[ground], END),) for ground in grounds}
@@ -135,7 +133,8 @@ def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str,
     # The question could name any occupied place, so all of them are decisive.
     decisions = [("question", place, occupied) for place in places]
     decisions += [("question", ground, ends[ground]) for ground in grounds]
-    if "more" in pair.question:  # both pages determine which is named first: the one with more objects
+    # The page with more objects is named first, so it depends on both pages.
+    if "more" in pair.question:
         decisions[0] = ("question", grounds[0], tuple(spot for ground in grounds for spot in ends[ground]))
     if pair.expression:
         numbers = pair.expression.split(" ")[::2]

@@ -15,6 +15,7 @@ from pipeline.scenes.scene import SIDE_PX
 VOCAB_SIZE = 1024
 CONTEXT_TOKENS = 2048
 VISION_WIDTH, VISION_DEPTH = 128, 4
+# vLLM's CPU attention does not support 16 or 40 features per head.
 TEXT_WIDTH, TEXT_DEPTH, HEAD_WIDTH = 160, 4, 32
 
 _NAMES = (
@@ -45,7 +46,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `texts`. It can also encode any other text."""
+    """Train a byte-level BPE tokenizer on `texts`."""
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -70,7 +71,7 @@ def train_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFas
 
 
 def build_processor(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2_5_VLProcessor:
-    """Return a processor that resizes every image to about the area of a scene, as in training."""
+    """Return a processor that resizes every image to about the area of a scene."""
     pixels = {"shortest_edge": SIDE_PX**2, "longest_edge": SIDE_PX**2}
     return transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(size=pixels),
@@ -89,7 +90,7 @@ def build_model(
     }
     ends = {"eos_token_id": token_id["im_end"], "pad_token_id": token_id["endoftext"]}
     half = HEAD_WIDTH // 2
-    mrope_section = [half // 4, (half - half // 4) // 2, (half - half // 4) // 2]  # time, height, width
+    mrope_section = [half // 4, (half - half // 4) // 2, (half - half // 4) // 2]
     config = transformers.Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCAB_SIZE,

@@ -32,17 +32,19 @@ from examples.scenes import training_steps
 from pipeline.scenes.scene import BACKGROUNDS, PLACES, SIDE_PX, VALUES, Scene, draw, sample_scene
 from pipeline.scenes.text import STYLES, caption
 
-SEED = "clip"  # datasets use numeric seeds, so they never contain these training scenes
+# Datasets have numeric seeds, so they contain other scenes.
+SEED = "clip"
 BATCH = 128
 VISION_STEPS, ALIGN_STEPS = 800, 1500
 LEARNING_RATE, WARMUP_STEPS = 1.0e-3, 100
-HARD_NEGATIVES = 2  # captions per image with one word changed
-PLAIN = ("size", "color", "shape", "background")  # attributes that brief captions state and the heads predict
-PATCH_PX = 14  # four patches per place
+HARD_NEGATIVES = 2
+# Brief captions state these attributes.
+PLAIN = ("size", "color", "shape", "background")
+PATCH_PX = 14
 MAX_TOKENS = 64
 WIDTH, DEPTH = 160, 4  # both towers
 START, END = "<|startoftext|>", "<|endoftext|>"
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # as in CLIP
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -85,7 +87,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
 
 
 def change_attribute(scene: Scene, rng: random.Random, attribute: str) -> Scene:
-    """Return a copy of a scene that differs in one attribute of one object, or in the background."""
+    """Return a copy of a scene with one attribute changed."""
     if attribute == "background":
         return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
     objects = list(scene.objects)
@@ -102,7 +104,7 @@ def change_attribute(scene: Scene, rng: random.Random, attribute: str) -> Scene:
 
 
 def step_data(step: int) -> tuple[list[Scene], list[np.ndarray], list[str]]:
-    """Return the scenes of a step, their pixels, and their captions (all true ones before changed ones)."""
+    """Return the scenes, pixels and captions of a step. True captions come before changed ones."""
     scenes, pixels, true_captions, changed_captions = [], [], [], []
     for index in range(BATCH):
         rng = random.Random(f"{SEED}:{step}:{index}")
@@ -112,7 +114,7 @@ def step_data(step: int) -> tuple[list[Scene], list[np.ndarray], list[str]]:
         pixels.append(np.array(draw(scene, rng)))
         true_captions.append(caption(scene, style))
         for _ in range(HARD_NEGATIVES):
-            # Places are learned last, so about half of the changes are made to places.
+            # Half of the changes are made to places, because the model learns places last.
             names = (
                 ("place", "place", "place", "place", *VALUES, "background") if style == "detailed" else PLAIN
             )
@@ -135,10 +137,7 @@ def pool_cells(patches_BLD: Tensor) -> Tensor:
 
 
 def align_loss(image_BD: Tensor, text_TD: Tensor, scale: Tensor) -> Tensor:
-    """Return CLIP's loss (Radford et al., 2021). Captions after the first B are negatives for all images.
-
-    Two images in a step may have equal captions by chance. This is rare enough to ignore.
-    """
+    """Return CLIP's loss (Radford et al., 2021). Captions after the first B are negatives for all images."""
     B = len(image_BD)
     scores_BT = scale.exp() * image_BD @ text_TD.T
     targets_B = torch.arange(B)
@@ -198,7 +197,7 @@ def train(out: Path) -> None:
 def caption_loss(
     model: CLIPModel, tokenizer: Any, pixels_BCHW: Tensor, captions: list[str]
 ) -> tuple[Tensor, float]:
-    """Return the loss of a step, and the share of hard negatives that score below the true caption."""
+    """Return the loss, and the share of changed captions that score below the true caption."""
     tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
     tokens.pop("token_type_ids", None)
     with torch.autocast("cpu", torch.bfloat16):

@@ -52,23 +52,27 @@ from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
 from pipeline.tasks.prompts import render
 from pipeline.tasks.qa import QASet
 
-SEED = "teacher"  # datasets use numeric seeds, so they never contain these training scenes
+# Datasets have numeric seeds, so they contain other scenes.
+SEED = "teacher"
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The number of steps, batch size and learning rate of a training phase."""
+    """The settings of a training phase. `scenes` and `decks` are counts per step.
+
+    The counts of `question_sets` and `answers` are per scene. Tokens other than answers have weight 1.
+    """
 
     name: str
     steps: int
-    cosine_steps: int  # steps until the lowest learning rate
-    scenes: int  # scenes per step
+    cosine_steps: int
+    scenes: int
     learning_rate: float
     warmup_steps: int
-    question_sets: int = 1  # question sets per scene
-    answers: int = 3  # answered questions per scene
-    answer_weight: float = 1.0  # weight of answer tokens; other tokens have weight 1
-    decks: int = 0  # decks per step
+    question_sets: int = 1
+    answers: int = 3
+    answer_weight: float = 1.0
+    decks: int = 0
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate at a step, with linear warm-up and cosine decay to 5 % of the peak."""
@@ -103,7 +107,7 @@ QUESTIONS = Phase(
     answers=8,
     answer_weight=4.0,
 )
-# The phase for the second teacher. Decks have two pages at first, and more later (`pages_per_deck`).
+# This phase trains the second teacher, which is for decks.
 DECKS = Phase(
     "decks",
     3000,
@@ -116,10 +120,10 @@ DECKS = Phase(
     answer_weight=10,
     decks=5,
 )
-# Share of decks with the released prompt. Its length and its example distract from the pages, so other decks
-# have a random prompt.
+# The other decks have a random prompt, because the long released prompt distracts from the pages.
 RELEASED_PROMPT_PROBABILITY = 0.5
-GUIDE_ATTENTION_EVERY = 4  # interval in steps; a step with attention loss takes more than twice the time
+# A step with attention loss takes more than twice the time.
+GUIDE_ATTENTION_EVERY = 4
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 
@@ -131,7 +135,7 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
 
 
 def pages_per_deck(step: int) -> int:
-    """Return the number of pages per deck: two until the model can find a page, and later up to four."""
+    """Return the number of pages per deck, which is two at first, and later up to four."""
     rng = random.Random(f"{SEED}:pages:{step}")
     return 2 if step < 250 else rng.choice((2, 3)) if step < 400 else rng.choice((2, 3, 4, 4, 4))
 
@@ -195,7 +199,7 @@ def _answer_task(question: str, answer: str, spots: tuple[Spot, ...] = ()) -> Tr
 
 
 def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[DecidedSpan]:
-    """Yield (start, end, spots) for each part of a reply that depends on spots, in order."""
+    """Yield (start, end, spots) for each part of a reply that depends on the image, in order."""
     position = 0
     for pair in pairs:
         start = position = reply.index(dump(pair), position)
@@ -285,7 +289,7 @@ class TeacherTraining:
         return output, image_BS, (loss_N * weights_N).sum() / weights_N.sum(), right
 
     def _see(self, pixels: list[np.ndarray]) -> Tensor:
-        """Return the image tokens of a batch of images, [B, 9, D]."""
+        """Return the image tokens, [B, 9, D]."""
         inputs = self.processor.image_processor(images=pixels, return_tensors="pt")
         features = self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
         tokens_BPD: Tensor = features.pooler_output
@@ -295,7 +299,7 @@ class TeacherTraining:
 def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = None) -> None:
     """Train all phases with checkpoints in `out/checkpoint.pt`, and write the model to `out/model`.
 
-    Training continues from the finished model `start`, or starts from scratch if it is None.
+    Training starts from the finished model `start`, if it is given.
     """
     torch.manual_seed(0)
     tokenizer = training_steps.load_tokenizer(start or out / "tokenizer", train_tokenizer, tokenizer_corpus)

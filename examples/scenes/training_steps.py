@@ -54,7 +54,7 @@ class VisionHeads(nn.Module):
 
 
 def learning_rate(peak: float, step: int, warmup_steps: int, progress: float, lowest: float) -> float:
-    """Return the learning rate at a step, with linear warm-up and cosine decay to `lowest` times the peak."""
+    """Return the learning rate at a step, with warm-up and cosine decay to `lowest` times the peak."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-SCALE = 2.0  # lora_alpha / rank in other libraries
+# Other libraries define this as lora_alpha / rank.
+SCALE = 2.0
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with an adapter: x W^T + b + SCALE * dropout(x) A^T B^T.
+    """A linear layer with an adapter: x W^T + b + SCALE * dropout(x) A^T B^T. B is 0 at the start.
 
-    Keeps the names of the weights of the layer. B is 0 at the start. An adapter adds few and small matrix
-    products, so the time on a GPU depends on the number of kernels.
+    The weights of the layer keep their names.
     """
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, dropout: float) -> None:
@@ -34,25 +34,25 @@ class LoraLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., O)."""
         x_KD = x.flatten(0, -2)
-        if torch.is_autocast_enabled(x.device.type):  # one cast for both products
+        if torch.is_autocast_enabled(x.device.type):
             x_KD = x_KD.to(torch.get_autocast_dtype(x.device.type))
         y_KO = functional.linear(x_KD, self._oriented(self.weight), self.bias)
         low_KR = functional.linear(functional.dropout(x_KD, self.dropout, self.training), self.lora_A)
-        # In place, so that the sum needs no kernel and no memory. Autocast skips operations in place.
+        # Adding in place saves a kernel and memory. Autocast does not cast operations in place.
         y_KO.addmm_(low_KR, self.lora_B.to(y_KO.dtype).T, alpha=SCALE)
         return y_KO.view(*x.shape[:-1], self.out_features)
 
     def delta(self) -> Tensor:
-        """Return the change of the weight that has the effect of the adapter, on the CPU."""
+        """Return the change that merges the adapter into the weight, on the CPU."""
         return self._oriented(SCALE * self.lora_B.detach().cpu() @ self.lora_A.detach().cpu())
 
     def _oriented(self, weight: Tensor) -> Tensor:
-        """Convert a weight from the layout of the layer to (O, D), or back. Conv1D of GPT-2 has (D, O)."""
+        """Convert a weight between the layout of the layer and (O, D)."""
         return weight.T if self.is_transposed else weight
 
 
 def add_adapters(model: nn.Module, head: nn.Module, rank: int, dropout: float) -> int:
-    """Freeze a model, and add adapters to its linear layers except head and experts. Returns their number."""
+    """Add adapters to the linear layers of a model, and freeze it. Returns their number."""
     model.requires_grad_(False)
     # A subclass of nn.Linear may compute something else.
     linear = [(name, layer) for name, layer in model.named_modules() if type(layer) in (nn.Linear, Conv1D)]
@@ -68,10 +68,10 @@ def is_adapter(name: str) -> bool:
 
 
 def reduce_frozen(module: nn.Module, embedding: nn.Embedding) -> dict[str, Tensor]:
-    """Store frozen weights of linear layers in bfloat16, to which autocast would cast them in each pass.
+    """Store frozen weights of linear layers, and the input `embedding`, in bfloat16.
 
-    The input `embedding` is also stored in bfloat16 if this rounds no weight. Its output stays float32.
-    Returns the float32 weights that were rounded, on the CPU.
+    The embedding stays float32 if rounding would change it. Returns the float32 weights that were rounded, on
+    the CPU.
     """
     exact: dict[str, Tensor] = {}
     for name, layer in module.named_modules():
@@ -94,8 +94,7 @@ def reduce_frozen(module: nn.Module, embedding: nn.Embedding) -> dict[str, Tenso
 def merged_state(module: nn.Module, exact: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the state dict with adapters merged into their base weights.
 
-    If there are adapters, the tensors are on the CPU, and in float32. `exact` holds the weights that
-    `reduce_frozen` rounded.
+    With adapters, the tensors are float32 and on the CPU. `exact` is the result of `reduce_frozen`.
     """
     state = {name: weights for name, weights in module.state_dict().items() if not is_adapter(name)}
     if len(state) == len(module.state_dict()):

@@ -28,8 +28,7 @@ class CaptionerConfig:
     """Everything needed to rebuild a captioner.
 
     `decoder` holds the fields of DecoderConfig, or {"language_model": transformers config} for a pretrained
-    decoder. `prompts` lists the learned (source, style) pairs. The style of answers is "". `data` describes
-    the training data.
+    decoder. `prompts` lists the learned (source, style) pairs. Answers have the style "".
     """
 
     encoder: dict[str, Any]
@@ -46,7 +45,7 @@ class CaptionerConfig:
 
 
 class CaptionerModel(nn.Module, PyTorchModelHubMixin):
-    """Captioner model. Losses and generation take hidden states of the encoder as input, not pixels."""
+    """A captioner. Its inputs are hidden states of the encoder, not pixels."""
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
@@ -59,13 +58,13 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         else:
             self.decoder = ScratchDecoder(DecoderConfig(**config.decoder))
         self.connector = self.decoder.make_connector(self.encoder.width)
-        self.exact: dict[str, Tensor] = {}  # frozen weights that `reduce_frozen` rounded
+        self.exact: dict[str, Tensor] = {}
 
     def loss(self, states_BNV: Tensor, texts: TextBatch, label_smoothing: float = 0) -> Tensor:
         """Return the negative log-likelihood summed over all target tokens, weighted by `texts.weight_C`.
 
-        Texts about one image do not attend to each other. `texts` should be on the CPU, because packing on a
-        GPU would need synchronization.
+        Texts about one image do not attend to each other. `texts` should be on the CPU, to avoid waiting for
+        the GPU.
         """
         loss: Tensor = self.decoder.loss(self.connector(states_BNV), texts, label_smoothing)
         return loss
@@ -74,8 +73,8 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     def generate(self, states_BNV: Tensor, prompt_BT: Tensor, decoding: DecodingConfig) -> list[list[int]]:
         """Generate one text per image, up to EOS or `max_caption_tokens`.
 
-        Returns token ids without prompt and EOS. Raises TrainError if the prompt leaves no position for a
-        text, or if a GPU lacks memory.
+        Returns token ids without prompt and EOS. Raises TrainError if the prompt is too long, or if a GPU
+        lacks memory.
         """
         memory_BND, prompt_BT = self.connector(states_BNV.to(self.device)), prompt_BT.to(self.device)
         max_tokens = self.max_new_tokens(memory_BND.shape[1], prompt_BT.shape[1])
@@ -94,13 +93,13 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
     def max_new_tokens(self, num_states: int, prompt_tokens: int) -> int:
-        """Return the maximum tokens of a text: the smaller of the config's limit and the positions left."""
+        """Return the maximum number of tokens that a text may have after the prompt."""
         num_positions_left = self.decoder.max_positions - num_states - prompt_tokens
         return int(min(self.config.max_caption_tokens, num_positions_left))
 
     @cached_property
     def _writer(self) -> SynthCaptioner:
-        # The decoder keeps its weights. Cached, because no_init_weights affects torch.nn.init in all threads.
+        # Create this object only once, because no_init_weights affects torch.nn.init in all threads.
         with no_init_weights():
             return SynthCaptioner(SynthCaptionerConfig(decoder=self.config.decoder), self.decoder)
 
@@ -110,9 +109,10 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return next(self.connector.parameters()).device
 
     def reduce_frozen(self) -> None:
-        """Store frozen weights in bfloat16 if adapters are trained. Afterwards, passes need autocast."""
+        """Store frozen weights in bfloat16 if there are adapters. Forward passes then need autocast."""
         if isinstance(self.decoder, PretrainedDecoder) and self.decoder.frozen_names():
-            _ = self.decoder.probed  # measured in float32
+            # The properties of the decoder must be measured in float32.
+            _ = self.decoder.probed
             self.exact = reduce_frozen(self, self.decoder.embedding)
 
     def without_adapters(self) -> "CaptionerModel":
@@ -136,7 +136,8 @@ def build_captioner(
         captioner = CaptionerModel(config)
         captioner.encoder.load_state_dict(encoder.state_dict())
         return captioner
-    with torch.device("meta"):  # avoids a second copy of the language model
+    # This avoids a second copy of the language model.
+    with torch.device("meta"):
         captioner = CaptionerModel(config)
     captioner.encoder, captioner.decoder = encoder, decoder
     captioner.connector = decoder.make_connector(encoder.width)

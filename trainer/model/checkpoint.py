@@ -52,7 +52,8 @@ from trainer.tokenizer import (
 
 MAX_TOKENIZER_BYTES = 100_000_000
 DECODING_SETTINGS = ("num_beams", "length_penalty", "min_new_tokens", "no_repeat_ngram_size")
-MAX_SHARED = 2  # maximum ratio of model weights to stored weights (tied weights are stored once)
+# Tied weights are stored once, so a model may have more weights than its file.
+MAX_SHARED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Checkpoint:
             # safetensors makes the weights file readable only for its owner.
             (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)
             self.tokenizer.backend.save(str(draft / "tokenizer.json"))
-            added = transformers_files(draft)  # with a config.json that synth and transformers can read
+            added = transformers_files(draft)
             for name, data in added.items():
                 (draft / name).write_bytes(data)
             for name in dict.fromkeys([*CAPTIONER_FILES, *added]):
@@ -126,7 +127,8 @@ def read_config(folder: Path) -> CaptionerConfig:
     if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
         raise ValueError(f"invalid max_caption_tokens: {config.max_caption_tokens}")
     TrainConfig.model_validate(config.data.get("decoding", {}), strict=True)
-    config.decoding()  # raises TypeError for unknown options
+    # This raises TypeError for unknown options.
+    config.decoding()
     require_few_layers(config.decoder)
     return config
 
@@ -155,7 +157,8 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     if not 0 <= config.eos_id < vocab_size:
         raise ValueError(f"the end-of-text token {config.eos_id} is not one of {vocab_size:,} tokens")
     require_known_tokens(backend, vocab_size)
-    backend.encode_special_tokens = True  # the names of special tokens in a caption are encoded as plain text
+    # If a caption contains the name of a special token, encode it as plain text.
+    backend.encode_special_tokens = True
     is_pretrained = "language_model" in config.decoder
     tokenizer = CaptionTokenizer(backend, "pretrained" if is_pretrained else "scratch", config.eos_id)
     for source, style in config.prompts:
@@ -168,9 +171,9 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
 def build_checkpoint(
     version: Version, config: TrainConfig, train_set: list[Example], init_digest: str = ""
 ) -> Checkpoint:
-    """Build a captioner to train: an untrained one, or the captioner `init` with tokens for new prompts.
+    """Build a captioner to train. If `config.init` names a captioner, its training continues.
 
-    `init_digest` is the digest of the weights of `init`. Raises TrainError if a model is missing or does not
+    `init_digest` is the hash of that captioner's weights. Raises TrainError if a model is missing or does not
     support a setting.
     """
     texts = texts_of(train_set)
@@ -181,8 +184,7 @@ def build_checkpoint(
         start = load_checkpoint(find_captioner(config.init), torch.device("cpu"))
         before = start.captioner.config
         encoder, decoder, tokenizer = _continued_parts(start, config, texts)
-        # Keep the other prompts that `start` has learned, unless they would replace the default prompt, which
-        # must be learned in this run.
+        # Keep the other prompts that `start` has learned, unless they would replace the default prompt.
         default = scored_prompt([*prompts])
         prompts |= {prompt for prompt in before.prompts if scored_prompt([*prompts, prompt]) == default}
         data["init"] = {"digest": init_digest, "data": before.data}
@@ -219,7 +221,7 @@ def _describe_data(version: Version, config: TrainConfig) -> dict[str, Any]:
 
 
 def _new_parts(config: TrainConfig, texts: list[TargetText]) -> tuple[Encoder, Any, CaptionTokenizer]:
-    """Return an encoder, a decoder (or the settings of a cross-attention decoder), and its tokenizer."""
+    """Return an encoder, a decoder or its settings, and a tokenizer."""
     encoder = load_encoder(config.encoder, states=config.encoder_states, frozen=config.encoder_lr == 0)
     if not config.is_scratch:
         return encoder, *load_decoder(config.decoder)
@@ -234,7 +236,7 @@ def _new_parts(config: TrainConfig, texts: list[TargetText]) -> tuple[Encoder, A
 def _continued_parts(
     start: Checkpoint, config: TrainConfig, texts: list[TargetText]
 ) -> tuple[Encoder, Any, CaptionTokenizer]:
-    """Return the same parts as `_new_parts`, taken from `start`. The prompts of `texts` get new tokens."""
+    """Return the parts of `start`, with new tokens for the prompts of `texts`."""
     captioner, tokenizer = start.captioner, start.tokenizer.with_prompts(texts)
     encoder = Encoder(replace(captioner.encoder.config, frozen=config.encoder_lr == 0))
     encoder.load_state_dict(captioner.encoder.state_dict())

@@ -109,7 +109,7 @@ class ScratchDecoder(CrossAttentionDecoder):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        # Each block has three residual branches. Their last layers start with small weights, as in GPT-2.
+        # The last layers of the three residual branches start with small weights, as in GPT-2.
         for block in self.blocks:
             assert isinstance(block, Block)
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
@@ -202,8 +202,7 @@ def attend_apart(
 ) -> Tensor:
     """Attend within each packed text only. Returns (B, H, S, K).
 
-    Each text is moved to its own row and back. Causal attention then needs no explicit mask, so fast kernels
-    can be used.
+    Each text is moved to its own row and back, so that a fast kernel without a mask can be used.
     """
 
     def moved(x_BHSK: Tensor, place_CT: Tensor) -> Tensor:

@@ -44,9 +44,8 @@ _TEST_IMAGE = Image.linear_gradient("L").convert("RGB")
 class EncoderConfig:
     """Everything needed to rebuild an encoder.
 
-    `states` selects hidden states of the last layer for the decoder (see `choose_states`). If `frozen`, they
-    are rounded to bfloat16, as in the feature store. `made_from` holds the name and the revision of the
-    original model.
+    `states` selects hidden states of the last layer (see `choose_states`). `made_from` holds the name and the
+    revision of the original model.
     """
 
     model: dict[str, Any]
@@ -56,11 +55,9 @@ class EncoderConfig:
     states: str = "all"
 
 
-# The definitions from here to `Tower` are copied into checkpoints (trainer/model/transformers_files.py), so
-# they may use only torch and transformers.
+# The definitions up to `Tower` are copied into checkpoints, so they may use only torch and transformers.
 
-# Possible numbers of tokens before the patches: none, a class token, class and distillation tokens, or a
-# class token and four DINO registers.
+# Before the patches, there may be no token, a class token, two tokens (distillation), or five (DINO).
 BEFORE_PATCHES = (0, 1, 2, 5)
 
 
@@ -73,7 +70,7 @@ def choose_states(states_BNV: Tensor, which: str) -> Tensor:
         return states_BNV
     before, side = patch_grid(states_BNV.shape[1])
     grid_BVRC = states_BNV[:, before:].transpose(1, 2).unflatten(2, (side, side))
-    pooled_BVRC = functional.avg_pool2d(grid_BVRC, 2, ceil_mode=True)  # windows at an odd edge are smaller
+    pooled_BVRC = functional.avg_pool2d(grid_BVRC, 2, ceil_mode=True)
     return torch.cat([states_BNV[:, :before], pooled_BVRC.flatten(2).transpose(1, 2)], 1)
 
 
@@ -168,7 +165,8 @@ def load_encoder(name: str, *, states: str = "all", frozen: bool | None = None) 
         revision = getattr(model_config, "_commit_hash", None)
         model_config = getattr(model_config, "vision_config", model_config)
         settings = pretrained.settings_of(model_config)
-        pretrained.config_of(settings)  # raises if the model cannot be rebuilt, such as a timm model
+        # This raises an error if the model cannot be rebuilt, such as a timm model.
+        pretrained.config_of(settings)
         towers: dict[str, Any] = {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}
         tower_class = towers.get(model_config.model_type, AutoModel)
         saved = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=False).to_dict()

@@ -34,7 +34,7 @@ from trainer.model.transformers_model import PrefixDecoder
 from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
 PROBE_TOKENS = 6
-# In standard deviations of the states. Rounding causes differences of 1e-6, convolutions at least 4e-4.
+# The unit is the standard deviation of the states. Rounding causes differences of 1e-6.
 MAX_STATE_DIFFERENCE = 1e-4
 MAX_LOGIT_DIFFERENCE = 0.01  # rounding on a GPU may change logits by 0.001
 MAX_SHARE_OF_CAP = 0.99  # logits closer to the cap cannot be inverted
@@ -44,7 +44,7 @@ MODEL_ERRORS = (ValueError, RuntimeError, TypeError, AttributeError, IndexError,
 class Probe(NamedTuple):
     """Properties of a language model, measured when it is first used."""
 
-    can_pack: bool  # whether packed texts have the same states as separate texts
+    can_pack: bool
     transform: text_loss.LogitTransform
 
 
@@ -58,15 +58,15 @@ class PretrainedDecoder(PrefixDecoder):
         self._attention_window = pretrained.attention_window(self.model.config)
 
     def add_adapters(self, rank: int, dropout: float) -> None:
-        """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes other weights.
+        """Add LoRA adapters to the linear layers, and freeze all other weights.
 
-        Raises TrainError if the model has no such layers.
+        Raises TrainError if the model has no linear layers.
         """
         if not adapters.add_adapters(self.model, self.model.get_output_embeddings(), rank, dropout):
             raise TrainError("this model has no linear layers", hint="train the whole model: --lora-rank 0")
 
     def recompute_blocks(self) -> bool:
-        """Recompute blocks in the backward pass from now on. Returns False if nothing changes."""
+        """Enable gradient checkpointing. Returns False if it is enabled already or not supported."""
         if self.model.is_gradient_checkpointing or not self.model.supports_gradient_checkpointing:
             return False
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -105,7 +105,7 @@ class PretrainedDecoder(PrefixDecoder):
         return text_loss.token_loss(states_KD, head, labels_K, weight_K, label_smoothing, transform)
 
     def require_positions(self, num_states: int, num_tokens: int) -> None:
-        """Raise TrainError if image and text need more positions than the model has (GPT-2: 1,024)."""
+        """Raise TrainError if image and text need more positions than the model has."""
         if num_states + num_tokens > self.max_positions:
             problem = f"an image of {num_states} states and a text of {num_tokens} tokens"
             problem += f" need {num_states + num_tokens} positions, and the language model has"
@@ -146,7 +146,7 @@ class PretrainedDecoder(PrefixDecoder):
     def probed(self) -> Probe:
         """Properties of the model, measured at first access. Raises TrainError for an unsupported model."""
         device, was_training = next(self.model.parameters()).device, self.model.training
-        # A separate generator leaves the global generator, and thus dropout, unchanged.
+        # Use a separate generator, because dropout depends on the global one.
         random = torch.Generator().manual_seed(0)
         vocabulary = self.embedding.num_embeddings
         ids_CT = torch.randint(vocabulary, (2, PROBE_TOKENS), generator=random)
@@ -174,7 +174,7 @@ class PretrainedDecoder(PrefixDecoder):
     def _logit_transform(
         self, prefix_BPD: Tensor, texts: TextBatch, states_CTD: Tensor
     ) -> text_loss.LogitTransform:
-        """Return how the model transforms the logits of its head. Raises TrainError if no transform fits."""
+        """Return how the model transforms the logits of its head. Raises TrainError if this is unknown."""
         embeds_CLD = self._embed(prefix_BPD[texts.image_of_C], texts.ids_CT)
         own_CLV = self.model(inputs_embeds=embeds_CLD, use_cache=False).logits
         own_CTV = own_CLV[:, prefix_BPD.shape[1] :].float()
@@ -188,7 +188,7 @@ class PretrainedDecoder(PrefixDecoder):
         scale = float((uncapped_K * head_K).sum() / head_K.square().sum())
         transform = text_loss.LogitTransform(1.0 if abs(scale - 1) < MAX_LOGIT_DIFFERENCE else scale, cap)
         difference = (transform.apply(head_CTV) - own_CTV).abs().max()
-        fits = bool(difference <= MAX_LOGIT_DIFFERENCE * own_CTV.std())  # False for NaN
+        fits = bool(difference <= MAX_LOGIT_DIFFERENCE * own_CTV.std())
         if not isinstance(head, nn.Linear) or not fits:
             problem = "the decoder changes its logits in an unknown way, so the training loss would be wrong"
             raise TrainError(problem, hint="choose another decoder, such as --decoder qwen3")

@@ -29,7 +29,7 @@ CODE_SETTINGS = frozenset(
 FETCHING_MODELS = re.compile("timm|edgetam")
 LAYER_COUNTS = re.compile(r"layers|depth|blocks|stages|experts")
 MAX_LAYERS = 1024
-# Setting names for the attention window in different models, and the layer types that use it.
+# Settings that hold the attention window, and the layer types that use it.
 WINDOWS = (
     "sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention",
 )  # fmt: skip
@@ -100,12 +100,13 @@ def require_few_layers(settings: dict[str, Any]) -> None:
 
 
 def _remove_code(value: Any) -> Any:
-    """Recursively remove settings that name code or make a model return tuples without output names."""
+    """Recursively remove settings that name code or change the type of a model's outputs."""
     if isinstance(value, list):
         return [_remove_code(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() == {"__float__"}:  # how transformers writes infinity to JSON
+    # transformers writes infinity to JSON like this.
+    if value.keys() == {"__float__"}:
         return float(value["__float__"])
     require_few_layers(value)
     hidden = {name for name in value if name.startswith(("_", "base_model_"))}
@@ -138,7 +139,7 @@ def silence_transformers() -> Iterator[None]:
 def load_config(model_id: str) -> PreTrainedConfig:
     """Load a config from a folder or the Hub. Raises one of LOAD_ERRORS, also for quantized weights."""
     path = Path(model_id)
-    # A lookup on the Hub may take minutes, so a name that can only be a path is not looked up.
+    # Do not look up names that can only be paths, because a lookup may take minutes.
     is_path = path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
     if is_path and not path.is_dir():
         raise ValueError("the folder does not exist")

@@ -22,19 +22,21 @@ from trainer.tokenizer import TextBatch
 
 @dataclass(frozen=True, slots=True)
 class PackedTexts:
-    """The input tokens of a batch, in one right-padded row per image, without the last token of each text.
+    """The input tokens of a batch, in one right-padded row per image.
 
-    A place is an index into the flattened rows: b * S + s.
+    `segments_BS` numbers the texts of a row, with -1 for padding. `place_CT` holds the index of token t of
+    text c in the flattened rows (b * S + s), and `origin_BS` is its inverse. `learned_K` holds the indices
+    whose next token is a target.
     """
 
     ids_BS: Tensor
-    positions_BS: Tensor  # position of the token within its text
-    segments_BS: Tensor  # index of the text within its row, -1 for padding
-    place_CT: Tensor  # place of token t of text c, 0 for padding
-    origin_BS: Tensor  # inverse of `place_CT`: c * T + t for each place, 0 for padding
-    learned_K: Tensor  # places whose next token is a target
-    labels_K: Tensor  # the target tokens
-    weight_K: Tensor  # the weight of each target token
+    positions_BS: Tensor
+    segments_BS: Tensor
+    place_CT: Tensor
+    origin_BS: Tensor
+    learned_K: Tensor
+    labels_K: Tensor
+    weight_K: Tensor
 
     def to(self, device: torch.device) -> "PackedTexts":
         """Move all tensors to a device."""
@@ -54,7 +56,7 @@ def pack(texts: TextBatch, num_images: int) -> PackedTexts:
     tokens_B = zeros_B.index_add(0, image_of_C, tokens_C)
     texts_B = zeros_B.index_add(0, image_of_C, torch.ones_like(image_of_C))
     S = max(1, int(tokens_B.max()))
-    # The texts of an image form one row. A text starts after the earlier texts of its image.
+    # Each text starts after the earlier texts of its image.
     start_C = _sums_before(tokens_C) - _sums_before(tokens_B)[image_of_C]
     number_C = torch.arange(len(image_of_C), device=device) - _sums_before(texts_B)[image_of_C]
     position_T = torch.arange(texts.ids_CT.shape[1] - 1, device=device)
@@ -97,8 +99,7 @@ def _sums_before(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-# Maximum number of float32 logits per part. The minimum number of tokens takes precedence, because each part
-# reads the whole output matrix from memory.
+# There is a minimum, because each part of the tokens reads the whole output matrix from memory.
 MAX_LOGITS_PER_PART, MIN_TOKENS_PER_PART = {"cpu": 1 << 23, "cuda": 1 << 27}, 256
 
 

@@ -30,7 +30,7 @@ NEEDED_IMPORTS = {
     ),
     "trainer.model.encoder": "from transformers import AutoModel\n",
 }
-# Renders only the text of the last user message. The processor finds the style or the question in it.
+# The text of the last user message names the style or contains the question.
 CHAT_TEMPLATE = """\
 {%- set user = (messages | selectattr("role", "equalto", "user") | list)[-1] -%}
 {%- if user.content is string %}{{ user.content }}{% else -%}
@@ -40,9 +40,9 @@ HEADER = "# Written by `synth`. This file needs torch, transformers and Pillow.\
 
 
 def transformers_files(folder: Path) -> dict[str, bytes]:
-    """Return the files, by name, that transformers needs in a checkpoint folder, with a new config.json.
+    """Return the files that transformers needs in a checkpoint folder, by name.
 
-    Raises TrainError if the folder is not a captioner.
+    They include a new config.json. Raises TrainError if the folder is not a captioner.
     """
     require_checkpoint(folder)
     try:
@@ -96,7 +96,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
 
 
 def standalone_source() -> str:
-    """Return the source of transformers_model.py, with copied definitions instead of project imports."""
+    """Return the source of transformers_model.py with all imported definitions copied into it."""
     source = Path(__file__).with_name("transformers_model.py").read_text(encoding="utf-8")
     needed_imports = ""
     for module, names in DEFINITIONS.items():

@@ -76,7 +76,7 @@ class PrefixDecoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model: Any = model
-        self.width: int = self.embedding.embedding_dim  # may differ from the width of the layers
+        self.width: int = self.embedding.embedding_dim
         self.max_positions: float = getattr(model.config, "max_position_embeddings", None) or math.inf
 
     def make_connector(self, V: int) -> nn.Sequential:
@@ -103,12 +103,11 @@ class PrefixDecoder(nn.Module):
 
         `states_BPD` is None if the cache has the image.
         """
-        # Pass no new default cache, so that the language model makes a cache that suits recurrent layers.
+        # Pass no new default cache, because recurrent layers need another one.
         is_default = states_BPD is not None and type(cache) is DynamicCache
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
-        # Move padding from between image and text to before the image. Recurrent layers would process it, and
-        # it would fill narrow attention windows.
+        # Move padding before the image, because recurrent layers would process padding in the middle.
         place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         pads_B1 = (mask_BS.cumsum(-1) == 0).sum(-1, keepdim=True)
         from_BL = torch.where(place_L < pads_B1, place_L + prefix, place_L - pads_B1)
@@ -132,7 +131,7 @@ class PrefixDecoder(nn.Module):
 class _AtLastPosition(MaxLengthCriteria):
     """Ends texts at the last position of the language model.
 
-    A plain MaxLengthCriteria would replace the one that `generate` adds for its own limit.
+    A plain MaxLengthCriteria would replace the limit that is passed to `generate`.
     """
 
 
@@ -190,8 +189,8 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return next-token logits (B, T, vocabulary), and the mean loss for `labels` (-100 is ignored).
 
-        `transformers.Trainer` passes the number of labels in all micro-batches as `num_items_in_batch`. If
-        `past_key_values` is a new DynamicCache, a language model ignores it and returns its own cache.
+        `num_items_in_batch` is the number of labels in all micro-batches, and is passed by
+        `transformers.Trainer`. A language model may return another cache than the one passed.
         """
         if image_states is None and pixel_values is not None:
             image_states = self.encode(pixel_values)
@@ -242,8 +241,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Return the token ids of prompts and texts. For `options`, see `GenerationMixin.generate`.
 
-        Images are encoded once for all beams. A text ends at the last position of the language model.
-        Raises ValueError if the prompt leaves no position for the text.
+        Raises ValueError if the prompt is too long for a text to follow.
         """
         if pixel_values is not None:
             options["image_states"] = self.encode(pixel_values)

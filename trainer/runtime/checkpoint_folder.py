@@ -20,17 +20,16 @@ READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RecursionError, Unsa
 
 
 def find_captioner(name: str | Path) -> Path:
-    """Return a captioner's folder. Downloads its files (but no code) if `name` is a Hub repository.
+    """Return a captioner's folder. If `name` is a Hub repository, its files are downloaded, but no code.
 
-    Raises TrainError if there is no captioner, or if the Hub does not answer and the captioner is not in the
-    local cache.
+    Raises TrainError if there is no captioner, or if it is not cached and the Hub does not answer.
     """
     match = HUB_NAME.fullmatch(str(name))
     if not match or Path(name).exists():
         folder = Path(name).expanduser()
         require_checkpoint(folder)
         return folder
-    from huggingface_hub import snapshot_download  # a folder does not need this slow import
+    from huggingface_hub import snapshot_download
 
     repo, revision = match[1], match[2]
     hint = "check the name and the network, then try again"
@@ -54,9 +53,9 @@ def require_checkpoint(folder: Path) -> None:
 
 
 def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None, question: str = "") -> None:
-    """Raise TrainError if a captioner has not learned the style or, given a question, to answer questions.
+    """Raise TrainError if a captioner has not learned the style, or to answer a `question`.
 
-    `style` None means any style. `prompts` are pairs of source and style. The style of answers is "".
+    A `style` of None means any style. `prompts` are (source, style) pairs. Answers have the style "".
     """
     styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
     if question:
@@ -99,7 +98,7 @@ def _config_of(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_data_digests(folder: Path) -> list[str]:
-    """Return the digest of each dataset a captioner was trained on, newest first, or [] if unreadable."""
+    """Return the digests of the datasets of a captioner, newest first, or [] if unreadable."""
     try:
         data = read_json(folder / "config.json")["data"]
         return [str(part["digest"]) for part in list_training_data(data)]
@@ -130,7 +129,8 @@ def describe_difference(folder: Path, config: TrainConfig) -> str:
 def require_free(folder: Path) -> None:
     """Raise ConfigError if a folder has an interrupted run, or files that no training wrote."""
     if (folder / "resume.pt").exists():
-        with DatasetDir(folder).lock():  # raises an error if that run is still in progress
+        # This raises an error if that run is still in progress.
+        with DatasetDir(folder).lock():
             pass
         hint = f"continue it with --resume, or remove {folder / 'resume.pt'} to start again"
         raise ConfigError(f"{folder} has an interrupted training run", hint=hint)

@@ -25,7 +25,7 @@ def best_device(rank: int = 0) -> torch.device:
 
 
 def default_precision(preset: Preset, device: torch.device) -> Precision:
-    """Return the fastest precision on a device. For drawn scenes, bf16 is not used."""
+    """Return the fastest precision on a device, except that drawn scenes never use bf16."""
     if device.type == "cpu":
         return "fp32"
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -38,7 +38,7 @@ def join_processes() -> tuple[int, int]:
     if processes == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
-        # Single numbers are exchanged between CPUs, because with NCCL each exchange would wait for the GPU.
+        # Exchange numbers between CPUs, because NCCL would wait for the GPU each time.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=MAX_WAIT)
     return torch.distributed.get_rank(), processes
@@ -59,7 +59,7 @@ def all_reduce_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     learning = [weights for weights in model.parameters() if weights.requires_grad]
     num_gradients = sum_over_processes([weights.grad is not None for weights in learning])
     for weights, count in zip(learning, num_gradients, strict=True):
-        # A weight without a gradient in any process keeps None, so that the optimizer does not decay it.
+        # If no process has a gradient for a weight, keep None, so that the weight does not decay.
         if count:
             weights.grad = torch.zeros_like(weights) if weights.grad is None else weights.grad
             torch.distributed.all_reduce(weights.grad)
@@ -75,10 +75,10 @@ def sum_over_processes(numbers: Sequence[float]) -> list[float]:
 
 
 def own_slice(*, on_machine: bool = False) -> slice:
-    """Return the slice of a list that this process works on, among all processes or those on its machine."""
+    """Return the slice of a list for this process, among all processes or those on its machine."""
     if not torch.distributed.is_initialized():
         return slice(None)
-    if on_machine:  # torchrun sets both variables
+    if on_machine:
         return slice(int(os.environ.get("LOCAL_RANK", 0)), None, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
 
@@ -95,7 +95,7 @@ def gather_slices(own: list[T]) -> list[T]:
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """Set the precision of float32 matrix products in a context: full for `fp32`, otherwise TF32 on a GPU."""
+    """Set the precision of float32 matrix products: full for `fp32`, otherwise TF32 on a GPU."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     try:

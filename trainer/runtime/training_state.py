@@ -52,8 +52,7 @@ def load_resume(folder: Path, config: TrainConfig, run: str) -> dict[str, Any]:
 def delay_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list, so that the current step can end and its state can be saved.
 
-    If the same signal arrives twice, the original handler runs at once. A second signal of the other kind is
-    only collected, because it may come from the parent process.
+    If the same signal arrives twice, the original handler runs at once.
     """
     received: list[int] = []
     before: dict[int, Any] = {}
@@ -74,9 +73,9 @@ def delay_signals() -> Iterator[list[int]]:
 
 
 class Log:
-    """Writes log.jsonl, one JSON object per line.
+    """Writes log.jsonl, one JSON object per line. Existing lines after `first_step` are dropped.
 
-    Existing lines after `first_step` are dropped. `seconds` is the training time up to that step.
+    `seconds` is the training time up to that step.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
@@ -87,7 +86,7 @@ class Log:
         self.seconds: float = next((line["seconds"] for line in reversed(kept) if "seconds" in line), 0.0)
 
     def add(self, **values: float | int | str | Tensor) -> None:
-        """Add a line, which `flush` writes. Tensors are read only then, because a read waits for the GPU."""
+        """Add a line, which `flush` writes. Tensors are read only by `flush`."""
         self._lines.append(values)
 
     def flush(self) -> None:
