@@ -40,8 +40,8 @@ def generate(
 ) -> RunResult:
     """Turn images into a version of a dataset, like `synth generate`.
 
-    To resume a run that was stopped, repeat the call. Requests that were answered are not sent again. In a
-    notebook, the run uses another thread: to stop the run, restart the kernel.
+    To resume a stopped run, repeat the call. Answered requests are not sent again. In a notebook, restart the
+    kernel to stop a run.
 
     Args:
         source: where the images come from, such as "folder:photos" or "hub:ORG/NAME".
@@ -55,7 +55,7 @@ def generate(
         The version, whether it is new, request counts, and how many rows each step kept and rejected.
 
     Raises:
-        SynthError: a setting is invalid, the source or the server fails, or no row is left. See its `hint`.
+        SynthError: a setting is invalid, the source or the server fails, or no row is left.
     """
     overrides = settings if source is None else settings | {"source": source}
     if isinstance(config, Config):

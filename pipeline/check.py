@@ -65,8 +65,7 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
 def check_version(version: Version, stored: Collection[str] | None = None) -> Checked:
     """Return the state of a version, after checking its files, its row digest and its images.
 
-    `stored` has the ids of all intact images in the store. If it is None, all images in the store are read to
-    find these ids.
+    `stored` has the ids of all intact images in the store. If it is None, the store is read to find them.
     """
     if damage := find_damage(version, stored):
         hint = f"move {version.path} away and {RUN_AGAIN}: this writes the same version again"
@@ -93,10 +92,7 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
 
 
 def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Checked:
-    """Return the state of a file. `describe` reads the file, and returns a summary of its content.
-
-    Raises FileNotFoundError if the file is gone.
-    """
+    """Return the state of a file, whose content is read and summarized by `describe`."""
     try:
         return Checked(str(path), describe(path))
     except FileNotFoundError:

@@ -1,7 +1,4 @@
-"""`synth estimate`: run all steps on a few images, and estimate the cost of the whole run.
-
-The replies are kept in the journal of the dataset, and the real run reuses them.
-"""
+"""`synth estimate`: run all steps on a few images, and estimate the cost of the whole run."""
 
 import math
 from collections.abc import Collection
@@ -25,12 +22,10 @@ from pipeline.tasks.conditions import is_no_loss
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32
-# Sample size if a task has several models. Its cost depends on the share of texts that pass all checks, which
-# 32 images measure too roughly.
+# A task with several models needs a larger sample, to measure how many texts pass all checks.
 LADDER_IMAGES = 100
 # Stop after this many images that need no request.
 MAX_COMPLETE_IMAGES = 512
-# typical of English text
 BYTES_PER_TOKEN = 4
 
 
@@ -38,9 +33,8 @@ def estimate_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Return the likely hours, requests, tokens, money, bytes and kept rows of a run.
 
     `sampled_*` values were spent on the sample, whose replies the run reuses. `remaining_*`, hours, tokens
-    and `cost` are for the other images, and `total_*` for all images. Replies in the journal cannot be timed,
-    so images with such replies come last in the sample. If all images have such replies, `total_*` are 0.
-    Raises SynthError as `generate_dataset` does.
+    and `cost` are for the other images, and `total_*` for all images. If the journal has all replies,
+    `total_*` are 0. Raises SynthError as `generate_dataset` does.
     """
     config, folder, source = plan.config, plan.dataset, plan.source
     assert source is not None
@@ -109,12 +103,11 @@ def _sample_rows(
 
 
 def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: float) -> list[dict[str, Any]]:
-    """Return the requests and cost of each ladder, and of each of its models if it were used alone.
+    """Return the requests and cost of several models that are asked in turn, and of each model used alone.
 
-    A ladder lists models that are asked one after another until a text passes all checks. `ladder` has the
-    counts of a sample (see `ladder.describe_ladder`). A model without requests in the sample is left out.
-    Requests of checks are not included. `interval` is the 95 % interval of the share of a model's texts that
-    pass all checks.
+    A later model is asked only if a text fails a check. `ladder` has the counts of a sample (see
+    `ladder.describe_ladder`). Requests of checks are not included. `interval` is the 95 % interval of the
+    share of a model's texts that pass all checks.
     """
 
     def choice(*rungs: dict[str, Any], factor: float = scale) -> dict[str, Any]:
@@ -127,7 +120,7 @@ def forecast_ladders(ladder: list[dict[str, Any]], servers: Servers, scale: floa
     forecasts = []
     for task, group in groupby(ladder, itemgetter("task")):
         rungs = list(group)
-        # A model that is used alone gets as many requests as the first model of the ladder.
+        # A model that is used alone gets as many requests as the first of several models.
         factors = [scale * rungs[0]["requests"] / rung["requests"] for rung in rungs]
         choices = [choice(rung, factor=factor) for rung, factor in zip(rungs, factors, strict=True)]
         passed = [
@@ -146,10 +139,7 @@ def _scale_counts(
     stats: RequestStats,
     choices: Collection[str],
 ) -> dict[str, Any]:
-    """Scale the counts of a run on a sample to the whole run.
-
-    The steps in `choices` choose among good rows, so their rejections do not count as losses.
-    """
+    """Scale the counts of a run on a sample to the whole run. Rejections by `choices` are not losses."""
     by_step = {summary.step: summary for summary in funnel}
     read, annotations, kept = by_step["read"], by_step["validate"].input, by_step["review"].kept
     kept_images = by_step["write"].kept if "write" in by_step else 0

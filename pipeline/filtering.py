@@ -100,7 +100,7 @@ def _config_of(own: CustomTask, config: FilterConfig) -> FilterConfig:
 def _judge(
     config: FilterConfig, prompt_grams: Grams, caption_words: int | None = None, *, is_text: bool = False
 ) -> Callable[..., Judgement]:
-    """Return a function from the columns of a row to its scores and reason. Caches all but captions."""
+    """Return a function that scores a row and gives the reason for its rejection. Caches all but captions."""
 
     def judge(
         text: str | None,

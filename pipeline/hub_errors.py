@@ -35,10 +35,7 @@ def translate_hub_errors(
 
 
 def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
-    """Return the problem and a hint for a Hub, network or disk error, or None for any other error.
-
-    The hint is "" if the Hub does not answer.
-    """
+    """Return the problem and a hint for a Hub, network or disk error, or None for any other error."""
     import httpx2
     from huggingface_hub import errors
     from huggingface_hub.constants import ENDPOINT

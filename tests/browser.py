@@ -19,7 +19,7 @@ WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 800}
 Open = Callable[..., Page]
 
 
-# an open browser keeps an event loop running, and later modules need their own
+# Each module closes its browser, because an open browser blocks other event loops.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
@@ -63,10 +63,8 @@ def opened(browser: Browser) -> Iterator[Open]:
 
 
 def wait_until(page: Page, condition: str, seconds: float = 300.0) -> None:
-    """Wait until a condition in JavaScript holds.
-
-    Playwright's `wait_for_function` evaluates strings in the page, which the page's policy forbids.
-    """
+    """Wait until a condition in JavaScript holds."""
+    # The security policy of the page forbids `wait_for_function` of Playwright.
     ends_at = time.monotonic() + seconds
     while not page.evaluate(condition):
         assert time.monotonic() < ends_at, condition

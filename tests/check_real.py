@@ -2,8 +2,7 @@
 
 usage: python -m tests.check_real --repo ORG/NAME [--source flickr30k] [--out check-real]
 
-The page states GPU, versions, speed, tokens, rejections by reason, and 20 captions. The version is pushed as
-a private dataset, and a captioner is trained for 50 steps.
+The dataset is pushed as a private one, and a captioner is trained for 50 steps.
 """
 
 import argparse

@@ -18,7 +18,7 @@ HEADER = """<!-- `make docs` writes this page. settings.md explains the settings
 
 
 def commands(group: TyperGroup, prefix: str = "synth") -> Iterator[tuple[str, Any]]:
-    """Yield (name, command) of all commands in the order of the help, such as `synth versions list`."""
+    """Yield name and command of all commands, in the order of the help."""
     for name, command in group.commands.items():
         if isinstance(command, TyperGroup):
             yield from commands(command, f"{prefix} {name}")

@@ -1,7 +1,4 @@
-"""Run `synth` commands: in this process, which has imported torch, or in a new one as a user does.
-
-`run_synth` caches replies of the embedded model on disk, for all workers of a test run.
-"""
+"""Run `synth` commands in this process, which is fast, or in a new process."""
 
 import asyncio
 import functools
@@ -25,9 +22,9 @@ from typer.main import get_command
 
 from pipeline.images import isolation
 
-REPLIES = "SYNTH_TEST_REPLIES"  # environment variable with the folder of cached replies
+REPLIES = "SYNTH_TEST_REPLIES"
 SYNTH = Path(sys.executable).with_name("synth")
-# Caches that stay between commands, because they depend on no environment and no user file.
+# These caches depend on no environment and no user file, so they stay between commands.
 KEPT_CACHES = ("_pool", "_compiled", "_environment", "_template", "code_digest", "dictionary_words", "names")
 Done = subprocess.CompletedProcess[str]
 
@@ -85,7 +82,7 @@ def _command_of(app: typer.Typer) -> Any:
 
 
 def _run_main(folder: Path) -> int:
-    """Run the command line in this process and return its exit code. Undo changes of global state."""
+    """Run the command line, restore the global state, and return the exit code."""
     from pipeline.cli import main
 
     for name, module in [*sys.modules.items()]:

@@ -13,7 +13,7 @@ from tests.commands import REPLIES
 
 __all__ = ["browser", "opened"]
 
-# The slowest test files run first, so that no worker has one left at the end. Other folders are fast.
+# The slowest test files run first, so that no worker has one left at the end.
 ORDER = (
     "whole/test_vllm", "whole/test_cluster", "whole/test_browser", "whole/test_install", "trainer/model",
     "whole", "trainer", "hostile", "pipeline/hub", "pipeline/sources", "pipeline/inference",

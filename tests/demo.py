@@ -1,7 +1,4 @@
-"""Run the whole workflow as a user would type it, without a network: `make demo`.
-
-Each step is a separate process. The Hub is the test server of tests/hub on loopback, with the real clients.
-"""
+"""Run the whole workflow as a user would type it, without a network: `make demo`."""
 
 import json
 import os

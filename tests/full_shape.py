@@ -1,8 +1,6 @@
 """Write a model folder with the shapes of Qwen2.5-VL-3B-Instruct and random weights.
 
-The tokenizer is the real one, built from the BPE ranks in the PyPI package `dashscope`. The configuration has
-the published values. With all layers, the weights have the published size. Some rows of the embedding are
-scaled, so that a reply ends after about ten tokens, with and without a schema.
+The tokenizer and the configuration are the published ones. A reply ends after about ten tokens.
 """
 
 import base64
@@ -23,7 +21,7 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPECIAL = [  # special tokens in the order of their ids, which follow the BPE ranks
+SPECIAL = [  # the ids of these tokens follow the BPE ranks, in this order
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
@@ -64,7 +62,7 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# factors of the embeddings of tokens that end a JSON string, and of the token that ends a reply
+# The embeddings of tokens that end a text are scaled by these factors, so that replies are short.
 ENDINGS = dict.fromkeys(('"', '"}', '."}', '?"', '","', '"},', '"}]', '."'), 2.8) | {"<|im_end|>": 5.0}
 
 
@@ -99,7 +97,7 @@ def write_model(folder: Path, layers: int = LAYERS, vision_layers: int = VISION_
 
 
 def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
-    """Return the fast tokenizer with these ranks of byte sequences."""
+    """Return the fast tokenizer with these BPE ranks."""
 
     class Converter(TikTokenConverter):
         @staticmethod

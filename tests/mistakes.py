@@ -1,7 +1,6 @@
 """Mistakes of new users: command, error and hint of each.
 
-tests/whole/test_mistakes.py checks the messages. `python -m tests.mistakes FOLDER` makes all mistakes
-in one process, and prints the outcomes as JSON.
+`python -m tests.mistakes FOLDER` makes all mistakes, and prints the outcomes as JSON.
 """
 
 import json
@@ -176,7 +175,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def make_all(folder: Path) -> dict[str, tuple[int, str, list[str]]]:
-    """Make each mistake. Return exit code, messages and written versions by the name of the mistake."""
+    """Make each mistake. Return its exit code, its messages and the versions that it wrote."""
     outcomes = {}
     for number, mistake in enumerate(MISTAKES):
         home = folder / str(number)

@@ -2,9 +2,8 @@
 
 usage: python -m tests.rehearse [--layers 4] [--vision-layers 8] [--folder rehearsal] [--minutes 60]
 
-All tasks and checks run on four pictures of photo sizes. The texts are nonsense. The report shows whether
-replies follow their schemas, and whether images take as many tokens as computed. 4 + 8 layers need 2 GB of
-disk, all layers (36 + 32) need 8 GB of disk and 15 GB of memory.
+The report shows whether replies follow their schemas, and images take as many tokens as computed.
+4 + 8 layers need 2 GB of disk. All layers (36 + 32) need 8 GB of disk and 15 GB of memory.
 """
 
 import argparse
@@ -115,7 +114,6 @@ def report_replies(path: Path) -> None:
 
 
 def main() -> None:
-    """Build the model if it is missing, run, and print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vision-layers", type=int, default=8)

@@ -1,8 +1,4 @@
-"""Resolve all extras together with vLLM, for each Python version, to the oldest and newest releases.
-
-Only package metadata is downloaded. `make resolve` prints the table of docs/install.md.
-tests/whole/test_install.py requires that all combinations resolve.
-"""
+"""Resolve all extras together with vLLM, for the table of docs/install.md: `make resolve`."""
 
 import re
 import subprocess

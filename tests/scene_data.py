@@ -115,7 +115,7 @@ SCORED = ("precision", "coverage", "form")
 def make_version(
     folder: Path, samples: list[Sample], annotations: pa.Table | None = None, **options: Any
 ) -> tuple[Version, bool]:
-    """Write samples as the next version of a dataset. Scores are columns of the annotations."""
+    """Write samples as the next version of a dataset."""
     annotations = true_captions(samples) if annotations is None else annotations
     order = {sample.id: position for position, sample in enumerate(samples)}
     positions = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())

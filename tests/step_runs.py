@@ -40,10 +40,7 @@ def plan_of(folder: Path, config: Config | None = None) -> Plan:
 def run_step(
     step: RowStep, table: pa.Table, shards: int = 1, given: StepFile = ROWS, **settings: Any
 ) -> pa.Table:
-    """Run a step on a table in shards. Return all rows with `reason`, in the order of the table.
-
-    `given` is the step file that the table is written to.
-    """
+    """Run a step on a table in shards. Return all rows with `reason`, in the order of the table."""
     with TemporaryDirectory() as folder:
         directories = [DatasetDir(Path(folder) / f"shard-{n}") for n in range(shards)]
         size = -(-table.num_rows // shards)
@@ -54,7 +51,7 @@ def run_step(
 
 
 def with_results(table: pa.Table) -> pa.Table:
-    """Append the results of `checks` (tables.VERIFIED)."""
+    """Append the columns of tables.VERIFIED, computed from `checks`."""
     rows = table.to_pylist()
     results = [results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows]
     for row, result in zip(rows, results, strict=True):

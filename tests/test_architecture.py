@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| \d+ \| (`.*`) \|$", PAGE, re.MULTILINE)
-# From top to bottom: a part may import itself and the parts in lower rows of the documented table.
+# A part may import itself and the parts in lower rows of the documented table.
 LAYERS = [
     [name if name == "trainer" else f"pipeline.{name}" for name in re.findall("`([^`]+)`", row)]
     for row in ROWS
@@ -80,7 +80,6 @@ def test_imports_have_no_cycle() -> None:
 
 
 def test_step_imports_no_other_step() -> None:
-    """The modules `base` and `ladder` are not steps."""
     for module, targets in import_graph().items():
         if module.startswith("pipeline.steps."):
             step = module.partition("_")[0]

@@ -29,21 +29,19 @@ from pipeline.logs import show_log
 from pipeline.progress import LOSS
 from pipeline.text.escape import printable
 
-EXIT_CODE_INTERRUPTED = 130  # Typer's exit code after Ctrl-C
+EXIT_CODE_INTERRUPTED = 130
 EXIT_CODE_TERMINATED = 143
 REPLIES_KEPT = "all replies are kept; run the same command to resume"
-INTERRUPTED = {  # message after Ctrl-C, by command
+INTERRUPTED = {
     "generate": REPLIES_KEPT,
     "preview": REPLIES_KEPT,
     "estimate": REPLIES_KEPT,
     "train": "add --resume to the same command to resume",
     "caption": "if you passed --out, run the same command to resume",
 }
-# Extras that a command needs, for the error about a missing package. The default is `train`.
+# The error about a missing package suggests these extras of the command. The default is `train`.
 EXTRAS = {"serve-captioner": ("train", "serve")}
-# Groups of commands in --help.
 MAKE, USE, TRAIN = "Make a dataset", "Review and publish a dataset", "Train a captioner"
-# Shown below the options of a command.
 EXAMPLES = {
     "generate": (
         "synth generate --source folder:photos --base-url http://localhost:8000/v1",
@@ -79,7 +77,7 @@ class Group(TyperGroup):
             return super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """See click.Group. For a group in this group, the error about an unknown name lists all commands."""
+        """See click.Group. The error about an unknown subcommand lists all subcommands."""
         if ctx.parent and args[0] not in self.commands:
             names = " or ".join(f"`{ctx.command_path} {name}`" for name in self.commands)
             ctx.fail(f"No such command {args[0]!r}: use {names}.")
@@ -154,7 +152,8 @@ def main() -> None:
     finally:
         if isolation := sys.modules.get("pipeline.images.isolation"):
             isolation.end_workers()
-        gc.freeze()  # makes the exit a second faster once torch is loaded
+        # The exit is a second faster after this call, if torch is loaded.
+        gc.freeze()
 
 
 def _run(terminated: list[int]) -> None:
@@ -196,7 +195,7 @@ def sigterm_as_ctrl_c() -> Iterator[list[int]]:
         # Shell scripts start background jobs with SIGINT ignored. There, raising SIGINT would have no effect.
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
             raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)  # raises KeyboardInterrupt, or calls asyncio's handler
+        signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

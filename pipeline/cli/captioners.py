@@ -45,10 +45,10 @@ def caption(
     paths = find_images(images)
     require_prompt(folder, None if style == "all" else style, question or "")
     if out not in (None, SIDECARS):
-        require_caption_file(out)  # fail before the captioner is loaded
+        require_caption_file(out)
 
     from trainer.caption_files import CaptionTask, caption_images
-    from trainer.captioner import Captioner  # imports torch, which takes seconds
+    from trainer.captioner import Captioner
 
     loaded = Captioner.from_pretrained(folder)
     styles = ("",) if question else tuple(loaded.styles) if style == "all" else (style or loaded.usual_style,)
@@ -104,7 +104,7 @@ def serve_captioner(
     if not is_loopback(host) and not key:
         say(f"the server on {host} accepts all clients: to require a key, set SYNTH_API_KEY", WARNING)
 
-    from trainer.captioner import Captioner  # imports torch, which takes seconds
+    from trainer.captioner import Captioner
 
     # Load and run the model in the same thread, since it runs 1.5 times faster in the first thread that uses
     # OpenMP.

@@ -143,7 +143,8 @@ def serve(
     from pipeline.inference.vllm import cannot_run
 
     flags = vllm_flags(context, "--model")
-    settings = resolve(config, model=model, source="folder:.")  # a source is required, but not read
+    # The settings need a source, but this command does not read it.
+    settings = resolve(config, model=model, source="folder:.")
     settings = settings.of_model(settings.default_model)
     server = settings.server.model_copy(update={"flags": (*settings.server.flags, *flags)})
     with show_progress() as progress:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
-VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
+VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}
 # Commands that remove or publish data do not choose between several datasets.
 LAST_MADE, ONLY_MADE = "the newest dataset", "the only dataset in data/"
 BY_STYLE = "brief, else plain"

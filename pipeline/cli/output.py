@@ -32,7 +32,7 @@ def find_checkpoint(captioner: str) -> Path:
 
 
 def note_training_data(captioner: Path, version: "Version", split: str = "test") -> None:
-    """Print a note if the training data of a captioner contained, or may have contained, this split."""
+    """Print a note if a captioner was trained, or may have been trained, on this split."""
     from trainer.runtime.checkpoint_folder import read_data_digests
 
     digests, own = {*read_data_digests(captioner)}, version.manifest["digest"]

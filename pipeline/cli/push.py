@@ -72,7 +72,8 @@ def push(
         if (data / "model.safetensors").is_file():
             from trainer.model.checkpoint import load_checkpoint  # imports torch
 
-            load_checkpoint(data)  # raises TrainError if it is damaged
+            # This call raises TrainError if the captioner is damaged.
+            load_checkpoint(data)
         package = build_checkpoint_package(data, repo, transformers_files, {**ENCODERS, **DECODERS})
         send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
         return
@@ -91,7 +92,7 @@ def push(
     try:
         with translate_disk_errors(folder):
             DatasetDir(folder).record_push(chosen_version.name, pushed.repo, pushed.commit)
-    except SynthError as error:  # only a warning, since the push succeeded
+    except SynthError as error:
         say(f"warning: the push succeeded, but could not be recorded in the dataset folder: {error}")
     say("load it with:\n  from datasets import load_dataset")
     say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')

@@ -19,7 +19,6 @@ from pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-# Groups of options in --help.
 IMAGES, TEXTS, MODEL = "Images", "What to ask", "Model"
 BUDGET, DATASET, CLUSTER = "Budget", "Dataset", "Cluster"
 NO_MODEL = "--no-model"
@@ -34,13 +33,14 @@ class RunOption:
     kind: Any
     group: str
     help: str
-    setting: str = ""  # such as `generate.samples`, by default the name of the flag
+    # The setting is a name such as `generate.samples`. By default, it is the name of the flag.
+    setting: str = ""
     metavar: str | None = None
-    default: str | None = None  # text that the help shows as the default
+    default: str | None = None
     min: int | None = None
     value: Any = None
     read: Callable[[Any], Any] = lambda argument: argument
-    is_common: bool = False  # shown by --help, not only by --help-all
+    is_common: bool = False
 
     @property
     def name(self) -> str:

@@ -82,7 +82,7 @@ def train(
         resolve(config, **options)  # report invalid settings before data is downloaded
     version = open_data(data, images)
 
-    from trainer.launch import train as train_captioner  # imports torch, which takes seconds
+    from trainer.launch import train as train_captioner
 
     with show_progress() as progress:
         result = train_captioner(version, config, out=out, resume=resume, progress=progress, **options)
@@ -116,7 +116,7 @@ def evaluate(
     version = open_data(data, images)
 
     from trainer.caption_files import write_captions
-    from trainer.evaluate import evaluate_version  # imports torch, which takes seconds
+    from trainer.evaluate import evaluate_version
     from trainer.model.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(checkpoint)

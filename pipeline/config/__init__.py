@@ -35,13 +35,13 @@ from pipeline.config.sections import (
 )
 from pipeline.types import DEFAULT_MODEL
 
-CONTEXT = "context"  # key in `columns` for the columns that prompts may use
-SCENES, DECKS = "scenes", "scenes-deck"  # sources of images that synth draws itself
-TINY = "tiny"  # the shipped model, which was trained only on drawn images
+CONTEXT = "context"
+SCENES, DECKS = "scenes", "scenes-deck"
+TINY = "tiny"
 LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
 SCENE_PROMPTS = Path(__file__).parents[1] / "scenes" / "prompts"  # the tiny model was trained on this wording
 NO_MODEL = "none"
-JUDGE_MODEL = "judge"  # the name of the model in `verify.judge: MODEL@URL`
+JUDGE_MODEL = "judge"
 NO_TASKS = "none"
 HUMAN_STYLE = "human"
 # How human texts in the source are used. `compare`: as references for the model's texts. `keep`: also as
@@ -211,9 +211,8 @@ class Config(Section):
     def of_model(self, name: str) -> "Config":
         """Return the settings for one model, as if it were the only model of the run.
 
-        `name` is a model in `models`, or the judge. Requests to its servers contain the key and headers of
-        this model. If the model has no key or headers, and all of its servers are in `base_url`, requests
-        contain the key and headers from `server`.
+        `name` is a model in `models`, or the judge. Its servers get its own key and headers. Without these,
+        they get the key and headers of the section `server`, if `base_url` lists these servers.
         """
         if name == DEFAULT_MODEL:
             return self

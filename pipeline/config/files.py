@@ -125,7 +125,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        # Report an unknown key first. If a key is also missing, the unknown one may be its misspelling.
+        # Report an unknown key first, because it may be a misspelling of a missing key.
         flaw = next((flaw for flaw in error.errors() if flaw["type"] == "extra_forbidden"), error.errors()[0])
         key, known = ".".join(str(part) for part in flaw["loc"]), keys_of(section)
         if flaw["type"] == "extra_forbidden":

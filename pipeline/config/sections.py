@@ -54,7 +54,8 @@ PATTERNS = {
 Task = Annotated[str, Field(pattern=TASK, max_length=40)]
 ModelName = Task
 Style = Annotated[str, Field(pattern=STYLE, max_length=40)]
-AT_SERVER = "@http"  # separates the name of a judge from the address of its server
+# In `verify.judge: MODEL@URL`, this separates the model from the URL.
+AT_SERVER = "@http"
 AnySection = TypeVar("AnySection", bound="Section")
 Item = TypeVar("Item")
 
@@ -115,14 +116,15 @@ def _as_json(value: Any) -> Any:
 
 
 PromptText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
-# A condition such as `row.width_px >= 256`, which tasks/conditions.py parses. Conditions are stored as pairs,
-# and output schemas as strings, because caches need hashable settings.
+# A condition such as `row.width_px >= 256`. Conditions are stored as pairs, and schemas as strings, because
+# caches need hashable settings.
 Expression = Annotated[str, Field(pattern=r"\S", max_length=1000)]
 _as_pairs = BeforeValidator(lambda values: tuple(values.items()) if isinstance(values, dict) else values)
 Conditions = Annotated[tuple[tuple[str, Expression], ...], _as_pairs, PlainSerializer(dict)]
 # A JSON schema, whose fields keep their order.
 OutputSchema = Annotated[str, BeforeValidator(_as_json), PlainSerializer(json.loads)]
-BoxUnit = Literal["pixels", "thousandths"]  # pixels of the resized image, or thousandths of its sides
+# Boxes are in pixels of the resized image, or in thousandths of its sides.
+BoxUnit = Literal["pixels", "thousandths"]
 Kind = Literal["caption", "question", "labels", "boxes", "text", "record"]
 Label = Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)]
 
@@ -147,7 +149,7 @@ class TaskConfig(Section):
     max_words: Annotated[int, Field(ge=1)] | None = None
     language: Language | None = None
     coordinates: BoxUnit = "pixels"
-    model: Ladder | None = None  # names in `models`; null uses `task_models`, or else the default model
+    model: Ladder | None = None
 
     @model_validator(mode="after")
     def _require_possible_length(self) -> "TaskConfig":
@@ -300,7 +302,7 @@ class ServerConfig(Section):
         return (read * (self.price_in or 0) + written * (self.price_out or 0)) / 1e6
 
 
-Servers = Mapping[str, ServerConfig]  # by the name of the model
+Servers = Mapping[str, ServerConfig]
 
 
 def cost_of(tokens: Mapping[str, tuple[float, float]], servers: Servers) -> float | None:

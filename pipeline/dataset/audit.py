@@ -1,9 +1,7 @@
 """Audit a version: draw texts at random, and estimate the share of wrong texts from human verdicts.
 
-A stratum has the texts of one task and style. A hash of the seed assigns each image to one of its strata, and
-another hash draws one of the image's texts in this stratum. A third hash orders the drawn texts of a stratum.
-A review counts only if all earlier texts in this order are reviewed too. So the counted texts are a random
-sample, whenever the reviewers stop. The audit of a later version asks only for texts without a verdict.
+Hashes of a seed draw and order the texts of each stratum (a task and style). Reviewers may stop at any time,
+because a review counts only if all earlier texts of its stratum are reviewed too.
 """
 
 from collections import Counter, defaultdict
@@ -19,18 +17,16 @@ from pipeline.dataset.reviews import TextName, Verdict, record_name, text_name
 from pipeline.dataset.statistics import percent, wilson_interval
 from pipeline.digests import hash_to_unit
 
-COLUMNS = ("sample_id", "captions", "qa")  # read together with the columns of custom tasks
+COLUMNS = ("sample_id", "captions", "qa")
 MAX_TEXTS = 5000  # per stratum
-Stratum = tuple[str, str]  # task ("captions", "questions", or a custom task) and style ("" without styles)
+# A stratum is a task and a style, which is "" for a task without styles.
+Stratum = tuple[str, str]
 NOT_MEASURED = "not measured (`synth review sample` draws texts to review)"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Drawn:
-    """A text to review. Texts with a smaller `order` are reviewed first.
-
-    `weight` is proportional to the number of texts that this text represents.
-    """
+    """A text to review, its position in `order`, and its `weight`: how many texts it represents."""
 
     order: float
     name: TextName
@@ -69,7 +65,7 @@ class Frame:
                 drawn[:] = nsmallest(MAX_TEXTS, drawn)
 
     def first(self, number: int) -> list[TextName]:
-        """Return at most `number` texts: about equally many from each stratum, one from each in turn."""
+        """Return at most `number` texts, taking one from each stratum in turn."""
         chosen: list[tuple[int, Stratum, TextName]] = []
         by_size = sorted(self.drawn, key=lambda stratum: (len(self.drawn[stratum]), stratum))
         for n, stratum in enumerate(by_size):
@@ -93,10 +89,7 @@ def named_texts(row: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tupl
 
 @dataclass(slots=True)
 class _Rate:
-    """The share of wrong texts in a stratum (`wrong`), from its reviewed texts.
-
-    `trials` is the effective number of texts that were judged as right or wrong.
-    """
+    """The share of wrong texts in a stratum (`wrong`), and its effective sample size (`trials`)."""
 
     texts: int
     reviewed: int
@@ -109,8 +102,8 @@ class _Rate:
         shares = {text: wrong_shares[text.name] for text in reviewed if text.name in wrong_shares}
         total = sum(text.weight for text in shares)
         wrong = sum(text.weight * share for text, share in shares.items()) / max(1, total)
-        # Unequal weights widen the interval, especially if texts with large weights are wrong more often.
-        # So use the smaller of two effective sample sizes: Kish's, or that of the linearized variance.
+        # Unequal weights widen the interval, so use the smaller of two effective sample sizes: Kish's, or
+        # that of the linearized variance.
         trials = total**2 / max(1, sum(text.weight**2 for text in shares))
         squares = sum((text.weight * (share - wrong)) ** 2 for text, share in shares.items())
         if squares:
@@ -178,7 +171,6 @@ def combine_rates(strata: Sequence[tuple[int, float, float]]) -> tuple[float, fl
     """Return the mean share over strata, weighted by their texts, with its 95 % Wilson interval.
 
     Strata are (texts, share, trials). The interval is that of a simple random sample with the same variance.
-    The variance is computed from smoothed shares, since it would be 0 for a small sample without errors.
     """
     texts = sum(count for count, _, _ in strata)
     weights = [count / texts for count, _, _ in strata]

@@ -47,8 +47,8 @@ def build_rows(
     """Join samples (tables.LISTED_SAMPLE) with their annotations, and yield rows (tables.ROW) with `split`.
 
     `split` is null for samples without annotations. Columns in PIXELS hold True or null instead of images.
-    With `decks`, even one-page samples are decks. Raises TableError if the annotations are in a different
-    order than the samples.
+    With `decks`, all samples are documents of pages. Raises TableError if the orders of the samples and the
+    annotations differ.
     """
     schema = with_split(row_schema(extras.columns, extras))
     schema = pa.schema([field.with_type(pa.bool_()) if field.name in PIXELS else field for field in schema])
@@ -64,7 +64,7 @@ def _align(
     pending = next(tables, None)
     for batch in samples:
         parts: list[pa.Table] = []
-        end = -1  # index of the first annotation that belongs to a later batch
+        end = -1
         while pending is not None and end < 0:
             end = pc.index(pc.is_in(pending["sample_id"], batch["sample_id"]), False).as_py()
             parts.append(pending if end < 0 else pending.slice(0, end))
@@ -136,7 +136,7 @@ def _redact(value: Any) -> Any:
 
 
 def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.ListType) -> pa.ListArray:
-    """Return a list for each sample. It has the annotations of the sample for which `mask` is True."""
+    """Return, for each sample, the list of its annotations for which `mask` is True."""
     selected = annotations.filter(pa.array(mask))
     is_edited = pc.equal(final_column(selected, "prompt_id", pa.string()), REVIEWED)
     fields = []

@@ -1,12 +1,8 @@
 """Measure how often a check errs, and correct its findings by these errors.
 
-The verify step also applies a check to texts that are known to be true (human captions of the image) or
-false (captions of other images, and claims in which one word was replaced). The check's false alarms and
-misses show how reliable its findings about all other texts are. They also set the minimum evidence that
-refutes a claim: the lowest value at which at most a given share of true captions is rejected.
-
-Claims about one image are not independent, so intervals are computed from an effective number of claims: the
-size of a simple random sample with the same variance.
+The verify step also applies a check to human captions, which are true, and to false texts: captions of other
+images, and claims in which one word was replaced. Claims about one image are not independent, so intervals
+are computed from an effective number of claims.
 """
 
 from collections import Counter, defaultdict
@@ -27,7 +23,8 @@ from pipeline.tables import HUMAN
 from pipeline.tasks.checks import MAX_EVIDENCE, REFUTED
 
 CLAIMS, JUDGE = "claims", "judge"
-TRUE = "reference"  # the kind of texts that are known to be true
+# Texts of this kind are known to be true.
+TRUE = "reference"
 # A claim is refuted if the evidence against it is at least the chosen level, which is one of these.
 LEVELS = range(REFUTED, MAX_EVIDENCE + 1)
 NEVER = MAX_EVIDENCE + 1
@@ -38,7 +35,7 @@ MIN_GAIN = 0.1
 
 @dataclass(frozen=True, slots=True)
 class KnownTexts:
-    """Human captions of a sample, which are true, and one of another sample, which is false, or None."""
+    """Human captions of a sample, which count as true, and a caption of another sample, which is false."""
 
     captions: tuple[str, ...]
     foreign: str | None
@@ -55,7 +52,8 @@ def choose_known_texts(samples: Iterable[pa.RecordBatch], number: int, seed: int
     }
 
 
-Evidence = Counter[tuple[int, ...]]  # (evidence against each claim of an image) -> number of such images
+# This counts the images by the evidence against each of their claims.
+Evidence = Counter[tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ class Share:
     def of(cls, hits: Any, counts: Any, images: Any = 1) -> "Share":
         """Return the share of hits among claims, from arrays.
 
-        For each element, an image has `hits` hits among `counts` claims, and there are `images` such images.
+        Each element stands for `images` images. Each of them has `hits` hits among `counts` claims.
         """
         n = int(np.sum(counts * images))
         value = float(np.sum(hits * images)) / max(1, n)
@@ -102,12 +100,15 @@ def share_refuted(evidence: Evidence, level: int) -> Share:
 
 @dataclass(slots=True)
 class Findings:
-    """The findings of one check: about known texts, by their kind, and about the texts of the dataset."""
+    """The findings of one check about known texts, by their kind, and about the texts of the dataset.
+
+    `claims` counts captions by their number of claims. `by_model` counts the checked texts of models.
+    """
 
     known: dict[str, Evidence] = field(default_factory=lambda: defaultdict(Counter))
     found: Evidence = field(default_factory=Counter)
-    claims: Counter[int] = field(default_factory=Counter)  # number of captions by number of claims
-    by_model: int = 0  # number of checked texts that a model wrote
+    claims: Counter[int] = field(default_factory=Counter)
+    by_model: int = 0
 
     def alarms(self, level: int) -> Share | None:
         """Return the share of true texts that are refuted, or None if no texts are known to be true."""
@@ -137,10 +138,10 @@ class Findings:
         return lost / self.claims.total()
 
     def choose_level(self, max_lost: float) -> int:
-        """Return the lowest level at which at most the share `max_lost` of true captions is lost.
+        """Return the lowest level of evidence at which at most the share `max_lost` of true captions is lost.
 
-        If every level loses more, return the highest level. But if the highest level loses more even at the
-        lower bound of its rate of false alarms, return NEVER, at which no claim is refuted.
+        If every level loses more, return the highest level. Return NEVER, at which no claim is refuted, if
+        even the lower bound of the loss is too high there.
         """
         for level in LEVELS:
             if (self.lost_share(level) or 0.0) <= max_lost:
@@ -177,8 +178,8 @@ def read_findings(tables: Iterable[pa.Table]) -> dict[str, Findings]:
             for text in row["calibration"] or ():
                 known[text["check"], text["kind"]].append(text["evidence"])
         for check, one in findings.items():
-            # Evidence against texts by humans (False) and by a model (True). If an image has a text by a
-            # model, its human captions are used as texts known to be true, so they are not measured.
+            # Collect the evidence against human texts (False) and model texts (True). Human captions of an
+            # image with model texts are left out, because they serve as texts known to be true.
             evidence: dict[bool, list[list[int]]] = {False: [], True: []}
             for row in of_image:
                 if against := row["claim_evidence"] if check == CLAIMS else _judged(row["judged_wrong"]):
@@ -198,10 +199,9 @@ def _judged(is_wrong: Any) -> list[int]:
 def correct_share(found: Share, alarms: Share | None, missed: Share) -> dict[str, Any] | None:
     """Return the share of true texts with its 95 % interval, from the share that the check did not refute.
 
-    A check passes the true texts without a false alarm, and the false texts that it misses. So the true share
-    is (passed - missed) / (1 - alarms - missed), by Rogan and Gladen (1978), with the interval of Lang and
-    Reiczigel (2014). If no texts are known to be true, returns only a lower bound. Returns None if nothing
-    was measured, or if the check does not distinguish true texts from false texts.
+    The share is (passed - missed) / (1 - alarms - missed), by Rogan and Gladen (1978), with the interval of
+    Lang and Reiczigel (2014). Without `alarms`, returns only a lower bound. Returns None if nothing was
+    measured, or if the check does not distinguish true from false texts.
     """
     if not missed.count or not found.count:
         return None

@@ -24,10 +24,10 @@ from pipeline.text.reasons import SCORES_IN_WORDS, in_short
 from pipeline.types import KNOWN_LICENSES, UNKNOWN
 
 CARD_SAMPLES = 5
-MESSAGES = "messages"  # name of a column, and of the config that reads it
-MODEL, HUMANS, HUMANS_AND_MODEL = "a model", "humans", "humans and a model"  # who wrote the texts
+MESSAGES = "messages"
+MODEL, HUMANS, HUMANS_AND_MODEL = "a model", "humans", "humans and a model"
 INVALID = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, TemplateError)
-PLACEHOLDER = "ORG/NAME"  # repository name in the card of a version that was not pushed
+PLACEHOLDER = "ORG/NAME"
 
 
 def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: str = PLACEHOLDER) -> str:
@@ -75,7 +75,7 @@ def render_model_card(
         **({"base_model": [*base_models]} if base_models else {}),
     }
     values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
-    values["train"] = about["train"] | about["metrics"].get("settings", {})  # including derived values
+    values["train"] = about["train"] | about["metrics"].get("settings", {})
     trained = list_training_data(data)
     texts = {part.get("texts") for part in trained}
     values |= {"earlier": trained[1:], "texts": texts.pop() if len(texts) == 1 else "mixed"}
@@ -144,8 +144,8 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     splits = [split for split, count in manifest["rows"].items() if count]
     configs, writers, language = _configs(manifest), _writers(manifest), language_of(manifest)
     data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
-    # `datasets` caches a local folder by its name and this header alone. Without a digest, it would return
-    # the rows of another dataset whose folder has the same name.
+    # `datasets` caches a local folder by its name and this header. The digest tells apart folders with the
+    # same name.
     description = f"files {digest(manifest['files'])[:16]}"
     return {
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",

@@ -1,7 +1,6 @@
 """Measure captions: lengths, openings, unwanted phrases, word pairs, and the objects and people they name.
 
-A captioner learns the habits of the model that wrote its training captions, such as the same first words or
-hedging ("seems to be") in half of the captions. The counts of many shards can be added.
+A captioner learns the habits of the model that wrote its training captions, such as hedging ("seems to be").
 """
 
 from collections import Counter, defaultdict
@@ -20,11 +19,12 @@ FREQUENT_OPENINGS = 20
 QUANTILES = (0.05, 0.5, 0.95)
 # Shares of distinct word pairs depend on the number of captions, so they are measured on at most this many.
 PAIR_CAPTIONS = 1000
-_ALSO_VERBS = frozenset(("cross", "ring", "train", "book"))  # objects whose names are also verbs in captions
+# In captions, these names of objects may also be verbs.
+_ALSO_VERBS = frozenset(("cross", "ring", "train", "book"))
 
 
 def _read_groups(name: str) -> dict[str, set[str]]:
-    """Read a word list. Return the names of the groups of each word, for its singular and its plural."""
+    """Read a word list, and return the groups of each word in singular and plural."""
     groups: dict[str, set[str]] = defaultdict(set)
     for line in WORDS[name].strip().splitlines():
         group, _, words = line.partition(": ")
@@ -39,14 +39,17 @@ OBJECTS, PEOPLE = _read_groups("objects"), _read_groups("people")
 
 @dataclass(slots=True)
 class Content:
-    """Counts over captions of one style."""
+    """Counts captions of one style by their length in words, first words, phrases, objects and people.
 
-    lengths: Counter[int] = field(default_factory=Counter)  # number of captions by number of words
-    openings: Counter[str] = field(default_factory=Counter)  # number of captions by their first words
-    phrases: Counter[str] = field(default_factory=Counter)  # number of captions by kind of phrase
-    objects: Counter[str] = field(default_factory=Counter)  # number of captions by class of an object
-    people: Counter[str] = field(default_factory=Counter)  # number of captions by gender or age of a person
-    sampled: list[tuple[float, list[str]]] = field(default_factory=list)  # words of captions, by hash
+    `sampled` holds the words of the captions with the smallest hashes.
+    """
+
+    lengths: Counter[int] = field(default_factory=Counter)
+    openings: Counter[str] = field(default_factory=Counter)
+    phrases: Counter[str] = field(default_factory=Counter)
+    objects: Counter[str] = field(default_factory=Counter)
+    people: Counter[str] = field(default_factory=Counter)
+    sampled: list[tuple[float, list[str]]] = field(default_factory=list)
 
     def add(self, text: str, sample_id: str) -> None:
         """Add a caption of a sample."""
@@ -64,8 +67,7 @@ class Content:
         """Return the number of captions, quantiles of their length in words, and shares of captions.
 
         `distinct_pairs` is the share of distinct pairs among the pairs of adjacent words. Phrases, objects
-        and people are found by English words, so they are left out for other languages. An unknown language
-        (None) is treated as English.
+        and people are counted only in English, which is assumed if `language` is None.
         """
         total = self.lengths.total()
         lengths = sorted(self.lengths.elements())

@@ -1,7 +1,7 @@
-"""Reader columns, which other trainers read: one caption as `text`, and all texts and values as `messages`.
+"""Columns for other trainers: one caption as `text`, and all texts and values as `messages`.
 
-They are computed from the other columns, so they are not part of a version's digest. `messages` has the
-format that chat templates in transformers and TRL read. The first message contains the image.
+`messages` has the format that chat templates in transformers and TRL read. A version's digest does not depend
+on these columns, because they are computed from the others.
 """
 
 import json
@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.tables import HUMAN, STRING
 from pipeline.tasks.boxes import BOX_FIELDS
 
-PREFERRED_STYLES = (HUMAN, "plain", "brief", "detailed")  # for `text`, in order of preference
+PREFERRED_STYLES = (HUMAN, "plain", "brief", "detailed")
 # The question that precedes a caption of each style in a conversation.
 QUESTIONS = {
     HUMAN: "What does this image show?",
@@ -24,7 +24,7 @@ QUESTIONS = {
     "tags": "List tags for this image.",
     "ocr": "What text can be read in this image?",
 }
-REPHRASE = "Say it in other words."  # the question before each further caption of a style
+REPHRASE = "Say it in other words."
 PART = pa.struct([pa.field("type", STRING), pa.field("text", STRING)])
 MESSAGE = pa.struct([pa.field("role", STRING), pa.field("content", pa.list_(PART))])
 READER_COLUMNS = pa.schema([pa.field("text", STRING), pa.field("messages", pa.list_(MESSAGE))])

@@ -1,7 +1,4 @@
-"""The dataset folder: its paths and its lock, and access to its versions and samples.
-
-The dataset folder of a run on a cluster may be in an object store (storage/object_store.py).
-"""
+"""The dataset folder: its paths and its lock, and access to its versions and samples."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,11 +19,10 @@ from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import LISTED_SAMPLE
 from pipeline.types import SampleBatch
 
-OUTPUTS = ("kept", "rejected")  # the tables that every step writes
-IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # tables of the read step
+OUTPUTS = ("kept", "rejected")
+IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"
 LOCK_FILE = ".lock"
-LISTED_ROWS = 1024  # number of samples, without images, per batch
-# Exceptions that may be raised when a damaged JSON file is read.
+LISTED_ROWS = 1024
 _DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileError)
 
 
@@ -35,7 +31,8 @@ class DatasetDir:
     """A dataset folder or one of its shards, on disk or in an object store."""
 
     path: Path
-    image_folder: Path | None = None  # the folder with the image store, by default `path`
+    # The image store is in this folder, by default in `path`.
+    image_folder: Path | None = None
 
     @property
     def run_file(self) -> Path:
@@ -120,8 +117,8 @@ class DatasetDir:
     ) -> Iterator[Callable[[], None]]:
         """Hold the lock of this folder. Raises StoreError if another process holds it, unless `wait` is set.
 
-        In an object store, the lock is a lease (storage/lock.py). The yielded function raises StoreError if
-        another process has taken the lease over. On disk, it does nothing.
+        In an object store, another process can take over the lock. Then the yielded function raises
+        StoreError.
         """
         if is_remote(self.path):
             with lease(self.path / LOCK_FILE, say=say) as check:

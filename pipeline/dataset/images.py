@@ -1,8 +1,7 @@
 """The image store of a dataset folder: files `images/*.parquet`, which hold each image once.
 
-The read step adds images. All other steps, and versions, refer to them by sample id. A file is written
-atomically, never changed, and named after the ids in it. Only `synth versions gc` removes images
-(dataset/removal.py).
+Versions and steps refer to images by sample id. Files are never changed, and only `synth versions gc` removes
+images.
 """
 
 import hashlib
@@ -23,11 +22,11 @@ from pipeline.tables import IMAGE, SAMPLE_IMAGES
 
 FOLDER = "images"
 FILE_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
-FILE_BYTES = 256_000_000  # bytes per file, held in memory until the file is written
+FILE_BYTES = 256_000_000
 # With small row groups, reading one split skips most images of other splits.
 GROUP_BYTES, GROUP_ROWS = 4_000_000, 64
 MAX_CACHED_GROUPS, MAX_OPEN_FILES = 4, 16
-BATCH_SAMPLES = 64  # number of samples whose images are read at once
+BATCH_SAMPLES = 64
 READ_AGAIN = "run `synth generate` again, which reads the images from the source"
 UNREADABLE = (OSError, ValueError, pa.ArrowException, SynthError)
 
@@ -66,7 +65,7 @@ class ImageStore:
 
     def read(self, sample_ids: Sequence[str]) -> pa.ListArray:
         """Return each sample's images (list of binary). Raises StoreError if any is missing or damaged."""
-        import pyarrow.compute as pc  # a slow import that most commands do not need
+        import pyarrow.compute as pc
 
         if missing := self.find_missing(sample_ids):
             raise missing_error(missing, self.folder)

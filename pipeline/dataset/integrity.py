@@ -49,8 +49,7 @@ def content_digest(version: Version) -> str:
 def find_damage(version: Version, stored: Collection[str] | None = None) -> list[str]:
     """Return messages about the damage in a version, if any.
 
-    `stored` has the ids of all intact images in its store. If it is None, all images in the store are read to
-    find these ids.
+    `stored` has the ids of all intact images in its store. If it is None, the store is read to find them.
     """
     if files := damaged_files(version):
         return [f"{name} does not match the manifest" for name in files]

@@ -1,7 +1,6 @@
 """Show the effect of a limit on a score: how many texts it keeps, and the share of wrong texts among them.
 
-The shares are those of the reviewed texts. They are not weighted, so they may differ from those of an audit
-(audit.py), and they have no interval.
+The shares are unweighted shares of reviewed texts, so they may differ from those of an audit (audit.py).
 """
 
 from bisect import bisect_left
@@ -26,11 +25,11 @@ SCORED = ("sample_id", "task", *FINAL.names, *SCORES)
 def score_curves(
     tables: Iterable[pa.Table], verdicts: Iterable[Verdict]
 ) -> dict[str, list[tuple[float, float, str, str]]]:
-    """Return a curve for each kind of score. It has one row for each tenth of the texts, ordered by score.
+    """Return a curve for each score, with one row for each tenth of the texts, ordered by score.
 
     A row has the lowest score of the tenth, and the share of texts that are kept if this score is the limit.
-    The last two values are strings: the shares of wrong texts in the tenth, and among the kept texts. Scores
-    without reviewed texts are left out. `tables` have the columns SCORED.
+    Two strings follow: the shares of wrong texts in the tenth, and among the kept texts. Scores without
+    reviewed texts are left out. `tables` have the columns SCORED.
     """
     shares = wrong_shares(verdicts)
     reviewed = pa.array({sample_id for sample_id, _ in shares}, pa.string())
@@ -60,7 +59,7 @@ def _curve(
 def describe_changes(before: Version, after: Version, verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Yield lines about the number of texts in two versions, and about the reviewed texts in `before`.
 
-    Nothing is yielded if both versions have the same rows, as after an audit, which changes only error rates.
+    Nothing is yielded if both versions have the same rows.
     """
     if before.manifest["digest"] == after.manifest["digest"]:
         return

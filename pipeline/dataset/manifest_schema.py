@@ -16,7 +16,7 @@ from pydantic import (
 from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.tables import ADDED_FIELDS, PIXELS, ROW, SPLITS, arrow_type_of
 
-MAX_DEPTH = 40  # maximum nesting of values
+MAX_DEPTH = 40
 Name = Annotated[str, StringConstraints(max_length=1000)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, StringConstraints(pattern=r"^v\d{1,9}\.\d{1,9}\.\d{1,9}$")]
@@ -84,10 +84,7 @@ class Step(_Part):
 
 
 class Result(_Part):
-    """The result of an audit, of a check, of a price, or of one model of a ladder.
-
-    Each kind of result has only some of the keys. A ladder lists models that are asked one after another.
-    """
+    """A result of an audit, a check, a price, or one of several models. Each kind has only some keys."""
 
     share: Share | None = None
     low: Share = 0

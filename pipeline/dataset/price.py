@@ -35,8 +35,7 @@ def describe_price(
     """Return the price for the manifest: an entry for each kind of text, and one for all checks.
 
     `spent` has requests and tokens by TASK.MODEL.UNIT (Journal.spent), and `measured` the statistics of the
-    rows. `kept` in an entry is the number of kept texts that a model wrote. For a custom task, it is
-    the number of images with a value.
+    rows. In an entry, `kept` is the number of kept model texts, or of images with a value of a custom task.
     """
     entries: dict[str, dict[str, Any]] = {}
     for name, model in sorted({(*key.split(".")[:2],) for key in spent}):
@@ -67,7 +66,7 @@ def _kind_of(name: str, tasks: Tasks) -> str:
 def price_in_words(manifest: Mapping[str, Any], asking_s: float = 0.0) -> list[str]:
     """Return a line for each kind of text, and one for all texts with their checks.
 
-    `asking_s` is the time that all requests took. It is not in the manifest, which contains no times.
+    `asking_s` is the time that all requests took.
     """
     entries: list[Entry] = manifest.get("price", [])
     lines = [f"{one['texts']}: {_amounts_in_words([one], manifest)}" for one in entries if one["kept"]]

@@ -53,7 +53,7 @@ from pipeline.tables import (
 )
 
 SAME_COLUMNS = "a source must fill a column for all samples, or for no sample"
-PIXEL_BATCH_ROWS = 16  # number of rows with images in memory at once
+PIXEL_BATCH_ROWS = 16
 
 
 @dataclass(slots=True)
@@ -63,13 +63,13 @@ class RowWriter:
     path: Path
     extras: Extras = NO_EXTRAS
     columns: list[str] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # rows by split
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # manifest entries by file name
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     digests: list[pa.Table] = field(default_factory=list)  # DIGESTS
-    rejected: list[str] = field(default_factory=list)  # ids of samples without any annotation
+    rejected: list[str] = field(default_factory=list)
     licenses: set[str] = field(default_factory=set)
     statistics: DatasetStatistics = field(default_factory=DatasetStatistics)
-    examples: list[dict[str, Any]] = field(default_factory=list)  # the first rows, shown on the card
+    examples: list[dict[str, Any]] = field(default_factory=list)
     _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
     def add(self, table: pa.Table) -> None:
@@ -138,11 +138,12 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish the rows of all shards as the next version. Return the version, and whether it is new.
 
-    If the newest version has the same rows, audit and errors of checks, it is returned instead of a new
-    version. A complete run never returns a preview. `draft` is a scratch folder next to the versions.
-    `digests` (DIGESTS) is sorted by id. `provenance` has the manifest fields about the run. `check` raises
-    StoreError if another command has taken over the folder. Raises TableError if no row is left or the shards
-    have different columns, and StoreError if images are missing.
+    If the newest version has the same rows, audit and check errors, it is returned instead. But a complete
+    run never returns a preview. `draft` is a scratch folder next to the versions. `digests` (DIGESTS) is
+    sorted by id. `provenance` has the manifest fields about the run.
+
+    Raises TableError if no row is left or the shards have different columns. Raises StoreError if images are
+    missing, or if `check` finds that another command has taken over the folder.
     """
     if not digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and the human reviews in review/"

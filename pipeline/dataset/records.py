@@ -1,8 +1,7 @@
 """Records of finished steps. A step stores a record with a key next to its files.
 
-The key is a digest of the package's code, the step's name and settings, and the digests of its input files. A
-step is skipped if its key and its files are unchanged. The key does not contain the keys of earlier steps: if
-an earlier step runs again and writes the same rows, later steps are still skipped.
+The key is a digest of the package's code, the step's settings and its input files. A step is skipped if its
+key and its files are unchanged.
 """
 
 import json
@@ -21,9 +20,10 @@ from pipeline.install import ROOT, installed_version, needed_packages
 from pipeline.storage.files import open_table, read_json, write_json
 from pipeline.storage.object_store import is_remote
 
-DONE, PREPARED = "done", "prepared"  # names of records
-INTERNAL_FILES = ("prepared", "compared")  # tables that are read only by the step that writes them
-CODE = {"pipeline": (".py", ".gz", ".toml"), "prompts": (".j2", ".yaml")}  # suffixes of code files, by folder
+DONE, PREPARED = "done", "prepared"
+# Only the step that writes these tables reads them.
+INTERNAL_FILES = ("prepared", "compared")
+CODE = {"pipeline": (".py", ".gz", ".toml"), "prompts": (".j2", ".yaml")}
 
 
 def step_key(name: str, settings: Any, files: Sequence[Path], inputs: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, open_table, remove
 from pipeline.storage.lock import lock_file
 
-OWN_LOCK = (FEATURES, PUSHED)  # each folder in these folders has its own lock
+# Each subfolder of these folders has its own lock.
+OWN_LOCK = (FEATURES, PUSHED)
 # Patterns of files that killed commands left, and of hidden states, which training can compute again.
 LEFTOVERS = (
     *(f"{name}/*" for name in OWN_LOCK),
@@ -22,7 +23,8 @@ LEFTOVERS = (
     f"images/{TEMPORARY_FILES}",
 )
 
-Removed = list[tuple[Path, int]]  # the removed files and folders with their sizes in bytes
+# This lists removed files and folders with their sizes in bytes.
+Removed = list[tuple[Path, int]]
 
 
 def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
@@ -42,8 +44,7 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
 def remove_leftovers(dataset: DatasetDir, *, dry_run: bool = False) -> Removed:
     """Remove files left by killed commands, and hidden states. The caller holds the lock of the dataset.
 
-    Folders in use by another process are skipped. A training run can still read a removed file that it has
-    opened.
+    Folders in use by another process are skipped.
     """
     removed: Removed = []
     for path in [path for pattern in LEFTOVERS for path in sorted(dataset.path.glob(pattern))]:

@@ -1,7 +1,6 @@
 """Audits in Label Studio and Argilla: write texts as tasks for these tools, and read the exported verdicts.
 
-Both tools export each task as it was imported, with the answers of all reviewers. The id of a task is
-SEED-SAMPLE_ID-CONTENT, which identifies the text.
+The id of a task, SEED-SAMPLE_ID-CONTENT, identifies the text.
 """
 
 import json

@@ -1,7 +1,6 @@
 """Human reviews of texts, stored as JSON lines. A report exports them, and the review step applies them.
 
-A review identifies its text by a digest of the content, so it applies to the same text in every later run.
-Verdicts of an audit judge texts that were drawn at random. They change no text.
+A review identifies its text by a digest, so it applies to the same text in every later run.
 """
 
 import json
@@ -22,11 +21,12 @@ from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.text.pii import redact
 
 Reason = Literal["not_true", "unclear", "trivial", "private", "other"]
-REASONS: tuple[Reason, ...] = get_args(Reason)  # reasons for the verdict "bad"
+REASONS: tuple[Reason, ...] = get_args(Reason)
 EDITABLE = ("text", "question", "answer", "evidence_pages", "expression")
-MAX_REVIEWS_BYTES = 64_000_000  # about 400,000 reviews
-CONTENT_HEX = 16  # hexadecimal digits of a digest, enough to distinguish the texts about one sample
-TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's digest)
+MAX_REVIEWS_BYTES = 64_000_000
+CONTENT_HEX = 16
+# A name is the sample id, and the first CONTENT_HEX digits of the text's digest.
+TextName = tuple[str, str]
 Annotations = dict[TextName, dict[str, Any]]
 T = TypeVar("T", bound="Review | Verdict")
 
@@ -141,13 +141,13 @@ def merge_lines(lines: Iterable[T]) -> list[T]:
 class AppliedReviews:
     """The review of each annotation, by the name of the unedited text, and the reviews that were not applied.
 
-    Reviews are applied in order, and a later review of a text replaces an earlier one. A review of an edited
-    text may use the old or the new name of the text. Reviews in `pending` match no annotation.
+    A later review of a text replaces an earlier one. `pending` has the reviews that match no annotation, and
+    `unusable` has the invalid reviews with the reasons.
     """
 
     by_name: dict[TextName, Review] = field(default_factory=dict)
     pending: list[Review] = field(default_factory=list)
-    unusable: list[tuple[Review, str]] = field(default_factory=list)  # invalid reviews, with the reason
+    unusable: list[tuple[Review, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, reviews: Iterable[Review], rows: Annotations, tasks: Tasks = BUILT_IN) -> "AppliedReviews":

@@ -1,7 +1,6 @@
 """Write the Parquet files of a version in row groups and shards of bounded size.
 
-Text pages have content-defined boundaries, and pixels are not compressed. So Xet, which deduplicates
-content-defined chunks, sends only the changed parts of a later version.
+The Hub's Xet storage finds unchanged parts of these files, so it uploads only the changes of a later version.
 """
 
 from bisect import bisect_right
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
-GROUP_ROWS, TEXT_GROUP_ROWS = 64, 4_096  # rows per row group: with images, and without images
+GROUP_ROWS, TEXT_GROUP_ROWS = 64, 4_096
 # A row group of several rows has at most GROUP_BYTES, and a shard ends at SHARD_BYTES.
 GROUP_BYTES, SHARD_BYTES = 16_000_000, 300_000_000
 # Parquet column names of the pixels in a version and in an image store.

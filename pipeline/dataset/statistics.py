@@ -10,7 +10,7 @@ from pipeline.dataset.content import Content
 from pipeline.tables import HUMAN, ROW, SCORE_NAMES
 from pipeline.tasks.checks import REPAIR
 
-Z = 1.96  # for 95 % intervals
+Z = 1.96
 MAX_LABELS, MAX_LABEL_CHARACTERS = 50, 100
 
 
@@ -19,14 +19,14 @@ class DatasetStatistics:
     """Counts and means over rows without pixels."""
 
     captions: dict[str, Content] = field(default_factory=lambda: defaultdict(Content))  # by style
-    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by answer type
-    score_counts: Counter[str] = field(default_factory=Counter)  # by name (SCORE_NAMES)
+    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    score_counts: Counter[str] = field(default_factory=Counter)
     score_totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     repaired_captions: int = 0
     human_captions: int = 0
     human_questions: int = 0
-    images_by_task: Counter[str] = field(default_factory=Counter)  # by custom task
-    labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by custom task
+    images_by_task: Counter[str] = field(default_factory=Counter)
+    labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows of a version."""

@@ -36,18 +36,17 @@ REJECTIONS_FILE = f"{ABOUT}/rejections.parquet"
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 DAMAGE_HINT = "move it away, and run `synth generate` again, which reuses all replies"
-# Values of `pixels` in the manifest of a version whose files hold no images. STORED: the images are in the
-# store of the dataset folder. JOINED: they are in a store that was filled from the user's files, in the
-# folder `joined`. LEFT_OUT: they were not published.
+# If the files of a version hold no images, `pixels` in its manifest says where the images are: in the store
+# of the dataset folder (STORED), in a store filled from the user's files (JOINED), or nowhere (LEFT_OUT).
 STORED, JOINED, LEFT_OUT = "stored", "joined", "left out"
 DATA = Path("data")
-# Subfolders of a dataset folder for hidden states, and for the shards of a running push. Both can be made
-# again. A process that uses such a subfolder holds its lock file, LOCK.
+# These subfolders hold hidden states, and the shards of a running push. A process that uses a subfolder holds
+# its lock file, LOCK.
 FEATURES, PUSHED, LOCK = "features", ".push", "lock"
-TRIAL = ".trial"  # subfolder of a dataset folder that a running preview uses
+# A running preview uses this subfolder.
+TRIAL = ".trial"
 MAX_NAME_CHARACTERS = 240  # file systems allow 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
-# Exceptions that may be raised when a damaged manifest is read.
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
 
 
@@ -57,7 +56,7 @@ class Version:
 
     path: Path
     manifest: dict[str, Any]
-    repo: str | None = None  # the Hub repository, if the version is in the Hub cache
+    repo: str | None = None
 
     @property
     def name(self) -> str:
@@ -74,8 +73,8 @@ class Version:
         """The folder for files derived from this version: its dataset folder, or the parent of `path`."""
         if self.repo:
             return dataset_folder(self.repo)
-        # `path` may be a symbolic link. If the link is in a folder `versions`, use the dataset of that
-        # folder. For any other link, use the dataset of its target.
+        # The version may be a symbolic link. In a folder `versions`, it belongs to the dataset of that
+        # folder, and elsewhere to the dataset of its target.
         is_named = is_remote(self.path) or self.path.parent.name == "versions"
         return dataset_dir_of(self.path if is_named else self.path.resolve())
 
@@ -134,7 +133,7 @@ class Version:
         Batches with images have at most BATCH_SAMPLES rows. Raises StoreError if any rows or images are
         missing or damaged.
         """
-        import pyarrow.compute as pc  # a slow import that most commands do not need
+        import pyarrow.compute as pc
 
         pixels = [] if self.holds_pixels else [name for name in columns if name in PIXELS]
         stored = [name for name in columns if name not in pixels]

@@ -1,7 +1,4 @@
-"""Export a version in a format for another tool.
-
-An export is written to a hidden folder next to its destination, and renamed when it is complete.
-"""
+"""Export a version in a format for another tool."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,17 +18,22 @@ from pipeline.storage.sidecars import OWN_LINES
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
-RECORD = ".synth-export"  # the digest of the version and the settings of an export
+# This file stores the digest of the version and the settings of an export.
+RECORD = ".synth-export"
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The folder of an export, with counts. `is_new` is False if the folder already had this export."""
+    """The folder of an export, with counts of images. `is_new` is False if the folder already had the export.
+
+    `without_text` counts images that were left out. `has_opening` is True if a caption had the opening to
+    remove.
+    """
 
     folder: Path
-    images: int  # number of images written
-    without_text: int  # number of images that were left out, since they have no text
-    has_opening: bool  # whether a caption had the opening to remove
+    images: int
+    without_text: int
+    has_opening: bool
     is_new: bool = True
 
 

@@ -1,7 +1,4 @@
-"""The formats of `synth export` (docs/exports.md names the tools that read them).
-
-Each format receives the images one by one, and keeps few of them in memory.
-"""
+"""The formats of `synth export` (docs/exports.md names the tools that read them)."""
 
 import base64
 import csv
@@ -37,9 +34,8 @@ from pipeline.tables import (
 from pipeline.tasks.boxes import BOX_FIELDS
 
 DRAFT, DRAFT_BATCH_LINES = ".metadata.jsonl", 10_000
-SHARD_BYTES = 500_000_000  # bytes of images and texts in a tar file
-# The ratings of FineVision, from 1 to 5, and the fields that they are taken from: scores of a judge, and
-# whether a question was answered without the image.
+SHARD_BYTES = 500_000_000
+# FineVision's ratings, from 1 to 5, are taken from these fields of a text.
 RATINGS = {
     "relevance": "relevance",
     "image_correspondence": "grounding",
@@ -199,9 +195,8 @@ class Llava(Format):
 class ShareGpt(Format):
     """JSON lines with messages and the paths of images.
 
-    `SPLIT_dpo.jsonl` has preference pairs, which ms-swift reads as `messages` and `rejected_response`, and
-    LLaMA-Factory as `prompt`, `better` and `worse`. `SPLIT_boxes.jsonl` has boxes as `objects` for ms-swift,
-    which converts them to the coordinates of its model.
+    `SPLIT_dpo.jsonl` has preference pairs with the keys of both ms-swift and LLaMA-Factory.
+    `SPLIT_boxes.jsonl` has boxes as `objects` for ms-swift.
     """
 
     def add(self, item: Item) -> bool:
@@ -257,7 +252,7 @@ class Coco(Format):
 
     def __init__(self, folder: Path, image_root: str = "") -> None:
         super().__init__(folder, image_root)
-        self._parts: dict[str, dict[str, list[dict[str, Any]]]] = {}  # by name, such as captions_train
+        self._parts: dict[str, dict[str, list[dict[str, Any]]]] = {}
         self._count = 0
         self._licenses: dict[str, int] = {}
 
@@ -443,11 +438,7 @@ def _columns(item: Item) -> dict[str, Any]:
 
 
 def _with_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
-    """Add WRITTEN_BY and the values of custom tasks to a row. A name that is already used gets an underscore.
-
-    If a custom task has the name of a text column, WRITTEN_BY is BY_MODEL, so that no source reads its values
-    as human texts.
-    """
+    """Add WRITTEN_BY and the values of custom tasks to a row. A used name gets an underscore."""
     has_text_name = not {*CAPTIONS, QUESTION, *ANSWERS}.isdisjoint(item.values)
     row = row | {WRITTEN_BY: BY_MODEL if has_text_name else item.writer(row.get("text") or "")}
     return row | {f"{name}_" if name in row else name: value for name, value in item.values.items()}
@@ -481,5 +472,6 @@ FORMATS: dict[str, Callable[[Path, str], Format]] = {
     "dpo": partial(ParquetRows, columns={"image": IMAGE, **_DIALOG}, rows_of=_preference_rows),
 }
 
-PARQUET = "parquet"  # not in FORMATS, because dataset/publishing.py writes it
-TABLES = (PARQUET, "cauldron", "messages", "dpo", "vlmevalkit")  # formats that store images in the rows
+# dataset/publishing.py writes this format, so it is not in FORMATS.
+PARQUET = "parquet"
+TABLES = (PARQUET, "cauldron", "messages", "dpo", "vlmevalkit")

@@ -21,15 +21,16 @@ MAX_NAME_BYTES = 200  # file systems allow 255, including the suffix
 _UNSAFE_NAME = re.compile(
     r"""|con|prn|aux|nul|com\d|lpt\d|[0-9a-f]{64}|[-. ].*|.*[. ]|.*[\\:*?"<>|].*""", re.IGNORECASE
 )
-ALL = "all"  # the value of --style that selects captions of all styles
-_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: several JPEGs of a camera in one file
+ALL = "all"
+# An MPO file holds several JPEGs of a camera.
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """An image of a version with its texts and values."""
 
-    name: str  # file name without suffix
+    name: str
     suffix: str
     split: str
     image: bytes
@@ -40,15 +41,16 @@ class Item:
     sample_id: str  # an invalid id in an untrusted version is replaced by its digest
     captions: Sequence[tuple[str, str]]  # (style, text)
     questions: Sequence[tuple[str, str]]  # (question, answer)
-    human_texts: frozenset[str]  # human captions and questions
-    scores: Mapping[str, Mapping[str, Any]]  # fields of captions and questions, by their text
+    human_texts: frozenset[str]
+    scores: Mapping[str, Mapping[str, Any]]
     references: Sequence[str]
-    reference_qa: Sequence[dict[str, Any]] = ()  # human questions with all answers
-    values: dict[str, Any] = field(default_factory=dict)  # values of custom tasks, by name
+    reference_qa: Sequence[dict[str, Any]] = ()
+    values: dict[str, Any] = field(default_factory=dict)
     # Boxes from custom tasks, or None if the model answered no such task.
     boxes: Sequence[dict[str, Any]] | None = None
-    value_turns: Sequence[tuple[str, str]] = ()  # (prompt, value) of custom tasks
-    pairs: Sequence[tuple[str, str, str]] = ()  # (style, best caption, worst caption)
+    value_turns: Sequence[tuple[str, str]] = ()
+    # A preference pair is (style, best caption, worst caption).
+    pairs: Sequence[tuple[str, str, str]] = ()
 
     @property
     def origin(self) -> dict[str, str]:
@@ -82,11 +84,10 @@ class Item:
 
 
 def choose_texts(item: Item, *, style: str | None, trigger: str, opening: str, only_one: bool) -> Item:
-    """Return an item with only the captions and pairs of a style.
+    """Return an item with only the captions and preference pairs of a style.
 
-    Without a style, or with the style ALL, captions of all styles are kept. With `only_one`, only the
-    preferred caption is kept, unless the style is ALL. `opening` is removed from the captions. Then `trigger`
-    is prepended. If a model's caption is then equal to a human one, both count as written by the model.
+    The style may be None or ALL to keep all styles. With `only_one`, only the preferred caption is kept,
+    unless the style is ALL. `opening` is removed from the captions. Then `trigger` is prepended.
     """
 
     def edit(text: str) -> str:
@@ -119,10 +120,10 @@ def remove_opening(text: str, opening: str) -> str:
 def read_items(
     version: Version, splits: Iterable[str] = SPLITS, *, source_names: bool = False
 ) -> Iterator[Item]:
-    """Yield the images of a version, in order. Raises ConfigError if it holds decks.
+    """Yield the images of a version, in order. Raises ConfigError if its samples are multi-page documents.
 
-    With `source_names`, files have their names in the source, without folders, if these are safe and unique.
-    Other files, and all files by default, are named by id.
+    Files are named by id. With `source_names`, they have their names in the source if these are safe and
+    unique.
     """
     columns = version.manifest["columns"]
     if "image" not in columns:
@@ -131,7 +132,8 @@ def read_items(
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
     prompts = value_prompts(version.manifest)
     names = [name for name in columns if name not in ("pages", "source", "context")]
-    counts = Counter[str]()  # images by name in lower case, since some file systems ignore case
+    # Count names in lower case, since some file systems ignore case.
+    counts = Counter[str]()
     for _, batch in version.batches(["source_row"]) if source_names else ():
         counts.update(file_name_of(row).casefold() for row in batch["source_row"].to_pylist())
     for split, batch in version.batches(names, splits=splits):

@@ -38,10 +38,10 @@ class Package:
 
     kind: Literal["dataset", "model"]
     name: str  # the tag
-    title: str  # the commit message
-    manifest: dict[str, Any]  # with the digests and sizes of the files
-    files: dict[str, Path | bytes]  # local files or content, by path in the repository
-    has_unknown_license: bool  # whether an image license is unknown
+    title: str
+    manifest: dict[str, Any]
+    files: dict[str, Path | bytes]
+    has_unknown_license: bool
 
     def file_sizes(self) -> dict[str, int]:
         """Return the size of each file in bytes."""

@@ -30,7 +30,8 @@ MAX_PAUSE_S = 330.0  # the Hub's rate limits apply to windows of five minutes
 RETRIED_STATUSES = (408, 409, 412, 429, 500, 502, 503, 504)
 # Manifest keys whose values the user states about the data.
 STATED_KEYS = ("license", "license_link", "title", "language", "acknowledged")
-NEW_REPO_FILES = (".gitattributes", "README.md")  # files that the Hub may add to a new repository
+# The Hub may add these files to a new repository.
+NEW_REPO_FILES = (".gitattributes", "README.md")
 _TAG_HINT = "tags never move: make a new version, or push to another repository"
 
 
@@ -133,8 +134,8 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
     if not remote and files - {*NEW_REPO_FILES}:
         hint = "push to a new or an empty repository"
         raise PushError(f"{repo} has files that synth did not push", hint=hint)
-    # Create new operations for each attempt. An operation stores whether its file was unchanged on the
-    # branch. If the branch changes later, another attempt would wrongly skip the file.
+    # Create new operations for each attempt, because an operation stores whether its file was unchanged on
+    # the branch.
     additions = [CommitOperationAdd(path, content) for path, content in package.files.items()]
     large = [addition for addition in additions if isinstance(addition.path_or_fileobj, str)]
     for done, addition in enumerate(large):

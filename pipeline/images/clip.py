@@ -13,8 +13,8 @@ from pipeline.install import install_command
 
 BATCH = 32
 CLIP_HINT = "pass clip, metaclip, tiny-clip, a folder, or a model id of the Hub"
-TINY_CLIP = "tiny-clip"  # shipped with the package, trained only on drawn scenes
-CLIP_MODELS = {  # short name -> Hub id or folder
+TINY_CLIP = "tiny-clip"
+CLIP_MODELS = {
     "clip": "openai/clip-vit-base-patch32",
     "metaclip": "facebook/metaclip-b32-400m",
     TINY_CLIP: str(Path(__file__).parents[1] / "scenes" / "weights" / "clip"),

@@ -27,18 +27,23 @@ HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b
 _SUFFIXES = ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .heic .heif .hif"
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 ORIENTATION = 0x0112  # EXIF tag
-ROTATED_90 = (5, 6, 7, 8)  # orientations that swap width and height
+ROTATED_90 = (5, 6, 7, 8)
 MAX_IMAGE_BYTES = 100_000_000
-PATCH_PX = 28  # one image token of Qwen2.5-VL covers 28 x 28 px: 2 x 2 patches of 14 px
-MAX_PIXELS = 50_000_000  # checked before decoding, because a 12 kB file can claim 100 million pixels
-MAX_ASPECT_RATIO = 100  # below the limit of Qwen2.5-VL's processor, which is 200
+# One image token of Qwen2.5-VL covers 28 x 28 px.
+PATCH_PX = 28
+# The size is checked before decoding, because a 12 kB file can claim 100 million pixels.
+MAX_PIXELS = 50_000_000
+# The processor of Qwen2.5-VL allows ratios of up to 200.
+MAX_ASPECT_RATIO = 100
 MAX_SCANS = 100  # a progressive JPEG usually has about ten scans
 _JPEG_FORMATS = ("JPEG", "MPO")
-_SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
-JPEG_QUALITY = 95  # for images that are encoded again
+# This pattern counts scans three times as fast as bytes.count.
+_SCAN = re.compile(rb"\xff\xda")
+JPEG_QUALITY = 95
 HASH_SIDE_PX = 64
-MIN_HASHED_SIDE_PX = 1024  # large JPEGs are decoded at reduced size for hashing, but not below this
-MIN_PDQ_QUALITY = 50  # out of 100, as PDQ's authors recommend
+MIN_HASHED_SIDE_PX = 1024
+# PDQ's authors recommend this limit. The best quality is 100.
+MIN_PDQ_QUALITY = 50
 
 
 def image_id(data: bytes) -> str:
@@ -47,7 +52,7 @@ def image_id(data: bytes) -> str:
 
 
 def deck_id(page_ids: Sequence[str]) -> str:
-    """Return the id of a deck: the sha256 of its page ids in order. A deck of one page has that page's id."""
+    """Return the id of a document: the sha256 of its page ids in order. A single page keeps its own id."""
     return page_ids[0] if len(page_ids) == 1 else hashlib.sha256("".join(page_ids).encode()).hexdigest()
 
 
@@ -76,10 +81,7 @@ def check_image(data: bytes) -> ImageInfo:
 
 
 def _decode_reduced(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
-    """Return an upright RGB image on white, and its full size. Damage is detected as in a full decode.
-
-    A large JPEG is reduced by 2, 4 or 8 as long as both sides keep MIN_HASHED_SIDE_PX.
-    """
+    """Return an upright RGB image on white, and its full size. A large JPEG is decoded at a reduced size."""
     with open_image(data) as image:
         size_px, upright_px = image.size, _upright_size(image)
         image.draft(None, (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))
@@ -98,8 +100,7 @@ def _small(image: Image.Image) -> "np.ndarray[Any, Any]":
 def pdq_hash(image: Image.Image) -> bytes:
     """Return the PDQ hash (Facebook, 2019) of an RGB image (32 bytes), or b"" if it has little detail.
 
-    The image is first reduced to 64 x 64 pixels, as in PDQ itself. This is four times as fast as 256 x 256,
-    and as stable (docs/measurements.md).
+    The image is first reduced to 64 x 64 pixels, as in PDQ itself.
     """
     bits, quality = pdqhash.compute(_small(image))
     return np.packbits(bits).tobytes() if quality >= MIN_PDQ_QUALITY else b""
@@ -114,7 +115,7 @@ def prepare_image(
     """
     with open_image(data) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # in place, to avoid a copy of a large image
+        ImageOps.exif_transpose(image, in_place=True)
         rgb = over_white(image)
     size = (sent_size if for_model else scaled_size)(*rgb.size, max_pixels)
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
@@ -151,8 +152,7 @@ def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, i
 def sent_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
     """Return the size at which a model receives an image.
 
-    An image that the model would see with more than `max_pixels` is scaled down to whole patches, as Qwen's
-    processor does. No server then scales it again, whatever its own limit.
+    A larger image than `max_pixels` is scaled down to whole patches, so that no server scales it again.
     """
     if not max_pixels or prod(round_to_patches(width, height)) <= max_pixels:
         return width, height

@@ -1,9 +1,7 @@
 """Check untrusted files in worker processes with limited memory and time.
 
-Malicious files most likely target a decoder. A worker has no credentials in its environment, cannot write to
-files, and is killed when an image takes more than MEMORY_BYTES, CPU_SECONDS or WALL_SECONDS. Only that image
-is rejected. This is not a sandbox: a worker runs as the same user and may give false answers, and the main
-process decodes accepted images again later.
+A worker has no credentials, cannot write files, and is killed if an image takes too much memory or time. This
+is not a sandbox: a worker runs as the same user, and may give false answers.
 """
 
 import atexit
@@ -29,20 +27,20 @@ from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import ImageInfo, check_image
 from pipeline.images.metadata import strip_metadata
 
-# Time limit per image. Unlike the limit on CPU time, it also ends workers that sleep. It is high, because the
-# machine may be busy.
+# This limit also ends workers that sleep. It is high, because the machine may be busy.
 WALL_SECONDS = 300.0
-AHEAD_BYTES = 128_000_000  # total size of the queued images
+AHEAD_BYTES = 128_000_000
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
 _SERVE = "from pipeline.images.isolation import serve; serve()"
 T = TypeVar("T")
 MAX_WORKERS = 16
 log = logging.getLogger(__name__)
-MEMORY_BYTES = 1_500_000_000  # in addition to the memory of an idle worker
+MEMORY_BYTES = 1_500_000_000
 CPU_SECONDS = 30
 MAX_HEADER_BYTES = 1_000_000
-MAX_STRIPPED_BYTES = 400_000_000  # file size after metadata is removed: a TIFF may become a larger PNG
-UNCHANGED = b""  # sent instead of an image that had no metadata
+# A TIFF may become a larger PNG when its metadata is removed.
+MAX_STRIPPED_BYTES = 400_000_000
+UNCHANGED = b""
 
 
 # --- this process

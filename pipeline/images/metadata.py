@@ -1,8 +1,7 @@
 """Remove metadata from image files: EXIF, XMP, IPTC, comments, thumbnails, and data after the image.
 
-JPEG and PNG files lose only these parts. Their compressed pixels, color profile and orientation do not
-change. Other formats, and files with an unexpected structure, are encoded again. Only the first frame of an
-animated GIF or WebP is kept.
+Ordinary JPEG and PNG files lose only these parts, and other files are encoded again. Only the first frame of
+an animated GIF or WebP is kept.
 """
 
 import io
@@ -39,7 +38,8 @@ def strip_metadata(data: bytes) -> bytes:
     strip = _strip_jpeg if data.startswith(_JPEG_SIGNATURE) else _strip_png
     try:
         parts = b"".join(strip(data))
-    except (ValueError, IndexError, struct.error):  # damage that a decoder may tolerate
+    except (ValueError, IndexError, struct.error):
+        # A decoder may tolerate this damage.
         return _encode(data)
     return data if parts == data else parts
 
@@ -63,7 +63,8 @@ def _strip_jpeg(data: bytes) -> Iterator[bytes]:
             raise ValueError("not a segment")
         content = data[start + 4 : end]
         if kind == 0xE0 and content.startswith(b"JFIF\0") and len(content) >= 14:
-            yield b"\xff\xe0\x00\x10" + content[:12] + b"\0\0"  # without the JFIF thumbnail
+            # Leave out the JFIF thumbnail.
+            yield b"\xff\xe0\x00\x10" + content[:12] + b"\0\0"
         elif kind == 0xE1 and not has_orientation:  # EXIF or XMP: write the orientation only once
             has_orientation = True
             if (orientation := _orientation(data)) != 1:

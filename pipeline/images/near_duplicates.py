@@ -1,9 +1,8 @@
 """Near-duplicate images: choose which to keep, and group images that must be in the same split.
 
-Images are compared by their 256-bit PDQ hashes (images/decode.py). Photos at most 24 bits apart are copies of
-one photo. If photos are up to 70 bits apart, one may be a crop of the other. Distinct photos are rarely less
-than 88 bits apart (docs/measurements.md). The same limits hold for mirrored photos. Slides and charts are
-never rejected as copies, because two charts that differ in one number look the same.
+Images are compared by their 256-bit PDQ hashes. Photos at most 24 bits apart are copies of one photo. If they
+are up to 70 bits apart, one may be a crop of the other (docs/measurements.md). Slides and charts are never
+rejected as copies, because two charts that differ in one number look the same.
 """
 
 import os
@@ -24,22 +23,20 @@ WORDS = HASH_BITS // 64
 # Recompressed, halved, brightened, gray and mirrored copies are at most this far apart
 # (docs/measurements.md).
 MAX_COPY_BITS = 24
-# A PDQ bit states whether one of 16 x 16 DCT coefficients is above their median, which is near 0. Mirroring
-# an image negates the coefficients in odd columns, which flips their bits. In each of 29 photos, at most
-# 22 bits broke this rule, also after JPEG of quality 75 and at half size. Rows of hashes hold the flipped
-# bits in their first two words.
+# Mirroring an image negates the DCT coefficients in odd columns, which flips most of their bits. Rows of
+# hashes hold these bits in their first two words.
 MIRRORED_WORDS = 2
 BIT_ORDER = [*range(1, HASH_BITS, 2), *range(0, HASH_BITS, 2)]
 
 MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
 BLOCK_HASHES, TILE_HASHES = 256, 512  # each hash of a block is compared with each hash of a tile
-MAX_NEIGHBORS = 128  # maximum number of better images that an image is paired with
+MAX_NEIGHBORS = 128
 
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row per page
 Bits = npt.NDArray[np.uint16]
 Rows = npt.NDArray[np.int64]
 
-LOOK_ALIKE_ADVICE = {  # reason -> setting to change if too many rows are rejected
+LOOK_ALIKE_ADVICE = {
     "near_duplicate_image": "set dedupe.images: graphics for slides and charts, or none to keep all images",
     "near_held_out_image": "to keep similar images, set dedupe.images: none",
 }
@@ -78,11 +75,10 @@ def image_distances(rows: Hashes, columns: Hashes, *, mirrored: bool) -> Bits:
 
 
 def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_]) -> NearPairs:
-    """Return the near pairs of `hashes`. Its rows must be sorted from the best image to the worst.
+    """Return the pairs of near-duplicate hashes. Rows must be sorted from the best image to the worst.
 
-    Each hash is paired with at most MAX_NEIGHBORS better hashes, so that the pairs of many similar
-    images fit in memory.
-    Pairs with a page of a deck (`is_page`) are all returned, since decks are near if they share enough pages.
+    Each hash is paired with at most MAX_NEIGHBORS better hashes, to limit the memory. Pairs with a page of a
+    document (`is_page`) are all returned.
     """
 
     def compare(start: int) -> NearPairs:
@@ -111,9 +107,9 @@ def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_])
 def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     """Return each sample's group, and the reason if it is rejected (tables.IMAGE_GROUPS, sorted by id).
 
-    Splits have the order train, validation, test. Among copies of a photo, the sample in the last of these
-    splits is kept. Ties go to the largest sample, then to the first id. Photos and graphics are also rejected
-    if they are near a held-out sample in a later split. `samples` has the columns COMPARED_COLUMNS.
+    Of the copies of a photo, only one is kept: the one in the last split (of train, validation and test), or
+    among these the largest. Samples near a held-out sample in a later split are rejected too. `samples` has
+    the columns COMPARED_COLUMNS.
     """
     samples = samples.sort_by("sample_id")
     ids = samples["sample_id"].combine_chunks()
@@ -163,10 +159,10 @@ def _group_names(near: NearPairs, count: int) -> Rows:
 
 
 def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Rows) -> NearPairs:
-    """Return the near pairs of samples. Near decks share at least half of the smaller deck's pages.
+    """Return the pairs of near-duplicate samples.
 
-    The distance of two decks is the mean distance of the shared pages, each to its nearest page. An empty
-    hash is near no other hash.
+    Documents are near-duplicates if they share at least half of the pages of the smaller one. Their distance
+    is the mean distance of the shared pages. An empty hash is near no other hash.
     """
     owners = pc.list_parent_indices(pdq_hashes).to_numpy().astype(np.int64)
     values = pdq_hashes.flatten()
@@ -185,11 +181,11 @@ def find_near_samples(pdq_hashes: pa.ListArray, kind: ImageKind, best_first: Row
 
 
 def _near_decks(near: NearPairs, owners: Rows, num_pages: Rows) -> NearPairs:
-    """Return the near pairs of decks from pairs of near pages. `owners` are the decks of the pages."""
+    """Return the near-duplicate documents (decks) from pairs of near pages. `owners` has each page's deck."""
     decks, pair_of = np.unique(owners[near.first] * len(num_pages) + owners[near.second], return_inverse=True)
     first, second = decks // len(num_pages), decks % len(num_pages)
-    # For each deck of a pair, count the pages that are near a page of the other deck, and sum the distances
-    # from these pages to their nearest page.
+    # For each deck of a pair, count the pages near a page of the other deck, and sum their smallest
+    # distances.
     num_shared, total_bits = np.zeros((2, len(decks)), np.int64), np.zeros(len(decks))
     for deck, pages in enumerate((near.first, near.second)):
         shared, index = np.unique(pair_of * len(owners) + pages, return_inverse=True)

@@ -1,8 +1,7 @@
 """Render untrusted documents and videos as images, each file in its own process.
 
-The process reads the file from stdin, and cannot open other files. Since it cannot open the machine's fonts,
-pages look the same everywhere with the same version of pdfium. Memory and time are limited as for images
-(isolation.py).
+The process reads the file from stdin, and cannot open other files. So pages do not depend on the fonts of the
+machine. Memory and time are limited as for images (isolation.py).
 """
 
 import ctypes
@@ -27,8 +26,8 @@ from pipeline.images.decode import MAX_IMAGE_BYTES, MAX_PIXELS
 from pipeline.images.isolation import Worker, allow_cpu, limit_resources, stated_reason
 
 Kind = Literal["pdf", "video"]
-PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # by kind of file, which is also the name of the extra
-PAGE_SIDE_PX = 1536  # longer side of a page
+PACKAGES = {"pdf": "pypdfium2", "video": "av"}
+PAGE_SIDE_PX = 1536
 MAX_FRAME_SIDE_PX = 2048  # larger frames are scaled down
 JPEG_QUALITY = 92
 MAX_PNG_BYTES = 1_000_000  # larger pages, such as scans, become JPEGs
@@ -46,8 +45,8 @@ DEMUXERS = {
 }
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pdf": (".pdf",), "video": tuple(DEMUXERS)}
 _PR_SET_PDEATHSIG = 1
-MAX_PACKETS = 3_000_000  # enough for more than 24 hours of video
-MAX_DAMAGED_PACKETS = 1_000  # maximum number of damaged packets that are skipped
+MAX_PACKETS = 3_000_000
+MAX_DAMAGED_PACKETS = 1_000
 HEARTBEAT_PACKETS = 500  # a message is sent after this many packets, even if no frame is due
 SPARE_MS = 1_000  # a video may exceed its stated length by this much
 Answer = tuple[dict[str, Any], bytes | None]
@@ -115,7 +114,8 @@ def serve() -> None:
 
 def _limited(answers: Iterator[Answer]) -> Iterator[Answer]:
     """Limit this process, and yield answers. The limit on CPU time applies to each answer."""
-    for format_name in ("JPEG", "PNG"):  # load the encoders while files can be opened
+    # Load the encoders while files can still be opened.
+    for format_name in ("JPEG", "PNG"):
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format_name)
     limit_resources()
     # Forbid new descriptors, even if malicious code in this process closes one first.
@@ -131,7 +131,8 @@ def _limited(answers: Iterator[Answer]) -> Iterator[Answer]:
 def _open_pdf(file: IO[bytes]) -> Iterator[Answer]:
     import pypdfium2
 
-    pypdfium2.PdfDocument.new().close()  # loads the library
+    # Load the library now, because no file can be opened later.
+    pypdfium2.PdfDocument.new().close()
     return _pages(pypdfium2, file.read())
 
 
@@ -144,7 +145,8 @@ def _pages(pdfium: Any, data: bytes) -> Iterator[Answer]:
         raise ImageError("unreadable_file", one_line(error)) from None
     if len(document) == 0:
         raise ImageError("empty_file", "it has no pages")
-    document.init_forms()  # renders filled forms
+    # Without this call, filled forms are not rendered.
+    document.init_forms()
     for number in range(len(document)):
         try:
             page = document[number]

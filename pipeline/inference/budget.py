@@ -1,7 +1,6 @@
 """Budgets, and the circuit breaker that stops a run with too many unusable replies.
 
-A budget covers all runs in a dataset folder, because the journal records the use by earlier runs. Repeating a
-command does not start a new budget.
+A budget covers all runs in a dataset folder, so repeating a command does not start a new one.
 """
 
 from collections import Counter, deque
@@ -13,9 +12,11 @@ from pipeline.errors import EngineError
 from pipeline.types import DEFAULT_MODEL, UNANSWERED, Reply, Request
 
 WINDOW_REPLIES = 100
-ASSUMED_PROMPT_TOKENS = 1500  # a one-megapixel image and a prompt, if the server reports no token counts
+# If the server reports no tokens, a one-megapixel image and its prompt count as this many.
+ASSUMED_PROMPT_TOKENS = 1500
 CHARACTERS_PER_TOKEN = 4
-FIRST_REQUESTS = 32  # maximum requests in flight before the length of a prompt is known
+# At most this many requests are in flight before the length of a prompt is known.
+FIRST_REQUESTS = 32
 MAX_SHOWN_CHARACTERS = 120
 
 
@@ -39,20 +40,18 @@ def likely_tokens(reply: Reply) -> tuple[int, int]:
 class Budget:
     """Counts the requests, estimated tokens and cost of a dataset over all runs.
 
-    A request in flight reserves the tokens of the longest prompt so far, plus `max_tokens`. While no request
-    is in flight, the next one is sent if the mean cost so far fits the budget. So a limit is exceeded by
-    at most one request, plus the additional tokens of prompts in flight that are longer than all earlier
-    prompts.
+    A request in flight reserves the tokens of the longest prompt so far, plus `max_tokens`. A limit may be
+    exceeded by one request, or by prompts in flight that are longer than all earlier ones.
     """
 
     servers: Servers
     requests: int
     tokens: int
     cost: float
-    _reserved: dict[str, tuple[int, float]] = field(default_factory=dict)  # tokens and cost by request id
+    _reserved: dict[str, tuple[int, float]] = field(default_factory=dict)
     _reserved_tokens: int = 0
     _reserved_cost: float = 0.0
-    _longest_prompt_tokens: int = 0  # in this run
+    _longest_prompt_tokens: int = 0
 
     def reserve(self, requests: Sequence[Request]) -> list[Request]:
         """Return the first requests that fit the budget, and reserve their largest cost."""

@@ -1,7 +1,6 @@
 """Client for model servers. It keeps many requests in flight, on an event loop that runs during `ask`.
 
-If a server fails, the client repeats the request later or sends it to another server. If a reply is unusable,
-inference/queue.py retries the request with other sampling parameters.
+If a server fails, the client repeats the request later, or sends it to another server.
 """
 
 import asyncio
@@ -33,10 +32,10 @@ from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, Requ
 FIRST_REQUESTS, MAX_REQUESTS = 32, 128
 BUSY_SECONDS = 1.0  # busy answers and timeouts within this time count once
 MAX_FILES = 65_536
-RESERVED_FILES = 128  # file descriptors that are not used for connections
+RESERVED_FILES = 128
 GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
-SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
-FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
+SENT_BATCH = 32
+FLIGHT_BYTES = 256_000_000
 # Minimum estimate of the tokens in a prompt. With it, all built-in tasks send images of the same size.
 MIN_PROMPT_TOKENS = 640
 BYTES_PER_TOKEN = 2  # words of any script have more bytes per token, but numbers may have only 1
@@ -47,14 +46,14 @@ log = logging.getLogger(__name__)
 class Concurrency:
     """Limits the number of requests in flight. Busy answers and timeouts lower it, and replies restore it.
 
-    The limit also grows up to `maximum` while the mean time of replies is less than twice the lowest mean.
+    The limit also grows while replies stay fast, up to `maximum`.
     """
 
     def __init__(self, first: int, maximum: int) -> None:
-        self.limit = self._usual = first  # the limit without busy answers
+        self.limit = self._usual = first
         self._max = maximum
         self._busy_at = 0.0
-        self._replies, self._seconds = 0, 0.0  # replies and their total time since the limit changed
+        self._replies, self._seconds = 0, 0.0
         self._fastest_s = math.inf
 
     def slow_down(self) -> None:
@@ -110,10 +109,10 @@ class InFlight:
     source: RequestSource
     upcoming: Iterator[Request | None] = field(init=False)
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
-    sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # tasks waiting for an answer
+    sent: set["asyncio.Task[object] | None"] = field(default_factory=set)
     replies: list[Reply] = field(default_factory=list)
-    error: BaseException | None = None  # the fatal error
-    ends_at: float | None = None  # deadline for the requests in flight after an error
+    error: BaseException | None = None
+    ends_at: float | None = None
 
     def __post_init__(self) -> None:
         self.upcoming = self._take_requests()
@@ -181,7 +180,8 @@ class Client:
             while replies := self._runner.run(self._next_group(in_flight)):
                 yield replies
         except KeyboardInterrupt:
-            if in_flight.replies:  # yielded first, so that the caller can store them
+            # Yield replies first, so that the caller can store them.
+            if in_flight.replies:
                 yield in_flight.replies
             raise
         finally:
@@ -338,16 +338,13 @@ class Client:
         return min(pause_s, protocol.LONGEST_BACKOFF_SECONDS) if has_other else pause_s
 
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
-        """Send a request once, and return the reply, or the server's refusal as a reply.
-
-        Raises ServerBusyError or ServerFaultError if the request may be repeated, and EngineError if every
-        request would get the same answer.
-        """
+        """Send a request once, and return the reply, or the server's refusal as a reply."""
         try:
             if self._context_tokens:
                 request = fit_context(request, self._context_tokens, self.max_tokens)
             images = await self._images.parts(request)
-        except OSError:  # not due to the image: for example, the disk is full
+        except OSError:
+            # The image is not the cause. For example, the disk may be full.
             raise
         except Exception as error:  # noqa: BLE001  # a decoder may raise anything, for this image alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)

@@ -1,7 +1,6 @@
 """Answer requests with the shipped tiny model in this process, on the CPU.
 
-llguidance constrains decoding with the same grammars as in vLLM's guidance backend. Each request has its own
-random number generator, seeded by the request id, so a reply does not depend on the rest of its batch.
+Each request has its own random numbers, so a reply does not depend on the other requests of its batch.
 """
 
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from pipeline.types import Reply, Request, RequestSource
 
 PLAIN_TEXT = r"[\s\S]+"  # a grammar never allows special tokens, such as those that begin an image
 BATCH_IMAGES = 64
-BATCH_PIXELS = 8_000_000  # sum over the images in a batch, which bounds the memory of activations
+BATCH_PIXELS = 8_000_000
 
 
 class EmbeddedEngine:

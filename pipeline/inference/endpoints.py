@@ -22,15 +22,16 @@ from pipeline.inference import protocol
 from pipeline.inference.protocol import MAX_SHOWN_CHARACTERS, PLAIN, Dialect
 from pipeline.text.escape import without_passwords
 
-POLL_SECONDS = 1.0  # interval for checking servers that are down
+POLL_SECONDS = 1.0
 HEALTH_SECONDS = 5
 KEEPALIVE_SECONDS = 4  # uvicorn closes idle connections after 5 s
-KEY = "SYNTH_API_KEY"  # environment variable with the API key
-OPENAI_KEY = "OPENAI_API_KEY"  # sent only to OpenAI's own servers
+KEY = "SYNTH_API_KEY"
+# This key is sent only to OpenAI's own servers.
+OPENAI_KEY = "OPENAI_API_KEY"
 MIN_KEY_CHARACTERS = 8  # a shorter value may be an ordinary word, and is not removed from messages
 PAYMENT_REQUIRED = 402
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
-_OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # error codes of OpenAI, LiteLLM
+_OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')
 
 
 @dataclass(slots=True, eq=False)
@@ -43,16 +44,16 @@ class Endpoint:
     dialect: Dialect = PLAIN
     socket_path: Path | None = None  # Unix socket
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
-    fault: str = ""  # why the server did not answer when the run started
+    fault: str = ""
     failures: int = 0  # consecutive
     rests_until: float = 0.0  # other servers are preferred until this time
-    reported: set[str] = field(default_factory=set)  # kinds of failures
+    reported: set[str] = field(default_factory=set)
     context_tokens: int | None = None
     session: aiohttp.ClientSession | None = field(default=None, repr=False)
-    outstanding: int = 0  # requests in flight
+    outstanding: int = 0
     proxy: str | None = field(init=False)
     has_key: bool = field(init=False)
-    keys: list[str] = field(init=False, repr=False)  # removed from the server's messages
+    keys: list[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.proxy = _proxy_of(self.url)
@@ -162,7 +163,6 @@ class Endpoints(list[Endpoint]):
     async def pick(self, sample_id: str, max_remembered: int) -> Endpoint:
         """Return the server that last got a request about this sample, or else the least loaded one.
 
-        Replaces a server that is down or must wait. Remembers the last `max_remembered` samples.
         If all servers are down, waits up to `startup_timeout_s`, and raises EngineError if they stay down.
         """
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
@@ -203,7 +203,7 @@ class Endpoints(list[Endpoint]):
     async def _revive(self, endpoint: Endpoint) -> None:
         while not await endpoint.is_healthy():
             if self._failure():
-                break  # wake the waiting requests, which raise the failure
+                break
             await asyncio.sleep(POLL_SECONDS)
         endpoint.fault = ""
         endpoint.is_up.set()
@@ -212,7 +212,7 @@ class Endpoints(list[Endpoint]):
 def _proxy_of(url: str) -> str | None:
     """Return the proxy that the environment sets for an address, or None. Private addresses use no proxy.
 
-    Replaces aiohttp's `trust_env`, which also sends ~/.netrc passwords, and fails for requests with a key.
+    aiohttp's `trust_env` is not used, because it also sends the passwords in ~/.netrc.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""

@@ -36,7 +36,7 @@ HOW_TO_CHOOSE = (
 )
 # Formats other than safetensors. Such files are most often copies of the same weights.
 IGNORED_FILES = ["*.gguf", "*.bin", "*.pt*", "*.h5", "*.msgpack", "*.onnx*", "original/*", "consolidated*"]
-OUTPUT_NEUTRAL_FLAGS = frozenset(  # flags that change the speed of replies but not their content
+OUTPUT_NEUTRAL_FLAGS = frozenset(
     f"--{name}"
     for name in (
         "api-server-count", "block-size", "enforce-eager", "gpu-memory-utilization", "kv-cache-memory-bytes",

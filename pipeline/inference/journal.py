@@ -1,8 +1,7 @@
 """The journal stores every raw reply under its request id before the reply is parsed.
 
-An answered request is never sent again. A request that was sent but has no reply was in flight, or about to
-be sent, when the run ended. Only the process that holds the folder's lock writes to a journal. Each reply
-has a checksum, since SQLite does not detect changed bytes.
+An answered request is never sent again. Only the process that holds the folder's lock writes to a journal.
+Each reply has a checksum, since SQLite does not detect changed bytes.
 """
 
 import hashlib
@@ -64,10 +63,10 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        # The requests whose replies were used, and the tokens of all their attempts, by TASK.MODEL.UNIT. A
-        # reply that several samples use counts for each of them, so the sums do not depend on the shards.
+        # Count the used requests, and the tokens of all their attempts, by TASK.MODEL.UNIT. A reply counts
+        # once for each sample that uses it.
         self.spent = Counter[str]()
-        self.counted: set[tuple[str, str]] = set()  # (sample id, request id) counted in `spent`
+        self.counted: set[tuple[str, str]] = set()
         self._db = sqlite3.connect(path.absolute())
         self._db.text_factory = _decode
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
@@ -132,9 +131,9 @@ class Journal:
     def import_replies(self, path: Path, first_id: str, end_id: str) -> None:
         """Copy replies about samples with first_id <= id < end_id from another journal. Keeps existing ones.
 
-        Also copies all replies to checks without an image, since samples share these requests. During the
-        copy, no process on any node may write to the other journal, because SQLite opens it as immutable.
-        Raises StoreError if the other journal is damaged or has another format.
+        Also copies all replies to checks without an image, since samples share these requests. No process may
+        write to the other journal during the copy. Raises StoreError if the other journal is damaged or has
+        another format.
         """
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
             source.text_factory = _decode

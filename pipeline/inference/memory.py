@@ -1,8 +1,7 @@
 """Estimate the GPU memory that vLLM needs for a model, and choose limits that fit a card.
 
-vLLM uses a share of the card (`--gpu-memory-utilization`). The KV cache gets the rest after the weights,
-CUDA graphs, and the larger peak of two profiling steps: one of the vision tower, one of the text model. All
-figures are estimates from shapes.
+vLLM uses a share of the card (`--gpu-memory-utilization`). The KV cache gets the memory that the weights,
+CUDA graphs and activations leave. All figures are estimates from shapes.
 """
 
 from collections.abc import Mapping
@@ -12,12 +11,13 @@ from typing import Any, NamedTuple
 
 GIB = 2**30
 MAX_UTILIZATION = 0.92
-FREE_GIB = 0.5  # left to other programs
-GRAPHS_GIB = 1.0  # CUDA graphs, CUDA's context, and buffers of libraries
+FREE_GIB = 0.5
+# CUDA graphs, CUDA's context and the buffers of libraries need this memory.
+GRAPHS_GIB = 1.0
 MIN_KV_FRAC = 0.75  # the KV cache gets at least this share of the memory left by weights and graphs
 BATCHED_TOKENS = (16_384, 8192, 4096, 2048)  # more tokens per step are faster, and need more memory
 MIN_SEQS, MAX_SEQS = 16, 512
-PROMPT_TOKENS = 512  # assumed for the text of a prompt and its reply
+PROMPT_TOKENS = 512
 MIN_CONTEXT = 4096
 # Model types whose processor accepts `max_pixels`.
 QWEN_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -33,7 +33,8 @@ class ModelShape(NamedTuple):
     vocab: int
     vision_hidden: int
     vision_intermediate: int
-    token_px: int  # side of the square that one image token covers
+    # One image token covers a square with sides of this length.
+    token_px: int
 
     @classmethod
     def of(cls, config: Mapping[str, Any], weights_bytes: int) -> "ModelShape | None":
@@ -53,7 +54,7 @@ class ModelShape(NamedTuple):
         )  # fmt: skip
 
 
-QWEN_3B = ModelShape(  # Qwen2.5-VL-3B-Instruct, the default model
+QWEN_3B = ModelShape(
     weights_bytes=7_509_245_952, hidden=2048, intermediate=11_008, kv_token_bytes=36_864,
     vocab=151_936, vision_hidden=1280, vision_intermediate=3420, token_px=28,
 )  # fmt: skip
@@ -99,7 +100,8 @@ def plan_memory(
         # residuals.
         vision_gib = 2 * patches * (3 * shape.vision_intermediate + 6 * shape.vision_hidden) / GIB
         text_gib = 2 * batched_tokens * (3 * shape.intermediate + 6 * shape.hidden) / GIB
-        text_gib += 3 * 4 * num_seqs * shape.vocab / GIB  # scores in float32, their sorted copy and softmax
+        # vLLM holds the scores in float32, their sorted copy and their softmax.
+        text_gib += 3 * 4 * num_seqs * shape.vocab / GIB
         kv_gib = room_gib - max(vision_gib, text_gib)
         if kv_gib >= MIN_KV_FRAC * room_gib:
             break

@@ -12,7 +12,7 @@ LICENSES = {
     r".*qwen2[._]?5[-_]?vl[-_:]?3b.*": f"Qwen Research License: {NO_COMMERCIAL_USE}",
     rf"qwen2[._]?5[-_]?vl[-_:]?7b{_VARIANT}": "Apache-2.0",
     rf"qwen3[-_]?vl{_VARIANT}": "Apache-2.0",
-    "tiny": "Apache-2.0",  # a part of this package
+    "tiny": "Apache-2.0",
 }
 
 

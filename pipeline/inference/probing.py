@@ -20,14 +20,15 @@ from pipeline.progress import Progress
 MODELS_SECONDS = 30.0
 MAX_CONTEXT_TOKENS = 100_000_000
 MAX_SHOWN_MODELS = 8
-UNENFORCED = "unenforced"  # suffix for the revision if the server does not enforce schemas
-_REVISION = re.compile(r"@((?:[0-9a-f]{16}|[0-9a-f]{40})(?:\+\w+)*)$")  # at the end of a model's served name
+# The revision gets this suffix if the server does not enforce schemas.
+UNENFORCED = "unenforced"
+_REVISION = re.compile(r"@((?:[0-9a-f]{16}|[0-9a-f]{40})(?:\+\w+)*)$")
 
 
 class ServedModel(NamedTuple):
     """A model in a server's list of models."""
 
-    root: str  # path or Hub id of the weights
+    root: str
     max_model_len: int | None
     owner: str = ""
 
@@ -36,8 +37,7 @@ def find_model(urls: Sequence[str], wanted: str | None, server: ServerConfig) ->
     """Return a model's served name and revision. `wanted` may be None if the server has only one model.
 
     `synth serve` appends the revision to the name. For other servers, the revision is a digest of name and
-    root, since several models may share a suffix such as @q4_k_m. Raises EngineError if no server answers, or
-    if the model is ambiguous or not served.
+    root. Raises EngineError if no server answers, or if the model is ambiguous or not served.
     """
     name, root = asyncio.run(_find_model(named_endpoints(urls, server), wanted))
     stated = _REVISION.search(name)

@@ -1,8 +1,6 @@
 """OpenAI's chat protocol: build request bodies, encode images, parse answers, and decide about retries.
 
-A body holds the system prompt, the image and the task prompt in this order, which favors prefix caching. The
-size of answers is limited, and compressed answers are refused. Sessions need `auto_decompress=False`, since
-aiohttp would decompress a body before its size can be checked.
+Sessions need `auto_decompress=False`, since aiohttp would decompress a body before its size can be checked.
 """
 
 import asyncio
@@ -29,40 +27,43 @@ from pipeline.tasks.prompts import user_content
 from pipeline.text.escape import encodable
 from pipeline.types import Reply, Request
 
-CHAT = "/chat/completions"  # path below the base URL
-MAX_BODY_BYTES = 8_000_000  # for lists of models and replies to the probe
+CHAT = "/chat/completions"
+MAX_BODY_BYTES = 8_000_000
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
-MAX_ENVELOPE_BYTES = 1_000_000  # for an answer without the reply text: ids, usage, reasoning
+# An answer has at most this size without the reply text.
+MAX_ENVELOPE_BYTES = 1_000_000
 # A token has about 4 characters. A reply with more than 64 characters per token is cut. In JSON, an escaped
 # character has 6 bytes.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384
-MAX_LOGPROB_BYTES = 2048  # for a token with its bytes and log-probability
+MAX_LOGPROB_BYTES = 2048
 MAX_COUNTED_TOKENS = 1_000_000_000
 MAX_REASON_CHARACTERS = 100
-MAX_SHOWN_CHARACTERS = 200  # limit for a message, address or model name from a server
+MAX_SHOWN_CHARACTERS = 200
 MAX_SENT_BYTES = 1_000_000  # larger images are re-encoded here, since the server decodes on one thread
 JPEG_QUALITY = 92
-OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")  # left out for servers that refuse them
-LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # names of the token limit, in the order of attempts
+OPTIONAL_FIELDS = ("top_p", "temperature", "logprobs")
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 # vLLM stops a reply when a pattern of 3 to 32 tokens is repeated 6 times. Each digit is a token, so a shorter
 # pattern may be a number such as 1000000.
 _REPETITION = {"min_pattern_size": 3, "max_pattern_size": 32, "min_count": 6}
 SCHEMA_INSTRUCTION = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"
 MIN_PROBE_TOKENS = 256
-PROBE_WORD = "synth-7f3a"  # the only reply that the probe's schema allows
-FINISH_REASONS = {  # maps other servers' finish reasons to OpenAI's
+PROBE_WORD = "synth-7f3a"
+# This maps other servers' finish reasons to OpenAI's.
+FINISH_REASONS = {
     **dict.fromkeys(("max_tokens", "MAX_TOKENS", "model_length"), "length"),
     **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "STOP"), "stop"),
 }
-REFUSED = "content_filter"  # finish reason for a message with a `refusal`
+REFUSED = "content_filter"
 REFUSED_STATUSES = (400, 422)  # the server may not support a request field
 BUSY_STATUSES = (408, 409, 425, 429, 503)
 BUSY = "it is overloaded or loading its model, or your quota is used up"
-GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # from a proxy whose server may be down for minutes
+# A proxy sends these statuses if its server is down, maybe for minutes.
+GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
-MAX_LONG_WAITS = 3  # maximum number of waits longer than `patience_s` for one request
+MAX_LONG_WAITS = 3
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
 MAX_CRASHES = 2  # a request is abandoned if more servers than this crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5
@@ -123,10 +124,11 @@ def parse_json(body: bytes | str) -> Any:
 class Dialect:
     """The request fields that a server supports."""
 
-    is_vllm: bool = False  # supports image uuids and `repetition_detection`
-    left_out: frozenset[str] = frozenset()  # OPTIONAL_FIELDS that the server refuses
+    is_vllm: bool = False
+    left_out: frozenset[str] = frozenset()
     limit_name: str = LIMIT_FIELDS[0]
-    states_schema: bool = False  # state the schema in the prompt, since the server does not enforce it
+    # If true, the prompt states the schema, because the server does not enforce it.
+    states_schema: bool = False
 
     def after_refusal(self, message: str) -> "Dialect | None":
         """Return the dialect without the fields that `message` names, or None if it names no field."""
@@ -190,7 +192,8 @@ def probe(
 def _sampling(temperature: float, max_tokens: int, dialect: Dialect, *, logprobs: bool) -> bytes:
     fields: dict[str, Any] = {"temperature": temperature, "top_p": 1, dialect.limit_name: max_tokens}
     fields |= {"logprobs": True} if logprobs else {}
-    if dialect.is_vllm:  # otherwise a server may apply the penalty in the model's generation_config.json
+    if dialect.is_vllm:
+        # Otherwise, a server may apply the penalty in the model's generation_config.json.
         fields |= {"repetition_detection": _REPETITION, "repetition_penalty": 1}
     sent = [(name, json.dumps(value)) for name, value in fields.items() if name not in dialect.left_out]
     return "".join(f',"{name}":{value}' for name, value in sent).encode()
@@ -219,7 +222,7 @@ class Answer(NamedTuple):
     finish_reason: str
     prompt_tokens: int
     reply_tokens: int
-    logprobs: tuple[float, ...] = ()  # one per token
+    logprobs: tuple[float, ...] = ()
 
 
 def parse_answer(body: bytes) -> Answer | None:
@@ -298,10 +301,7 @@ def without_keys(text: str, keys: Sequence[str]) -> str:
 
 
 class RequestImages:
-    """Encodes the images of requests in flight, only once for all requests about the same images.
-
-    Caches the last `keep` sets of images.
-    """
+    """Encodes the images of requests in flight, only once for all requests about the same images."""
 
     def __init__(self, pool: Executor) -> None:
         self.keep = 256
@@ -346,10 +346,7 @@ class RequestImages:
 
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
-    """Return the format of an image if it can be sent unchanged, or None if it must be re-encoded.
-
-    Reads only the header. Animated images are re-encoded, since later frames may be damaged.
-    """
+    """Return the format of an image if it can be sent unchanged, or None if it must be re-encoded."""
     with suppress(ImageError), open_image(image, counts_scans=False) as header:
         kind = _SENDABLE_FORMATS.get(header.format or "")
         is_opaque = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")
@@ -381,11 +378,12 @@ def backoff_s(failures: int) -> float:
 class RetryState:
     """Counts the failures of one request. Methods return the seconds until a retry, or None to give up."""
 
-    patience_s: float  # give up this long after the first busy answer, or after the end of a long wait
-    faults: int = 0  # errors from healthy servers
-    crashes: int = 0  # servers that crashed while the request was in flight
+    # A request is given up this long after the first busy answer, or after the end of a long wait.
+    patience_s: float
+    faults: int = 0
+    crashes: int = 0
     busy: int = 0
-    long_waits: int = 0  # longer than `patience_s`
+    long_waits: int = 0
     _gives_up_at: float | None = field(default=None)
 
     @property

@@ -47,7 +47,7 @@ from pipeline.types import (
     SourceTexts,
 )
 
-Chunk = tuple[Sequence[Request], SampleBatch]  # requests whose images are not read yet, and their samples
+Chunk = tuple[Sequence[Request], SampleBatch]
 NO_SAMPLES = SampleBatch((), tuple)
 TextsOf = Callable[[str], SourceTexts]  # the argument is a sample id
 NO_TEXTS: TextsOf = lambda _: NO_INPUTS  # noqa: E731
@@ -59,14 +59,13 @@ class RequestStats:
 
     total: int = 0
     done: int = 0
-    asked: int = 0  # sent by this run, including retries
-    # requests by number of attempts until a reply was usable or the last attempt failed
+    asked: int = 0
+    # This counts requests by the number of attempts that they needed.
     attempts: Counter[int] = field(default_factory=Counter)
-    flaws: Counter[str] = field(default_factory=Counter)  # unusable replies of this run by reason
-    # Tokens of this run by model.
+    flaws: Counter[str] = field(default_factory=Counter)
     prompt_tokens_by_model: Counter[str] = field(default_factory=Counter)
     reply_tokens_by_model: Counter[str] = field(default_factory=Counter)
-    uncounted: int = 0  # replies with estimated tokens
+    uncounted: int = 0
     spent: Counter[str] = field(default_factory=Counter)  # see Journal.spent
     asking_s: float = 0.0
 
@@ -147,8 +146,9 @@ class RequestQueue:
         self._breaker = CircuitBreaker(servers[DEFAULT_MODEL].max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
-        self._resumed: set[str] = set()  # ids of unanswered retries of requests from an earlier run
-        self._open: dict[str, Request] = {}  # requests by id that were taken and have no reply
+        # These requests of an earlier run have an unanswered retry.
+        self._resumed: set[str] = set()
+        self._open: dict[str, Request] = {}
 
     def has_work(self) -> bool:
         """Return whether a request must be sent. Reads chunks until one of them has such a request."""
@@ -316,17 +316,17 @@ def read_annotations(
 ) -> Iterator[pa.Table]:
     """Yield a table of annotations (tables.ANNOTATION) for each list of samples.
 
-    Human annotations of a sample come first, then those of each model of a ladder. `texts` returns the inputs
-    for the first model of a ladder, and `escalated` has one such function for each further model. The journal
-    must have a reply to every request.
+    Human annotations of a sample come first, then those of each model, in the order of asking. `texts`
+    returns the inputs for the first model, and `escalated` has one such function for each further model. The
+    journal must have a reply to every request.
     """
     rungs = [(replace(plan, rung=rung), of_rung) for rung, of_rung in enumerate((texts, *escalated))]
     for chunk in samples:
         rows = []
         for info in chunk:
             annotations = [*info.human]
-            # The results are the same for all models of a ladder, because a task whose result is needed must
-            # have only one model.
+            # All models of a task see the same results, because a task whose result is needed has only one
+            # model.
             inputs = texts(info.sample_id)
             results = read_results(info.sample_id, plan, journal, inputs)
             for rung, (of_model, texts_of) in enumerate(rungs):
@@ -346,10 +346,7 @@ def read_annotations(
 def _read_rung(
     info: SampleInfo, plan: RequestPlan, journal: Journal, inputs: SourceTexts, results: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the annotations of a sample by the models at position `plan.rung` of their ladders.
-
-    A task that was not asked has an annotation with the reason as its error.
-    """
+    """Yield the annotations of a sample by the model that `plan.rung` selects for each task."""
     skipped = find_skipped(plan, inputs, results, chain.from_iterable(plan.rounds))
     only = inputs.escalated
     pairs = plan.pairs if only is None else [pair for pair in plan.pairs if pair in only]

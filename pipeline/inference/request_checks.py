@@ -20,7 +20,8 @@ def check_requests(plan: RequestPlan, verify: VerifyConfig) -> None:
         raise ConfigError(problem, hint="leave out --samples")
     check_needs(plan)
     check_conditions(plan, verify)
-    _ = plan.rounds  # raises ConfigError for circular needs
+    # This property raises ConfigError if tasks need each other in a circle.
+    _ = plan.rounds
     render_prompts(plan, has_checks=verify.is_asked)
 
 

@@ -26,15 +26,16 @@ from pipeline.types import DEFAULT_MODEL, Reply, Request, SampleBatch, Sampling,
 
 NO_INPUTS = SourceTexts()
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
-RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1
+RETRY_TEMPERATURE_STEP = 0.5
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
-# Settings of a custom task that do not change its requests. Requests depend on the revision of the model, not
-# on its name.
+# These settings of a custom task do not change its requests.
 FILTER_KEYS = ("min_words", "max_words", "model")
-RESULT_MISSING = "result_missing"  # reply_error of a task that was not asked, since it needs a missing result
+RESULT_MISSING = "result_missing"
 IMAGE_SIZE = ("width_px", "height_px")  # conditions may use these like source columns
-CHECKS = "checks"  # the key in `task_models` for the tasks that check texts
-Pair = tuple[str, str]  # task and style, which is "" for most tasks
+# This key in `task_models` chooses the model of the tasks that check texts.
+CHECKS = "checks"
+# A pair is a task and its style, which is "" for most tasks.
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,19 @@ class RequestPlan:
     tasks: Tasks
     generate: GenerateConfig
     prompt_dirs: tuple[Path, ...]
-    context: tuple[str, ...]  # names of the source columns that prompts may use
+    context: tuple[str, ...]
     language: str | None
     seed: int
-    is_filling: bool  # whether built-in tasks are asked only about images without human texts
-    has_decks: bool  # whether samples are documents of several pages
-    shows_detail: bool  # whether the images are pages
+    # If true, built-in tasks are asked only about images without human texts.
+    is_filling: bool
+    has_decks: bool
+    # If true, images are pages, which are sent with more pixels.
+    shows_detail: bool
     default_model: str
-    ladders: tuple[tuple[str, tuple[str, ...]], ...]  # (task, names of its models in order)
-    revisions: tuple[tuple[str, str], ...]  # digests or commits of models, by name
-    rung: int = 0  # position of the model to ask in each ladder
+    ladders: tuple[tuple[str, tuple[str, ...]], ...]
+    revisions: tuple[tuple[str, str], ...]
+    # Each task asks its model at this position.
+    rung: int = 0
 
     @classmethod
     def of(cls, config: Config, tasks: Tasks, revisions: Mapping[str, str]) -> "RequestPlan":
@@ -71,7 +75,7 @@ class RequestPlan:
         return dict(self.ladders).get(task, (self.default_model,))
 
     def model_of(self, task: str) -> str:
-        """Return the name of the model to ask: the one at `rung`, or the last one of a shorter ladder."""
+        """Return the name of the task's model at position `rung`, or of its last model."""
         models = self.models_of(task)
         return models[min(self.rung, len(models) - 1)]
 
@@ -81,7 +85,7 @@ class RequestPlan:
 
     @cached_property
     def num_rungs(self) -> int:
-        """The number of models in the longest ladder of an asked task."""
+        """The largest number of models of any asked task."""
         return max((len(self.models_of(task.name)) for task in self.tasks.asked), default=1)
 
     @cached_property
@@ -103,10 +107,7 @@ class RequestPlan:
         return max(filter(None, bounds), default=MAX_PIXELS)
 
     def max_pixels(self, task: Task, style: str) -> int | None:
-        """Return the maximum number of pixels of an image. Checks use the largest limit of all tasks.
-
-        A task without an image has no limit, so the limit does not change its request ids.
-        """
+        """Return the pixel limit of a task's images, or None without images. Checks use the largest limit."""
         if not task.shows_image:
             return None
         if self.generate.max_pixels != "auto" or task in CHECKING:
@@ -215,10 +216,7 @@ class RequestPlan:
 
 
 def _ladders_of(config: Config, tasks: Tasks) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return the names of the models of each task that does not use the default model.
-
-    Raises ConfigError for a task or a model that is unknown, and for a check with several models.
-    """
+    """Return the names of the models of each task that does not use the default model."""
     known = [*config.models, DEFAULT_MODEL]
     names = [*(task.name for task in tasks.asked), CHECKS, REPAIR.name]
     ladders = dict(config.task_models)
@@ -275,7 +273,8 @@ def build_requests(
         values: dict[str, Any] = {
             **row,
             **used,
-            "draw": int(sample_id[:8], 16) % DRAWS,  # varies wordings and question types between samples
+            # This number varies wordings and question types between samples.
+            "draw": int(sample_id[:8], 16) % DRAWS,
             "words": plan.generate.caption_words,
             "language": language_name(None if code == ANY_LANGUAGE else code),
         }
@@ -312,7 +311,7 @@ def find_skipped(
     dropped = None if plan.dropping.keys() >= {*pairs} else find_dropped(plan, inputs, results)
     values = _decode(inputs, results) if any(plan.conditions[pair] for pair in pairs) else {}
     skipped: dict[Pair, str] = {}
-    reasons: dict[str, str] = {}  # name of a missing result -> why it is missing
+    reasons: dict[str, str] = {}
     for pair in pairs:
         task = plan.tasks[pair[0]]
         missing = [need for need in task.needs if need not in results]
@@ -376,7 +375,8 @@ def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
     used, unless that reply was cut off, since it may be endless.
     """
     attempt = reply.attempt + 1
-    steps = attempt - request.attempt  # may be greater than 1 in a resumed run
+    # In a resumed run, the attempt may grow by more than 1.
+    steps = attempt - request.attempt
     max_temperature = max(request.sampling.temperature, 1.0)
     sampling = Sampling(
         temperature=min(request.sampling.temperature + RETRY_TEMPERATURE_STEP * steps, max_temperature),
@@ -402,7 +402,8 @@ def _shared_fields(
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
         "schema": schema,
-        "model": plan.revision_of(task.name),  # not the model's name, since equal weights give equal replies
+        # The revision replaces the model's name, since equal weights give equal replies.
+        "model": plan.revision_of(task.name),
         "sampling": [temperature, max_tokens],
         "max_pixels": max_pixels,
     }

@@ -1,10 +1,9 @@
 """Build the requests that check whether annotations are true, and read the replies.
 
-Each check asks the model that wrote the annotation a question, with greedy decoding and without showing the
-earlier answer. Blind checks show no image, evidence checks show only some pages of a deck, and `covers` shows
-a caption instead of the image. To check a caption, the model first splits it into claims without seeing the
-image. A rule turns each claim into pairs of yes/no questions. If the claim is true, the right answers to a
-pair are one yes and one no. The second pair is asked only if the first does not confirm the claim.
+Each check asks the model that wrote the annotation a question, without showing the earlier answer. Blind
+checks show no image, evidence checks show only some pages, and `covers` shows a caption instead of the image.
+To check a caption, the model first splits it into claims. Each claim becomes pairs of yes/no questions: for a
+true claim, the right answers to a pair are one yes and one no.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,4 @@
-"""Kinds of chat servers: the fields that each supports, and its error messages.
-
-Sources: the servers' documentation, and errors that their users have reported in public.
-"""
+"""Fields and errors of common chat servers, from their documentation and bug reports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +14,16 @@ Refusal = tuple[int, Any]
 class ServerKind:
     name: str
     path: str = "/v1"
-    # Accepted fields of a request body. Other fields, and `uuid` in image parts, are rejected.
-    # None: unknown fields are ignored.
+    # Request fields that the server accepts, or None if it ignores unknown fields.
     fields: frozenset[str] | None = None
     lists_models: bool = True
     model_prefix: str = ""
     model_fields: dict[str, Any]
     extra: Callable[[dict[str, Any]], Refusal | None] = lambda body: None
-    in_parts: bool = False  # whether a reply is a list of parts, with reasoning first
+    # A reply is a list of parts, and the first part is the reasoning.
+    in_parts: bool = False
     enforces_schemas: bool = True
-    wrap: Callable[[str], str] = lambda text: text  # adds text around a JSON reply
+    wrap: Callable[[str], str] = lambda text: text
 
     def refusal_of(self, body: dict[str, Any]) -> Refusal | None:
         """Return the error for a request body, or None if it is accepted."""
@@ -63,7 +60,6 @@ KINDS = (
     ServerKind(name="openai that thinks", model_fields={}, fields=PLAIN, extra=_openai_that_thinks),
     ServerKind(name="gemini", path="/v1beta/openai", model_fields={}, model_prefix="models/", fields=PLAIN),
 )
-# A server that enforces no schema.
 PROXY = ServerKind(
     name="a proxy that lists nothing",
     path="/proxy/openai",

@@ -29,19 +29,19 @@ REPLIES = {
 
 @dataclass(frozen=True)
 class Act:
-    """The response to one request: a text, or a failure that real servers have."""
+    """The scripted response to one request."""
 
     text: str | None = None
     finish_reason: str = "stop"
     status: int = 200
     seconds: float = 0.0
-    raw: bytes | None = None  # the response body, instead of a chat completion
+    raw: bytes | None = None
     cut: bool = False  # close the connection in the middle of the body
-    close: bool = False  # close the connection after the body, without `Connection: close`
+    close: bool = False  # close the connection after the body without notice
     headers: dict[str, str] = field(default_factory=dict)
 
 
-# (number of earlier identical requests, body) -> response; None: a valid reply
+# Called with the number of earlier identical requests and the body. None stands for a valid reply.
 Script = Callable[[int, dict[str, Any]], Act | None]
 
 
@@ -55,11 +55,11 @@ class ChatServer:
         self.key: str | None = None
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
-        self.refused: list[dict[str, Any]] = []  # requests with fields that this server rejects
+        self.refused: list[dict[str, Any]] = []
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
-        self.probe_answer: bytes | None = None  # body of the response to a probe; None: a valid reply
-        self.dead = False  # whether /health answers 503, as after a crash of the engine
+        self.probe_answer: bytes | None = None
+        self.dead = False
         self.model_root = ""
         self.other_models: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -162,7 +162,7 @@ def task_of(body: dict[str, Any]) -> str:
 
 
 def task_name(body: dict[str, Any]) -> str:
-    """Return the task of a request from its schema, or else from its prompt, or "probe"."""
+    """Return the name of the task that a request is for."""
     if schema := body.get("response_format", {}).get("json_schema"):
         return str(schema["name"])
     if isinstance(body["messages"][0]["content"], str) and len(body["messages"]) == 1:
@@ -182,13 +182,13 @@ def uuid_of(body: dict[str, Any]) -> str:
 
 
 def _name(body: dict[str, Any]) -> str:
-    """Identify a request by image and task, so that its retries count as the same request."""
+    """Return a name that a request shares with its retries."""
     return f"{uuid_of(body)} {task_of(body)}"
 
 
 @contextmanager
 def running_chat(chat: ChatServer, port: int = 0) -> Iterator[ChatServer]:
-    """Serve in a thread. `url` ends in /v1, or in the path of the server's kind."""
+    """Run the server in a thread."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
     runner = web.AppRunner(chat.app(), shutdown_timeout=0.1)

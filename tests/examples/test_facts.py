@@ -1,4 +1,4 @@
-"""Facts of scenes: captions are parsed into facts, answers follow from the facts, and scores count both."""
+"""Facts of drawn scenes are parsed from captions, and answer questions."""
 
 import random
 

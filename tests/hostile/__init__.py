@@ -1,8 +1,6 @@
-"""Attacks: with untrusted input, nothing runs, leaks, hangs or is lost.
+"""Attacks by untrusted input: no code runs, no data leaks or is lost, and nothing hangs.
 
-Each kind of input has a table of attacks.
-
-`make test` runs a fixed sample of the long sweeps, `make test-long` (SYNTH_LONG=1) 20 times as many cases.
+`make test` runs a fixed sample of the cases. `make test-long` runs 20 times as many.
 """
 
 import json
@@ -18,7 +16,7 @@ from typing import Any, TypeVar
 
 LONG = bool(os.environ.get("SYNTH_LONG"))
 T = TypeVar("T")
-Damage = Callable[[Path], object]  # changes a folder
+Damage = Callable[[Path], object]
 
 
 def part_of(cases: Sequence[T], count: int) -> Sequence[T]:
@@ -28,7 +26,7 @@ def part_of(cases: Sequence[T], count: int) -> Sequence[T]:
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """Return bytes with one damage: a flipped bit, a hole, a cut, or a moved piece."""
+    """Return a copy of data with one random damage."""
     out, kind = bytearray(data), draw.randrange(4)
     if len(out) < 16:
         return bytes(out[:-1])
@@ -73,7 +71,7 @@ def outcomes_of(kind: str, folder: Path, out: Path) -> dict[str, Any]:
 
 
 def require_harmless_outcome(name: str, outcome: dict[str, Any], max_s: float) -> None:
-    """Assert that reading was harmless and took less than `max_s`, and that the example `good` is read."""
+    """Assert that reading an example was harmless and took less than `max_s` seconds."""
     assert outcome["violations"] == []
     assert not [result for result in outcome["results"].values() if result.startswith("TRACEBACK")], outcome
     assert name != "good" or set(outcome["results"].values()) == {"done"}
@@ -81,7 +79,7 @@ def require_harmless_outcome(name: str, outcome: dict[str, Any], max_s: float) -
 
 
 def memory_bytes(name: str = "VmHWM") -> int:
-    """Return memory of this process in bytes: VmHWM (the peak) or VmRSS."""
+    """Return the memory of this process in bytes: the peak, or the present value with VmRSS."""
     fields = Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()
     return int(fields[0]) * 1024
 

@@ -28,7 +28,7 @@ class Watch:
     """Records violations outside of the `allowed` folders."""
 
     def __init__(self) -> None:
-        self.allowed: tuple[str, ...] | None = None  # None: not watching
+        self.allowed: tuple[str, ...] | None = None
         self.violations: list[str] = []
         sys.addaudithook(self._hear)
 
@@ -72,7 +72,7 @@ class Watch:
 
 
 def attempt(act: Callable[[], Any]) -> tuple[str, Any]:
-    """Call a function, and return its outcome as a text with its value."""
+    """Call a function, and return its outcome in words and its result."""
     try:
         return "done", act()
     except SynthError as error:

@@ -1,8 +1,4 @@
-"""Run a command of `synth` in a forked process in which the N-th write fails or kills the process.
-
-Writes are: opening a file to write, fsync, rename, link, removal, mkdir, a part of a Parquet file, and a
-transaction of the journal. The fork saves the time of imports.
-"""
+"""Run a command of `synth` in a forked process in which the N-th write fails or kills the process."""
 
 import builtins
 import errno
@@ -45,7 +41,6 @@ class _Faults:
         self.folder, self.number, self.mode, self.count = os.path.realpath(folder), number, mode, 0
 
     def hit(self, path: Any) -> None:
-        """Count a write to a path."""
         if isinstance(path, str | os.PathLike) and not os.path.realpath(path).startswith(self.folder):
             return
         self.count += 1
@@ -58,7 +53,7 @@ class _Faults:
     def wrap(
         self, owner: Any, name: str, position: int = 0, is_write: Callable[..., bool] = lambda *a, **k: True
     ) -> None:
-        """Count the calls of a function with the path at an argument position."""
+        """Count the calls of a function as writes."""
         real = getattr(owner, name)
 
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -88,7 +83,7 @@ def run(
     mode: str = "crash",
     environment: dict[str, str] | None = None,
 ) -> Outcome:
-    """Run a command in a folder. At write `number`, the process crashes, or the disk is full or broken."""
+    """Run a command in a folder, with a crash or a disk error at write `number`."""
     log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
     counted.write_text("0")
     child = os.fork()

@@ -1,7 +1,6 @@
 """Read each version or checkpoint of a folder as commands do, audited and with little memory.
 
-`python -m tests.hostile.read_audited versions|checkpoints FOLDER OUT` prints the outcomes as JSON. The folder
-has a harmless example named `good`.
+`python -m tests.hostile.read_audited versions|checkpoints FOLDER OUT` prints the outcomes as JSON.
 """
 
 import json
@@ -53,7 +52,7 @@ def acts_on_version(path: Path, out: Path) -> Acts:
 
 
 def acts_on_checkpoint(path: Path, out: Path) -> Acts:
-    """Return the operation on a checkpoint: it writes a short text about a photo."""
+    """Return the operation on a checkpoint, which captions a photo."""
     require_checkpoint(path)
     captioner = Captioner.from_pretrained(path)
 
@@ -63,7 +62,7 @@ def acts_on_checkpoint(path: Path, out: Path) -> Acts:
     return {"caption": caption}
 
 
-# (function, memory limit in bytes, additional allowed folders). Shards are rewritten in /tmp.
+# Each kind has a function, a memory limit in bytes, and further folders that may be written.
 KINDS: dict[str, tuple[Callable[[Path, Path], Acts], int, tuple[Path, ...]]] = {
     "versions": (acts_on_version, 2_500_000_000, (Path("/tmp"),)),
     "checkpoints": (acts_on_checkpoint, 1_500_000_000, ()),

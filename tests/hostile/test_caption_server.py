@@ -1,4 +1,4 @@
-"""Caption server over raw sockets: hostile requests get an error status, and the next request is answered."""
+"""Hostile requests to the caption server get an error status, and do not stop the server."""
 
 import json
 import socket
@@ -38,7 +38,7 @@ REQUESTS = {  # name: (request line, headers, body, status)
         f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400)
         for name, image in IMAGES.items()
     },
-    # Bad bodies that could crash a server. tests/trainer/test_server.py tests all bad bodies.
+    # Only these bad bodies could crash a server.
     **{
         f"body: {name}": (CHAT, JSON, BAD[name], 400)
         for name in ("deep", "not UTF-8", "half of a surrogate", "an address")
@@ -116,7 +116,7 @@ def test_half_sent_headers_do_not_block_the_server(address: Address, monkeypatch
     clients = [socket.create_connection(address, timeout=20) for _ in range(20)]
     for number, client in enumerate(clients):
         _send_all(client, (whole if number == 0 else b"") + whole[:-9])
-    for client in clients:  # wait until all are closed, also the one with a complete request
+    for client in clients:  # wait until all are closed
         with suppress(ConnectionError):
             while client.recv(65536):
                 pass

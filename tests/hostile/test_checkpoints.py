@@ -20,7 +20,7 @@ from tests.trainer.test_captioner import save_captioner
 
 
 def config(*path: str, **values: Any) -> Damage:
-    """Return a function that changes values of config.json, or of the object at a path in it."""
+    """Return a function that changes values in config.json."""
 
     def damage(folder: Path) -> None:
         whole = json.loads((folder / "config.json").read_text())

@@ -19,10 +19,10 @@ from tests.hostile.faults import KILLED, run
 from tests.hub.server import running_hub
 from tests.scene_data import make_version, scene_samples
 
-# (folder before, command) -> writes and final state of an undisturbed run
+# Each start folder and command has the number of writes and the final state of an undisturbed run.
 UNDISTURBED: dict[tuple[Path | None, tuple[str, ...]], tuple[int, Any]] = {}
 Command = tuple[str, ...]
-Environment = Callable[[Path], dict[str, str]]  # folder of a command -> its environment
+Environment = Callable[[Path], dict[str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def sweep(
     for number in numbers:
         folder = fresh(f"{mode}-{number}")
         hit = run(folder, *arguments, number=number, mode=mode, environment=environment(folder))
-        # exit code 0: the fault affected only the removal of a scratch file, or an optional file
+        # The exit code is 0 if the fault affected only a scratch file or an optional file.
         assert hit.code in ((KILLED, 0) if mode == "crash" else (1, 0)), (number, hit)
         assert "Traceback" not in hit.output, (number, hit.output)
         repeated = run(folder, *arguments, environment=environment(folder))
@@ -159,14 +159,13 @@ def test_pull_after_fault_equals_undisturbed_run(mode: str, made: Path, tmp_path
 
 @pytest.mark.parametrize("mode", ["crash", "full"])
 def test_interrupted_removal_leaves_versions_whole(mode: str, tmp_path: Path) -> None:
-    """A version was removed, and `gc`, which deletes its unused images, is interrupted."""
+    """`gc` is interrupted while it deletes the images of a removed version."""
     start = tmp_path / "start"
     for count in (10, 8, 12):
         make_version(start / "data", scene_samples(count))
     shutil.rmtree(start / "data" / "versions" / "v1.1.0")
 
     def state(folder: Path) -> object:
-        """Return the digests and all files after garbage collection."""
         require_success(folder, "versions", "gc", "data")
         return sound_digests(folder), sorted(path.relative_to(folder) for path in folder.rglob("*"))
 

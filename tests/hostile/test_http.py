@@ -1,4 +1,4 @@
-"""HTTP: with any response of a model server, a run ends in bounded memory with all replies or one error."""
+"""With any response of a model server, a run ends with all replies or with one error."""
 
 import contextlib
 import gzip
@@ -36,8 +36,8 @@ CLOSE = b"Connection: close\r\n\r\n"
 CAPTION = '{"caption":"A small red ring on a white background."}'
 
 Send = Callable[[bytes], None]
-Script = Callable[[str, bytes, Send], None]  # (path, request body, send) -> None
-# the response, or its head and a part that is repeated without end
+Script = Callable[[str, bytes, Send], None]
+# A tuple has the head of a response, and a part that is repeated without end.
 Body = bytes | tuple[bytes, bytes] | Callable[[], bytes]
 
 
@@ -110,7 +110,7 @@ def answering_images(answer: Callable[[Send], object]) -> Script:
 
 @cache
 def bomb(wbits: int = 31) -> bytes:
-    """Return 128 MB of zeros, compressed to about a thousandth: gzip, or zlib if `wbits` is 15."""
+    """Return 128 MB of zeros, compressed as gzip, or as zlib if `wbits` is 15."""
     out = zlib.compressobj(9, wbits=wbits)
     return b"".join([*(out.compress(bytes(1 << 20)) for _ in range(128)), out.flush()])
 
@@ -182,7 +182,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
-    """Request captions of two images, and return their rejection reasons. Memory and journal are limited."""
+    """Request captions of two images in bounded memory, and return their rejection reasons."""
     with running_raw(script) as running, bounded_memory(MEMORY_BYTES):
         config = resolve(
             source="scenes", base_url=[running.url], tasks=["caption"],

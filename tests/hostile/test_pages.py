@@ -1,4 +1,4 @@
-"""Pages: an attack in any string of a version stays text in its report and audit, in a real browser."""
+"""In a real browser, an attack in any string of a version stays text in report and audit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.browser import Open
 from tests.hostile.vectors import ALL
 from tests.scene_data import PROVENANCE, make_version, scene_samples, true_captions
 
-# tables hold no lone surrogates
+# Arrow tables cannot hold lone surrogates.
 TEXTS = [vector.encode("utf-8", "replace").decode() or "-" for vector in ALL]
 
 

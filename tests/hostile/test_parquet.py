@@ -20,7 +20,7 @@ from tests.hostile import bounded_memory, damaged, part_of
 from tests.hub import datasets
 from tests.pipeline.images.test_isolation import png
 
-# address space of a process that reads one file; the packages alone reserve 1.5 GB
+# The limit is on address space, of which the imported packages alone reserve 1.5 GB.
 LIMIT_BYTES = 2_500_000_000
 
 

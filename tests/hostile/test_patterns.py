@@ -1,8 +1,4 @@
-"""Patterns: every compiled pattern of the package takes linear time on long untrusted texts.
-
-Attacks are made from the parts of each pattern: the start that it matches, many repetitions of each part, and
-an end that it does not match.
-"""
+"""Every regular expression of the package takes linear time on long untrusted texts."""
 
 import ast
 import functools
@@ -21,8 +17,7 @@ from tests.hostile import LONG
 
 METHODS = ("match", "fullmatch", "search", "findall", "finditer", "sub", "split")
 SIZES = (10_000, 100_000, *([1_000_000] if LONG else []))
-# Texts of models and humans have at most 20,000 characters, on one line with single spaces (`tidy`). Their
-# patterns are measured up to that size.
+# These modules read texts of at most 20,000 characters, which are on one line (see `tidy`).
 TEXT_SIZES, TEXT_MODULES = (
     (2_000, 20_000),
     ("pipeline.text", "pipeline.rules", "pipeline.scenes", "pipeline.tasks"),
@@ -42,7 +37,7 @@ def patterns_in(value: Any, depth: int = 0) -> Iterator[re.Pattern[Any]]:
 
 
 def named_patterns() -> dict[re.Pattern[Any], str]:
-    """Return the compiled patterns in the modules, each with the name of its first variable."""
+    """Map the compiled patterns of the package to the names of their variables."""
     names: dict[re.Pattern[Any], str] = {}
     for package in (pipeline, trainer):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -130,7 +125,7 @@ def calls(name: str, pattern: re.Pattern[Any]) -> Iterator[Callable[[Any], Any]]
 
 
 def find_slow_attack(name: str, pattern: re.Pattern[Any]) -> tuple[str, str, int, float] | None:
-    """Return start, repeated part, size in characters and CPU seconds of an attack that takes too long."""
+    """Return an attack that takes too long: start, repeated part, characters and CPU seconds."""
     sizes = TEXT_SIZES if name.startswith(TEXT_MODULES) else SIZES
     for call in calls(name, pattern):
         for start, repeat in sorted(attacks(pattern)):

@@ -40,7 +40,7 @@ FULL = MANIFEST | {
 }  # fmt: skip
 MODEL = captioner_of({"source": {"name": "scenes"}, "version": "v1.0.0", "digest": "d" * 64})
 MODEL["digest"] = "d" * 64
-# fields not attacked here: versions with invalid values are rejected
+# These fields are not attacked, because versions with invalid values in them are refused.
 FIXED = {"tasks", "columns", "features", "files", "rows", "licenses"}
 ALLOWED_TAGS = {
     "h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "strong", "em",
@@ -116,7 +116,6 @@ PLACES = [(kind, path) for kind, (values, _) in CARDS.items() for path in string
 def test_strings_from_a_manifest_are_escaped_in_the_card(kind: str, path: tuple[Any, ...]) -> None:
     values, render = CARDS[kind]
     plain = render(values)
-    # all attacks in the long run, otherwise four for each string
     for vector in ALL if LONG else random.Random(str(path)).sample(ALL, 4):
         require_harmless(render(put(values, path, vector)), plain)
 

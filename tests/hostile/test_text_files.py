@@ -118,7 +118,7 @@ def test_list_in_a_long_cell_is_parsed_in_bounded_time_and_memory(part: str) -> 
     assert time.process_time() - began < 5
 
 
-def test_caption_file_that_is_not_utf8_is_reported_or_rejected_or_refused(tmp_path: Path) -> None:
+def test_captions_that_are_not_utf8_are_reported_and_not_used(tmp_path: Path) -> None:
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("Schöne Grüße".encode("latin-1"))
     source = open_folder(tmp_path)

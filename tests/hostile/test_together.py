@@ -1,4 +1,4 @@
-"""Concurrency: two commands in one folder both succeed, or one fails due to the other. Nothing is lost."""
+"""Of two concurrent commands in one folder, both succeed, or one is refused."""
 
 import json
 import subprocess

@@ -37,11 +37,7 @@ MOMENTS = [
 
 
 def train_until(moment: str, number: int, version: Version, config: TrainConfig, out: Path) -> int:
-    """Train in a forked process that sends itself a signal, and return its exit code.
-
-    `moment` is the name and number of a step or a save, such as "train 14". A killed save leaves
-    half of its file.
-    """
+    """Train in a process that gets a signal at a moment such as "train 14". Return its exit code."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     saves: Counter[str] = Counter()

@@ -154,7 +154,7 @@ DAMAGES: dict[str, Damage] = {
     "images that are null": image(None),
     "images that are empty": image(b""),
     "images that are text": image(b"GIF89a not really"),
-    # created late, because it takes seconds
+    # This image is created late, because that takes seconds.
     "images of 400 megapixels": lambda folder: image(huge_png())(folder),
     "own values that are infinite boxes": own(
         [{"bbox_2d": [float("inf")] * 4, "label": "x"}], BOXES, is_list=True

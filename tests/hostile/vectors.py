@@ -1,7 +1,4 @@
-"""Texts that broke out of pages, cards and terminals elsewhere.
-
-Sources: lists of DOMPurify, OWASP and terminal emulators.
-"""
+"""Attacks on pages, cards and terminals, from lists of DOMPurify, OWASP and terminal emulators."""
 
 HTML = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",

@@ -1,7 +1,6 @@
 """The Hub's protocol as used by huggingface_hub and datasets, over tests.hub.storage.
 
-This file checks access, injects faults and serves reads. Routes match the raw URL, because clients send
-`refs%2Fconvert%2Fparquet` as one segment.
+Routes match the raw URL, because clients send `refs%2Fconvert%2Fparquet` as one segment.
 """
 
 import asyncio
@@ -24,11 +23,10 @@ KINDS = {"datasets": "dataset", "models": "model"}
 
 @dataclass
 class Fault:
-    """A fault in one request whose method and path match, after `skip` matching requests.
+    """A fault in one request that matches `method` and `path`, after `skip` such requests.
 
-    With `before`, the server calls `before`, and then answers normally. With `status`, it returns this error
-    status without handling the request. Otherwise, it drops the connection and calls `call`, either before
-    handling the request or, with `after`, afterwards.
+    With `status`, the server returns this error status. Without, it drops the connection, and with `after`
+    only when it has handled the request. With `before`, it calls `before`, and answers normally.
     """
 
     method: str
@@ -57,7 +55,7 @@ FILES = rf"/(?:(?P<kind>datasets)/)?{ID}"
 
 
 class Hub:
-    """The ASGI app. `log` lists (method, path) of all requests, `received_bytes` counts uploaded bytes."""
+    """The ASGI app of the test Hub."""
 
     def __init__(self, storage: Storage) -> None:
         from tests.hub.write import ROUTES

@@ -54,10 +54,7 @@ def flickr_rows(count: int) -> list[dict[str, Any]]:
 
 
 def seed_flickr30k(storage: Storage, count: int = 20, repo: str = "nlphuji/flickr30k") -> None:
-    """Seed a loading script on main, and its Parquet conversion on another branch.
-
-    The conversion has all rows under `test`. A column holds the true split.
-    """
+    """Seed a loading script, and on another branch its Parquet conversion, with all rows under `test`."""
     storage.seed("dataset", repo, {"flickr30k.py": SCRIPT, "README.md": b"---\nlanguage: en\n---\n"})
     half = count // 2
     rows = flickr_rows(count)
@@ -99,7 +96,7 @@ def vqa_rows(images: int, questions: int, *, answered: bool = True) -> list[dict
 
 
 def seed_vqav2(storage: Storage, images: int = 6, questions: int = 3, repo: str = "lmms-lab/VQAv2") -> None:
-    """Seed validation and test, without answers in test."""
+    """Seed a validation split, and a test split without answers."""
     files = {
         "data/validation-00000-of-00001.parquet": parquet(vqa_rows(images, questions), VQA),
         "data/test-00000-of-00001.parquet": parquet(vqa_rows(2, questions, answered=False), VQA),

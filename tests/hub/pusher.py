@@ -1,7 +1,4 @@
-"""Push with the real client in processes that can be killed.
-
-Processes that have imported the client are kept for later tests, and fork for each push.
-"""
+"""Push with the real client in processes that can be killed."""
 
 import atexit
 import json
@@ -96,7 +93,7 @@ class Pusher:
             self._process.kill()
 
     def push(self, version: Version | Path, repo: str = "me/scenes", **options: Any) -> dict[str, Any]:
-        """Push and return commit and tag, an error with its hint, or {} if the process was killed."""
+        """Push, and return the commit and tag, or the error. A killed process returns {}."""
         assert self._process.stdin
         path = version.path if isinstance(version, Version) else version
         request = [self._settings, {"version": str(path), "repo": repo, **options}]

@@ -20,7 +20,7 @@ class RunningHub:
     endpoint: str
 
     def env(self, home: Path) -> dict[str, str]:
-        """Return an environment for new processes whose clients use this server, with caches in `home`."""
+        """Return an environment in which clients use this server, and keep their caches in `home`."""
         return {
             **os.environ,
             "HF_ENDPOINT": self.endpoint,

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from tests.hub.app import API, FILES, USER, Handler, Hub, HubError
 from tests.hub.storage import File, Repo
 
-# larger files, Parquet files and weights are stored as large files
+# Larger files, and files with these endings, are stored in LFS.
 LFS_BYTES = 1_000_000
 LARGE_ENDINGS = (".parquet", ".safetensors", ".bin", ".zip")
 

@@ -53,7 +53,7 @@ def test_task_is_asked_one_round_after_the_tasks_it_needs() -> None:
         check_requests(request_plan(config), config.verify)
 
 
-def test_tasks_with_keep_if_are_asked_first_and_conditional_tasks_after_the_tasks_they_read() -> None:
+def test_tasks_that_filter_images_are_asked_first_and_conditional_tasks_last() -> None:
     kind = TEXT | {"name": "kind", "keep_if": "results.kind != 'blank'"}
     late = TEXT | {"name": "late", "when": "'a' in results.brief"}
     when = {"qa": "results.detailed is not null"}

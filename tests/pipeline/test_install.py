@@ -52,7 +52,7 @@ def test_extras_in_an_install_hint_provide_the_packages_of_the_command(
 ) -> None:
     lines = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
     provided = distribution_names([*PROJECT["dependencies"], *lines])
-    loaded = packages_loaded_by(modules) - packages_loaded_by(["pipeline.run"])  # needs no extra
+    loaded = packages_loaded_by(modules) - packages_loaded_by(["pipeline.run"])
     for package in {*packages, *loaded}:
         names = {name.lower() for name in packages_distributions()[package]}
         assert names & provided, f"{package} is not in {extras}"
@@ -69,7 +69,7 @@ def test_extras_of_every_install_hint_are_tested() -> None:
     assert hints <= {extras for extras, _, _ in NEEDS}
 
 
-def test_install_command_lists_the_packages_of_the_extras_without_this_distribution() -> None:
+def test_install_command_of_an_extra_lists_its_packages() -> None:
     extras = PROJECT["optional-dependencies"]
     command = install_command("train", "serve", package="torch")
     assert command.split()[:2] == ["pip", "install"]

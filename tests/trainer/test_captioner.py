@@ -1,4 +1,4 @@
-"""`Captioner`: files, bytes and PIL images get equal captions, in order, with few batches in memory."""
+"""`Captioner` writes equal captions for files, bytes and PIL images."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -33,7 +33,6 @@ def table(*rows: dict[str, Any]) -> pa.Table:
 
 @pytest.mark.parametrize("keeps_human", [False, True])
 def test_mixture_selects_synthetic_human_or_both_texts(*, keeps_human: bool) -> None:
-    """Kept human texts replace the references."""
     kept = {"text": "One ring.", "style": "human", "prompt_id": "human"}
     asked = {"question": "What?", "answer": "ring", "answer_type": "other", "prompt_id": "human"}
     row = {"captions": [*ROW["captions"], kept], "qa": [{**ROW["qa"][0], "prompt_id": "p"}, asked]}

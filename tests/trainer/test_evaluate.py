@@ -58,7 +58,7 @@ def test_human_brief_captions_are_scored_if_the_captioner_was_trained_on_them() 
 
 @pytest.mark.parametrize(("agree", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_vqa_accuracy_follows_the_official_rule(agree: int, score: float) -> None:
-    """Each of ten annotators is left out in turn: 3 that agree give (7 x 1 + 3 x 2/3) / 10."""
+    """The score is a mean: if 3 of 10 annotators agree, it is (7 x 1 + 3 x 2/3) / 10."""
     truth = Question("?", ("a red cat",) * agree + ("dog",) * (10 - agree), "other")
     assert vqa_accuracy("Red cat.", truth) == pytest.approx(score)
 

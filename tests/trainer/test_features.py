@@ -129,7 +129,7 @@ def store_in_process(
     for name in ("shared", f"machine{rank // 2}"):
         loaded.clear()
         stored = store_features(encoder, examples, out / name, CPU, QUIET)
-        # The first image that is loaded shows the shape.
+        # The first loaded image only determines the shape.
         torch.save((stored(examples), loaded[1:]), out / f"{name}-{rank}.pt")
         os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": str(2 - rank // 2)}
 

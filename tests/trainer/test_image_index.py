@@ -1,4 +1,4 @@
-"""Memory-mapped images: located in the files of a version, also if they are compressed or damaged."""
+"""Tests of memory-mapped images, also in compressed and damaged files."""
 
 import mmap
 from pathlib import Path

@@ -130,7 +130,7 @@ def test_change_of_source_is_reported(version: Version, started: dict[str, Path]
         ("", "test", "was trained not on"),
     ],
 )
-def test_note_before_scoring_considers_the_data_of_all_trainings(
+def test_note_before_scoring_states_whether_any_training_used_the_images(
     digests: str, split: str, note: str, version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data: dict[str, Any] = {}

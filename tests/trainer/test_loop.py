@@ -96,7 +96,7 @@ def test_texts_of_weight_0_are_not_learned(version: Version) -> None:
 
 
 class CountReads(TorchDispatchMode):
-    """Counts reads of floating-point values, which wait for the device. (Indices are on the CPU.)"""
+    """Counts reads of floating-point values, which wait for the device."""
 
     reads = 0
 
@@ -178,7 +178,7 @@ def test_frozen_weights_in_bf16_keep_loss_gradients_and_saved_weights(
     assert saved_weights(tmp_path / "1") == saved_weights(tmp_path / "2") == saved_weights(tmp_path / "best")
 
 
-def test_step_that_does_not_fit_in_memory_is_repeated_with_recomputed_blocks_and_equal_dropout(
+def test_step_that_exceeds_memory_is_repeated_with_recomputed_blocks_and_the_same_dropout(
     version: Version, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"decoder": "prefix", "decoder_width": 48, "dropout": 0.1, "gradient_accumulation_steps": 2}

@@ -41,7 +41,7 @@ def test_learning_rate_warms_up_and_decays_to_a_tenth_in_each_stage() -> None:
     assert all(isfinite(share) for share in shares)
 
 
-def test_early_end_anneals_the_rate_over_the_last_15_percent_of_the_stage() -> None:
+def test_stage_that_ends_early_anneals_the_learning_rate_in_its_last_15_percent() -> None:
     config = TrainConfig(steps=200, align_frac=0.1, scst_frac=0.15, warmup_frac=0.1, lr_floor_frac=0.02)
     planned, schedule = Schedule(config), Schedule(config)
     assert schedule.end_early(20 + 85) == 20 + 100

@@ -24,7 +24,7 @@ Could you summarise this photo?
 Describe the scene. Respond in one sentence.
 What does this photo depict?
 """.strip().split("\n")
-# A question begins at a mark ^ (or with the prompt) and ends at #. The prompt does not contain the marks.
+# A question begins at ^ or at the start, and ends at #. These marks are removed.
 ANSWERS = """
 Is there a dog in the image?# Please answer yes or no.
 what color is the car#
@@ -96,7 +96,7 @@ def test_question_gets_an_answer_if_all_styles_and_answers_are_learned(text: str
 
 
 @pytest.mark.parametrize("style", QUESTIONS)
-def test_question_that_stands_for_a_style_in_exported_conversations_selects_that_style(style: str) -> None:
+def test_question_used_for_a_style_in_exports_selects_that_style(style: str) -> None:
     for text in (QUESTIONS[style], f"<image>\n{QUESTIONS[style]}"):
         assert choose_prompt(PROMPTS, text)[1:] == (style, "")
 

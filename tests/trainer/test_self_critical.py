@@ -1,4 +1,4 @@
-"""Self-critical training: CIDEr-D rewards with EOS as a word, and likelier captions after a step."""
+"""Tests of self-critical training: rewards by CIDEr-D, and their effect on captions."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -21,7 +21,7 @@ from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.whole.conftest import Run
 
-expect.set_options(timeout=120_000)  # in ms; long, because it only ends a test that hangs
+expect.set_options(timeout=120_000)  # long, because it only ends a test that hangs
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,6 @@ def test_rejected_row_names_and_shows_the_image_that_it_repeats(page: Page) -> N
 LOOKS = [(viewport, scheme) for viewport in (WIDE, PHONE) for scheme in ("light", "dark")]
 
 
-# wide and dark, narrow and light
 @pytest.mark.parametrize(("viewport", "scheme"), LOOKS if LONG else LOOKS[1:3])
 def test_report_is_accessible(opened: Open, report: Path, viewport: dict[str, int], scheme: str) -> None:
     page = opened(report, viewport=viewport, color_scheme=scheme)

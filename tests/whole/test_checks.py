@@ -185,7 +185,7 @@ def test_price_counts_each_request_of_a_check_once(tmp_path: Path, model: Model,
     assert price == {"captions": limit, "": len(server.bodies) - limit}
 
 
-def test_texts_known_to_be_true_or_false_are_checked_only_for_calibration(
+def test_known_true_and_false_texts_are_not_checked_without_calibration(
     tmp_path: Path, model: Model, server: ChatServer
 ) -> None:
     (tmp_path / "synth.yaml").write_text("verify: {calibration: 0}\n")

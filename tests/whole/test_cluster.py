@@ -37,7 +37,7 @@ THINGS = ("ring", "star", "cross", "disk", "arrow")
 
 
 def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Act]:
-    """Return a script with replies by the image's uuid: texts repeat, and some replies are invalid JSON."""
+    """Return a script whose replies depend on the image. Some replies are invalid JSON."""
 
     def script(times: int, body: dict[str, Any]) -> Act:
         draws = hashlib.sha256(uuid_of(body).encode()).digest()
@@ -82,7 +82,8 @@ class KilledRun:
     folder: Path
     chat: ChatServer
     undisturbed: Counter[str]  # requests for `one`
-    review: "subprocess.CompletedProcess[str]"  # outcome of a review of `many` before its run was complete
+    # `many` was reviewed before its run was complete.
+    review: "subprocess.CompletedProcess[str]"
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,8 @@ def test_killed_cluster_run_resumes_with_same_command(killed_run: KilledRun) -> 
     times, undisturbed = killed_run.chat.times, killed_run.undisturbed
     assert times.keys() == undisturbed.keys()
     repeated = sum((times - undisturbed).values())
-    assert 0 < repeated <= 3 * 64  # at most 64 requests in flight per worker; one worker was killed, then two
+    # Each of the three killed workers had at most 64 requests in flight.
+    assert 0 < repeated <= 3 * 64
     sent, replies = count_journaled(killed_run.folder / "many")
     assert replies == sum(undisturbed.values())
     assert repeated <= sent - replies <= 3 * 64  # some requests were recorded, but not sent

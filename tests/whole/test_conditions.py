@@ -67,7 +67,6 @@ def test_documented_example_sends_only_requests_that_its_conditions_allow(folder
             if "generate" in command:
                 lines = done.stderr
         counts = {name: model.requests[name] for name in ("kind", "caption", "qa", "reading")}
-        # plain captions of photos, small photos and documents, detailed captions of photos
         assert counts == {"kind": 21, "caption": 7 + 4 + 5, "qa": 7, "reading": 4}
         (folder / "kind.yaml").write_text((folder / "kind.yaml").read_text().replace('"blank"', '"blnk"'))
         refused = run_synth("generate", "--config", "synth.yaml", cwd=folder)
@@ -84,7 +83,6 @@ def test_documented_example_sends_only_requests_that_its_conditions_allow(folder
     (path,) = dataset.glob("versions/*/manifest.json")
     manifest = json.loads(path.read_text())
     funnel = {step["step"]: step for step in manifest["funnel"]}
-    # All five texts of a blank image, and the tasks that a condition skips.
     assert funnel["validate"]["rejected"] == {"dropped_by_kind": 50, "condition_false": 4 + 4 + 2 + 7}
     assert funnel["write"]["rejected"] == {"dropped_by_kind": 10}
     assert manifest["skipped_checks"] == {"claims": {"condition_false": 11}}

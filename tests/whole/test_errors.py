@@ -23,7 +23,7 @@ def test_folder_name_that_is_not_utf8_is_refused_before_any_request(synth: Run, 
     assert r"the name of the folder caf\xe9 is not UTF-8" in error
 
 
-def test_unwritable_output_is_one_error(tmp_path: Path) -> None:
+def test_unwritable_output_gives_one_error(tmp_path: Path) -> None:
     command = f"{SYNTH} doctor --sources > /dev/full"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1

@@ -159,7 +159,7 @@ def test_only_missing_captions_or_questions_are_requested(
     assert result["steps"]["filter"]["rejected"] == {"too_short": COUNT}
 
 
-def test_missing_captions_and_contradicting_options_are_one_error(photos: Path) -> None:
+def test_missing_captions_and_contradicting_options_each_give_one_error(photos: Path) -> None:
     folder = ("--source", "folder:photos", "--out", "d")
     done = synth(photos, "generate", "--no-model", *folder, code=1)
     assert "folder:photos has no human captions and no human questions" in done.stderr

@@ -1,7 +1,4 @@
-"""Models per task, and ladders: a larger model is asked for the texts that a smaller one failed to write.
-
-Two scripted servers have known error rates.
-"""
+"""Model ladders: a larger model is asked for the texts that a smaller one failed to write."""
 
 import hashlib
 import json
@@ -28,10 +25,7 @@ SMALL_WRONG = {number for number in range(COUNT) if number % 2}
 
 
 class Writer(Model):
-    """A model that knows the truth, but writes a wrong detail in the captions of some images.
-
-    `logprobs` returns the log-probabilities of the tokens of a caption from the number of the image.
-    """
+    """A model that knows the truth, but writes a wrong detail in the captions of some images."""
 
     def __init__(self, ids: dict[str, int], wrong: set[int]) -> None:
         super().__init__(ids)
@@ -112,7 +106,7 @@ def test_ladder_keeps_as_many_texts_as_the_large_model_with_half_of_its_requests
         result = servers.generate(name)
         kept[name] = result["steps"]["verify"]["kept"]
         sent[name] = servers.requests()
-        assert result["requests"]["total"] == result["requests"]["asked"]  # with checks of replaced texts
+        assert result["requests"]["total"] == result["requests"]["asked"]
         priced[name] = {entry["texts"]: entry for entry in servers.manifest(name)["price"]}
     assert kept == {"small": COUNT // 2, "large": COUNT - 3, "ladder": COUNT - 3}
     assert sent == {"small": (COUNT, 0), "large": (0, COUNT), "ladder": (COUNT, COUNT // 2)}
@@ -151,7 +145,7 @@ def test_ladder_keeps_as_many_texts_as_the_large_model_with_half_of_its_requests
     assert not servers.generate("ladder")["is_new"] and servers.requests() == (0, 0)
 
 
-def test_model_that_repairs_captions_is_treated_as_a_writer(servers: Servers) -> None:
+def test_model_that_repairs_captions_is_recorded_with_them_and_cannot_be_the_judge(servers: Servers) -> None:
     models, verify = {"caption": "small", "repair": "large"}, {"checks": ["claims"], "repair": True}
     servers.write(models, verify=verify | {"judge": "large"})
     done = run_synth("generate", "--config", "synth.yaml", "--out", "d", cwd=servers.folder)

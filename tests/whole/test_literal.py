@@ -1,6 +1,4 @@
-"""The three commands of the README, with a scripted model server. The Hub serves tiny encoders and decoders
-and small data under the real names.
-"""
+"""The three commands of the README, with a scripted model server and tiny models under the real names."""
 
 import json
 from collections.abc import Iterator

@@ -50,7 +50,7 @@ def test_invalid_reviews_fail_and_change_nothing(write_reviews: Write, synth: Ru
         error, _ = read_failure(synth("review", "apply", "d", name))
         assert all(complaint in error for complaint in complaints)
     assert "not a version: pass d" in synth("review", "apply", "d@v1.0.0", "reviews.jsonl").stderr
-    mistyped = synth("review", "apply", "review.jsonl", "other.jsonl")  # no DIR, and no dataset under data/
+    mistyped = synth("review", "apply", "review.jsonl", "other.jsonl")
     assert "no dataset under data/" in mistyped.stderr
     assert not DatasetDir(tmp_path / "d").reviews.exists()
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]

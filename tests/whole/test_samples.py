@@ -1,4 +1,4 @@
-"""`--samples` and `--pairs`: candidates are paid once, the best is kept, and the worst becomes its pair."""
+"""With `--samples`, the best of several captions is kept, and with `--pairs` also the worst."""
 
 import json
 import os

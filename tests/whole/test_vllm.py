@@ -183,7 +183,6 @@ def test_server_requires_key_and_reads_no_other_files(served: str) -> None:
 
 
 def test_run_stops_its_server_and_survives_the_death_of_the_server(tmp_path: Path) -> None:
-    """The long form kills the server and needs a second start."""
     folder, scenes, temporary = tmp_path / "d", 160 if LONG else 8, tmp_path / "temporary"
     temporary.mkdir()
     command = [str(SYNTH), *generate(folder, "--engine", "vllm", scenes=scenes)]

@@ -79,8 +79,8 @@ def open_cluster() -> Iterator[None]:
 def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> WorkerPlan:
     """Plan the workers that send requests. `wanted` overrides the default number of workers.
 
-    By default, there is one worker per GPU if workers start servers on GPUs. Otherwise, there is one per node
-    if workers load a model, or else one per CPU. Raises ClusterError if there are too few GPUs.
+    The default is one worker per GPU if workers start servers on GPUs, one per node if they load a model, and
+    else one per CPU. Raises ClusterError if there are too few GPUs.
     """
     import ray
 
@@ -104,10 +104,9 @@ def map_on_workers(
 ) -> list[T]:
     """Apply a function to every index below `count` on workers, and return the results in order.
 
-    `work` is pickled. Each worker calls its own copy for all its indices. If the copy is a context manager,
-    the worker exits it at the end. An index is started again if its worker dies. After an error, no further
-    index is started, but each worker finishes its current index. `report` gets the number of finished
-    indices. Raises the first SynthError of a worker, or ClusterError if workers die repeatedly.
+    Each worker calls its own pickled copy of `work`, which may be a context manager. If a worker dies, its
+    index is started again. `report` gets the number of finished indices. Raises the first SynthError of a
+    worker, or ClusterError if workers die repeatedly.
     """
     import ray
     import ray.exceptions as lost

@@ -1,7 +1,6 @@
 """Run on a Ray cluster. Workers fill shards, and the resulting version equals that of a run in one process.
 
-Every function depends only on files, and writes files atomically, so that the same command resumes after any
-failure. The journals of the shards hold answered requests, which are never sent again.
+All state is in files that are written atomically, so the same command resumes after any failure.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,9 +51,9 @@ ShardWork = Callable[[DatasetDir, Services], None]
 class RayExecutor:
     """Applies functions to shards on the workers of a cluster (see steps.base.Executor).
 
-    Functions that are passed to `each` are collected, and then applied together to one shard after another.
-    Functions passed before the first `wait` run on workers that load the model. If `workers` is None,
-    functions run in this process, on the shards of a finished run.
+    Functions that are passed to `each` are applied together to one shard after another. Those before the
+    first `wait` run on workers that load the model. If `workers` is None, functions run in this process, on
+    the shards of a finished run.
     """
 
     run: ShardedRun

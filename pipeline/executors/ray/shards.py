@@ -32,13 +32,9 @@ _CHECKED_FILES = set[str]()
 class ShardedRun:
     """A run over shards. Each shard is a dataset folder with its own samples, journal and step files.
 
-    The first digits of a sample id select the shard. Ids are digests, so shards have similar sizes. All
-    workers can access the dataset folder, on a shared file system or in an object store. Paths in the
-    settings are relative to `working_dir`.
-
+    The first digits of a sample id select the shard. Paths in the settings are relative to `working_dir`.
     `engines` has the kind of engine of each model. `files` is a digest of the files that workers read. `key`
-    is a digest of everything that the content of filled shards depends on. In an object store, `filled` has
-    the folders of filled shards.
+    is a digest of everything that filled shards depend on. `filled` has their folders in an object store.
     """
 
     plan: Plan
@@ -109,11 +105,7 @@ class ShardedRun:
 
 
 class ShardedImageStore(ImageStore):
-    """The image store of a dataset folder, in which each row group has images of one shard.
-
-    A worker reads only the row groups of its shard, and the number of files does not depend on the number of
-    shards.
-    """
+    """The image store of a dataset folder, in which each row group has images of one shard."""
 
     def __init__(self, run: ShardedRun) -> None:
         super().__init__(run.root)
@@ -152,11 +144,7 @@ def scratch_root(root: Path) -> Path:
 
 @contextmanager
 def exclusive_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
-    """Yield the folder of a shard while no other worker works on the shard.
-
-    Object stores have no locks. There, an abandoned worker and its replacement write equal files, or files
-    with different names.
-    """
+    """Yield the folder of a shard. On disk, no other worker can work on the shard meanwhile."""
     run.enter()
     shard = run.shard(index)
     with translate_disk_errors(shard.path), nullcontext() if is_remote(shard.path) else shard.lock(wait=True):

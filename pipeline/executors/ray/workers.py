@@ -139,11 +139,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 
 @contextmanager
 def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
-    """Yield a folder on this node with the stored replies of a shard. Upload all replies at the end.
-
-    A lock keeps other workers on this node out, and the files of a killed worker are reused. Each worker
-    uploads its journal under a new name, since an abandoned worker may still run on another node.
-    """
+    """Yield a folder on this node with the stored replies of a shard. Upload all replies at the end."""
     stored = run.folder(index) / "journal"
     shard, saved = scratch_folder(run, index), stored / f"{uuid4().hex[:8]}.sqlite"
     ended = threading.Event()

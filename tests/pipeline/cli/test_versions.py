@@ -12,7 +12,7 @@ from pipeline.errors import PushError, StoreError
 from tests.scene_data import make_version, scene_samples
 
 
-def test_command_that_got_a_version_folder_names_its_dataset_folder(tmp_path: Path) -> None:
+def test_error_about_a_version_folder_names_the_dataset_folder(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", scene_samples(4))
     with pytest.raises(StoreError, match="no dataset at") as refused:
         versions_list(str(version.path))

@@ -20,7 +20,9 @@ def test_settings_page_and_file_are_generated_from_the_settings() -> None:
     ("yaml_value", "language"),
     [("de", "de"), ("any", None), ("null", None), ("no", "no"), ("gsw", ""), ("xx", "")],
 )
-def test_filter_language_is_detectable_or_any(yaml_value: str, language: str | None, tmp_path: Path) -> None:
+def test_filter_language_that_cannot_be_detected_is_refused(
+    yaml_value: str, language: str | None, tmp_path: Path
+) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(f"source: scenes\nfilter:\n  language: {yaml_value}\n")
     if language == "":
@@ -36,7 +38,7 @@ def test_filter_language_is_detectable_or_any(yaml_value: str, language: str | N
     ("judge", "problem"),
     [
         ("org/model@http://host:8000/v1", ""),
-        ("model@0123abcd@https://host/api/v1/", ""),  # with a revision, as `synth serve` names a model
+        ("model@0123abcd@https://host/api/v1/", ""),
         ("model", ""),
         ("llava:7b", ""),
         ("/models/Qwen2.5-VL@http://host:8000/v1", ""),

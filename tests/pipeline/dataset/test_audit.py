@@ -67,7 +67,7 @@ def test_intervals_cover_the_true_error_rates_in_95_percent_of_audits() -> None:
         assert 0.93 <= covered[stratum] / (60 * 25) <= 0.97, covered
 
 
-def test_custom_task_values_are_named_by_sample_and_task_and_value() -> None:
+def test_custom_task_values_are_identified_by_sample_and_task_and_value() -> None:
     row = {"sample_id": "a", "tags": ["x", "y"], "note": None, "kind": "z"}
     own = {"tags": {"is_list": True}, "note": {"is_list": False}, "kind": {"is_list": False}}
     expected = [(("tags", ""), "x"), (("tags", ""), "y"), (("kind", ""), "z")]
@@ -121,7 +121,7 @@ def test_unclear_verdicts_are_ignored_and_verdicts_on_one_text_are_averaged() ->
     assert (audit["reviewers"], audit["agreement"]) == (2, 0.0)
 
 
-def test_last_verdict_of_a_reviewer_counts_and_the_last_seed_is_the_current_audit() -> None:
+def test_merged_file_has_the_last_verdict_of_each_reviewer_in_each_audit() -> None:
     name = ("a" * 64, "b" * 16)
     before = [judge(name, "wrong", seed=2), judge(name, "wrong", seed=1), judge(name, "right", "b", seed=1)]
     merged = merge_lines([*before, judge(name, "right", seed=2)])
@@ -129,14 +129,14 @@ def test_last_verdict_of_a_reviewer_counts_and_the_last_seed_is_the_current_audi
 
 
 def test_krippendorff_alpha_equals_published_example() -> None:
-    # Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section A: 0.095
+    # Source: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section A.
     meg, owen = "0100000010", "1110010000"
     assert krippendorff_alpha(zip(meg, owen, strict=True)) == pytest.approx(0.095, abs=0.001)
     assert krippendorff_alpha([["a", "a"], ["b", "b"], ["a"]]) == 1
     assert krippendorff_alpha([["a", "a"], ["a"]]) is None
 
 
-def test_audit_in_words_states_measured_rates_or_that_no_rate_was_measured() -> None:
+def test_audit_summary_states_the_error_rates_or_that_none_was_measured() -> None:
     def rate(task: str, style: str, wrong: float | None = 0.041) -> dict[str, Any]:
         return {"task": task, "style": style, "reviewed": 200, "wrong": wrong, "low": 0.021, "high": 0.072}
 

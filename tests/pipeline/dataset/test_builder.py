@@ -1,4 +1,4 @@
-"""Tests of row building: samples joined with annotations, redacted and digested."""
+"""Tests of building rows from samples and annotations."""
 
 import random
 from dataclasses import replace
@@ -61,7 +61,7 @@ def test_batch_size_does_not_change_version_and_wrong_sample_order_is_refused(tm
         cuts = [annotations.slice(start, size) for start in range(0, annotations.num_rows, size)]
         version, _ = publish_rows(tmp_path / f"{size}", cuts, batches)
         assert version.manifest["digest"] == whole.manifest["digest"]
-        assert version.manifest["files"] == whole.manifest["files"]  # the file hashes are equal, too
+        assert version.manifest["files"] == whole.manifest["files"]
     backwards = annotations.take(list(range(annotations.num_rows - 1, -1, -1)))
     with pytest.raises(TableError, match="different orders"):
         publish_rows(tmp_path / "backwards", [backwards], batches)

@@ -1,4 +1,4 @@
-"""Errors of checks: corrected shares, intervals that contain the truth, and the choice of a level."""
+"""Measured errors of checks, and the threshold for rejection that follows from them."""
 
 from itertools import product
 from typing import Any
@@ -39,13 +39,13 @@ def findings(*rows: dict[str, Any]) -> dict[str, Findings]:
 
 
 def test_share_of_true_texts_is_corrected_for_false_alarms_and_misses() -> None:
-    # 90 % are true: .9 x .95 + .1 x .2 = 87.5 % pass.
+    # If 90 % are true, .9 x .95 + .1 x .2 = 87.5 % pass the check.
     true = correct_share(share(875, 1000), share(10, 200), share(40, 200))
     assert true is not None and true["share"] == pytest.approx(0.9, abs=1e-3)
     assert true["low"] < 0.87 and 0.93 < true["high"] < 1
     without_truths = correct_share(share(875, 1000), None, share(40, 200))
     assert without_truths == {"share": None, "low": pytest.approx(0.82, abs=0.01), "high": 1.0}
-    assert correct_share(share(1000, 1000), share(0, 200), share(200, 200)) is None  # confirms all claims
+    assert correct_share(share(1000, 1000), share(0, 200), share(200, 200)) is None
     assert correct_share(share(1000, 1000), share(0, 200), share(0, 0)) is None
 
 
@@ -83,10 +83,11 @@ def test_errors_concentrated_in_one_image_lower_the_effective_sample_size() -> N
     assert together.trials == pytest.approx(100) and apart.trials == 1000
 
 
-def test_findings_state_shares_of_passed_claims_false_alarms_and_missed_errors_by_kind() -> None:
+def test_findings_have_shares_of_passed_claims_and_false_alarms_and_missed_errors() -> None:
     found = findings(
         row("a", -2, -2, 4, reference=-2, color=4),
-        row("a", -2, human=True),  # a human text: a known truth, not counted as a model's text
+        # A human text is known to be true, and is not counted as a text of the model.
+        row("a", -2, human=True),
         row("b", -2, -2, reference=2, color=-2),
     )
     assert found.keys() == {"claims"}
@@ -96,13 +97,14 @@ def test_findings_state_shares_of_passed_claims_false_alarms_and_missed_errors_b
     assert found["claims"].describe(NEVER)["lost"] == 0
 
 
-def test_lowest_evidence_level_that_rejects_few_enough_true_captions_is_chosen() -> None:
+def test_lowest_threshold_that_rejects_few_enough_true_captions_is_chosen() -> None:
     rows = [row(str(n), *[-2] * 8, reference=4 if n == 0 else 2 if n < 5 else -2) for n in range(100)]
     found = findings(*rows)["claims"]
     assert found.lost_share(2) == pytest.approx(1 - 0.95**8)
     assert found.lost_share(3) == pytest.approx(1 - 0.99**8)
     assert [found.choose_level(lost) for lost in (0.5, 0.1, 0.05)] == [2, 3, 4]
-    assert findings(row("a", 4))["claims"].choose_level(0.0) == 2  # no known truths: lowest level
+    # Without texts that are known to be true, the lowest level is chosen.
+    assert findings(row("a", 4))["claims"].choose_level(0.0) == 2
 
 
 @pytest.mark.parametrize(("alarms", "count", "level"), [(1, 72, 4), (40, 400, NEVER)])

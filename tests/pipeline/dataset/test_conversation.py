@@ -1,4 +1,4 @@
-"""Tests of reader columns: one caption as `text`, and a conversation as `messages`."""
+"""Tests of the columns `text` (one caption) and `messages` (a conversation)."""
 
 from typing import Any
 

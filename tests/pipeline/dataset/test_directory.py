@@ -54,7 +54,7 @@ def test_version_opens_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["@v1.0.0", "d@", "@", "."])
-def test_path_is_not_split_at_an_at_sign_without_folder_or_version(name: str) -> None:
+def test_path_without_a_folder_or_version_next_to_the_at_sign_is_not_split(name: str) -> None:
     assert split_version(Path(name)) == (Path(name), None)
 
 
@@ -87,7 +87,7 @@ def test_two_datasets_are_refused_if_one_is_required(tmp_path: Path, monkeypatch
         manifest = Path("data") / name / "versions" / "v1.0.0" / "manifest.json"
         manifest.parent.mkdir(parents=True)
         manifest.write_text("{}")
-    os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # in the future: a wrong clock
+    os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a time in the future
     assert newest_dataset() == Path("data/secret")
     with pytest.raises(StoreError, match="data/ has 2 datasets"):
         newest_dataset(is_only=True)

@@ -1,4 +1,4 @@
-"""Limits of scores: the share of texts that they keep, and error rates from reviews."""
+"""Limits of scores: the share of texts that each limit keeps, and their error rate."""
 
 from pathlib import Path
 

@@ -83,7 +83,7 @@ def test_number_of_right_texts_is_estimated_from_audit_or_else_from_judge(
     assert line.startswith("captions: ") and expected in line
 
 
-def test_total_price_includes_checks_and_is_per_right_text_only_if_each_kind_has_an_audit() -> None:
+def test_total_price_per_right_text_needs_an_audit_of_each_kind_of_text() -> None:
     price = [entry("questions", 50, 500), entry("captions", 100, 1000, cost=0.5), entry("", 0, 600, cost=0.1)]
     rates = [rate("captions", 0.0, 0.0, 0.1), rate("questions", 0.5, 0.4, 0.6)]
     manifest = {"measured": {}, "price": price, "audit": {"rates": rates}}

@@ -31,7 +31,7 @@ def review(original: str, kind: str, **more: Any) -> Review:
 
 
 def captions(*texts: str) -> dict[TextName, dict[str, Any]]:
-    """Return the annotations of an image by text name."""
+    """Return captions of one image, by the names that reviews use."""
     return {text_name(caption(text)): caption(text) for text in texts}
 
 
@@ -74,7 +74,7 @@ def test_invalid_review_error_shows_line_number_and_reason(tmp_path: Path, line:
         ([EDIT, FOX], "edited", "A fox."),
         ([EDIT, BAD], "bad", None),
         ([EDIT, review("A dog.", "good")], "edited", "A dog."),  # approves the edit
-        ([EDIT, review("A cat.", "good")], "good", None),  # approves the original: removes the edit
+        ([EDIT, review("A cat.", "good")], "good", None),  # approves the original, without the edit
         ([EDIT, review("A cat.", "edited", text="A cow.")], "edited", "A cow."),
         ([EDIT, review("A dog.", "edited", text="A cat.")], "edited", "A cat."),
     ],
@@ -87,7 +87,7 @@ def test_latest_review_of_a_text_or_of_its_edit_decides(
     assert {name: (m.verdict, m.text) for name, m in applied.by_name.items()} == {EDIT.name: (verdict, text)}
 
 
-def test_edit_that_repeats_another_text_of_the_image_is_unusable_unless_the_other_text_was_rejected() -> None:
+def test_edit_that_equals_another_kept_text_of_the_image_is_unusable() -> None:
     bird = [review(text, "edited", text="A bird.") for text in ("A cat.", "A dog.")]
     for edits, first in (([EDIT], EDIT), (bird, bird[1])):
         applied = AppliedReviews.of(edits, captions("A cat.", "A dog."))

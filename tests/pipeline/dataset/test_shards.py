@@ -1,4 +1,4 @@
-"""Tests of shards: row order, bounded file sizes, and Parquet pages whose boundaries depend on content."""
+"""Tests of shards: row order, file sizes and Parquet pages."""
 
 import hashlib
 import random

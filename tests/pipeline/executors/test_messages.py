@@ -65,7 +65,7 @@ def test_empty_splits_of_a_large_version_are_reported(tmp_path: Path) -> None:
 
 
 def test_rejection_warning_states_reason_and_remedy_and_ignores_repeated_images() -> None:
-    """Tables with a row for each caption repeat the image; the captions are kept."""
+    """A table with a row for each caption repeats its images."""
     repeated = StepSummary("source", "images", 134, 20, {"duplicate_image": 114})
     assert not list(describe_losses(STEPS, [repeated]))
     damaged = StepSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
@@ -105,10 +105,10 @@ def test_start_of_a_run_states_the_tasks_of_each_model(tmp_path: Path) -> None:
         ({}, "; 3 requests per image"),
         ({"tasks": ["qa"]}, "; 1 request per image"),
         ({"generate": {"samples": 4}}, "; 9 requests per image"),
-        # 2 captions, each with 1 request for its claims and 4 questions about each of 24 claims
+        # 2 captions x (1 request for claims + 24 claims x 4 questions)
         ({"verify": {"checks": ["claims"]}}, "3 requests per image, and up to 194 to check"),
-        ({"verify": {"checks": ["round_trip", "covers"]}}, "and up to 24 to check"),  # 8 + 2 * 8 questions
-        ({"verify": {"judge": "j@http://h/v1"}}, "and up to 10 to check"),  # 2 captions + 8 questions
+        ({"verify": {"checks": ["round_trip", "covers"]}}, "and up to 24 to check"),
+        ({"verify": {"judge": "j@http://h/v1"}}, "and up to 10 to check"),
     ],
 )  # fmt: skip
 def test_start_of_run_states_requests_per_image(settings: dict[str, Any], text: str, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from tests.pipeline.sources.reading import open_folder, open_path, samples_of
 from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
 
 COUNT = 30
-Exported = Callable[[str], Path]  # returns the folder of an export in a format
+Exported = Callable[[str], Path]
 CORNERS = {"type": "array", "items": {"type": "integer"}}
 LABELED = {"bbox_2d": CORNERS, "label": {"type": "string"}}
 BOX = {"type": "object", "required": ["bbox_2d", "label"], "properties": LABELED}
@@ -462,7 +462,7 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
     without_rows = version.manifest | {"rows": version.manifest["rows"] | {"test": 0}}
     with pytest.raises(ConfigError, match="has no rows in test"):
         export_version(replace(version, manifest=without_rows), "csv", tmp_path / "out", splits=("test",))
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]  # no unfinished export
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
     two_pages = [replace(sample, images=sample.images * 2) for sample in samples[:4]]
     batches = sample_table(two_pages).to_batches()
     decks, _ = publish_rows(tmp_path / "decks", [true_captions(samples[:4])], batches, source="d", decks=True)
@@ -530,7 +530,7 @@ def test_sharegpt_pairs_and_boxes_suit_ms_swift_and_llama_factory(version: Versi
 
 @pytest.mark.parametrize("kind", ["paligemma", "vlmevalkit"])
 def test_export_has_a_line_for_each_text_and_question(kind: str, version: Version, tmp_path: Path) -> None:
-    """Check VLMEvalKit's rule: an image of up to 64 characters is the index of the row that contains it."""
+    """For VLMEvalKit, an image of up to 64 characters is the index of another row."""
     items = {item.source_row: item for item in read_items(version, ["train"])}
     first = next(iter(items.values()))
     style, text = first.captions[0]
@@ -556,7 +556,7 @@ def test_export_has_a_line_for_each_text_and_question(kind: str, version: Versio
     assert lines[0][1] == lines[1][1] and lines[1][2] == "Other."
 
 
-def test_lora_export_removes_an_opening(tmp_path: Path) -> None:
+def test_lora_export_removes_the_given_opening_of_captions(tmp_path: Path) -> None:
     samples = scene_samples(12)
     captions = true_captions(samples).to_pylist()
     for number, row in enumerate(captions):
@@ -590,7 +590,7 @@ def test_cauldron_has_the_ratings_of_a_judge(version: Version, exported: Exporte
     assert {row["relevance_min"] for row in rows_of(exported("cauldron"), "train-*")} == {None}
 
 
-def test_model_caption_whose_shortened_text_equals_a_human_caption_stays_marked_as_model(
+def test_shortened_model_caption_that_equals_a_human_caption_is_not_marked_as_human(
     version: Version,
 ) -> None:
     captions = [("human", "a cat."), ("human", "A dog."), ("brief", "A photo of a cat.")]

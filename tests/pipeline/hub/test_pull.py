@@ -57,7 +57,7 @@ def pull(hub: RunningHub, home: Path, *names: str, **env: str) -> list[dict[str,
 
 @pytest.fixture(scope="module")
 def pulled(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """Return the home of a client, and its results of pulling by tag, without a tag, and by commit."""
+    """Pull by tag, without a tag, and by commit. Return the home of the client and the results."""
     home = tmp_path_factory.mktemp("client") / "home"
     commit = hub.hub.storage.repos["dataset", "me/scenes"].tags["v1.0.0"]
     return home, pull(hub, home, "me/scenes@v1.0.0", "me/scenes", f"me/scenes@{commit}")
@@ -88,7 +88,7 @@ def test_tag_or_commit_names_version_and_default_is_newest(pulled: tuple[Path, l
     _, (by_tag, newest, by_commit) = pulled
     assert (by_tag["name"], by_tag["rows"], by_commit["name"]) == ("v1.0.0", 20, "v1.0.0")
     assert (newest["name"], newest["rows"]) == ("v1.1.0", 24)
-    assert newest["dataset"] == "data/me-scenes"  # the folder in which checkpoints will be stored
+    assert newest["dataset"] == "data/me-scenes"
 
 
 @pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
@@ -109,7 +109,7 @@ def test_cached_version_needs_no_network(
 def test_file_damaged_in_cache_is_downloaded_again(
     name: str, hub: RunningHub, pulled: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    """The folder of the version has links, so removing the folder would bring the same bytes back."""
+    """The version only links to the cache, so the cached file itself must be replaced."""
     home, (first, *_) = pulled
     shutil.copytree(home, tmp_path / "home", symlinks=True)
     (link,) = (tmp_path / "home" / Path(first["path"]).relative_to(home)).glob(name)

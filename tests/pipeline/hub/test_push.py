@@ -157,7 +157,7 @@ def test_push_to_repository_with_foreign_data_is_refused(client: Pusher, version
 
 
 def test_second_push_with_a_changed_license_or_title_warns(client: Pusher, version: Version) -> None:
-    """A tag never moves. If an interrupted push left a commit without a tag, the next one commits again."""
+    """A tag never moves, but a push after a missing tag commits again."""
     client.push(version, "me/stated", stated={"license": "mit"})
     again = client.push(version, "me/stated", stated={"license": "cc-by-4.0", "title": "Mine"})
     assert not again["is_new"]

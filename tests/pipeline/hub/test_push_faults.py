@@ -71,7 +71,7 @@ def world(versions: tuple[Version, Version], tmp_path_factory: pytest.TempPathFa
 
 
 def requests_of_a_push(world: World, number: int) -> list[tuple[int, str, str]]:
-    """Return the requests of a push with their positions; in a short run, one in twelve."""
+    """Return the requests of a push with their positions. A short run has one in twelve."""
     world.reset()
     assert world.client.push(world.new)["is_new"]
     requests = [(index, method, path) for index, (method, path) in enumerate(world.hub.log)]

@@ -82,7 +82,8 @@ def large() -> Image.Image:
 def test_hash_from_decoding_at_reduced_size_is_near_the_hash_at_full_size(
     large: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "prepare_image", None)  # must not be called: it decodes at full size
+    # This function decodes at full size, and must not be called.
+    monkeypatch.setattr(decode, "prepare_image", None)
     info = check_image(encoded(large, "JPEG", quality=90))
     assert (info.width_px, info.height_px) == large.size
     assert distance(info.pdq_hash, pdq_hash(large)) <= MAX_COPY_BITS // 4
@@ -113,7 +114,7 @@ def test_jpeg_with_fractional_subsampling_is_refused(sampling: tuple[int, ...]) 
 def test_large_lossless_jpeg_is_decoded_in_full() -> None:
     side_px = 2 * MIN_HASHED_SIDE_PX  # lossy JPEGs of this size are decoded at reduced size
     frame = segment(0xC3, struct.pack(">BHHB", 8, side_px, side_px, 3) + b"R\x11\0G\x11\0B\x11\0")
-    table = segment(0xC4, b"\0\1" + bytes(16))  # Huffman table with a single code of one bit
+    table = segment(0xC4, b"\0\1" + bytes(16))
     scan = segment(0xDA, b"\3R\0G\0B\0\1\0\0") + bytes(3 * side_px**2 // 8)
     info = check_image(b"\xff\xd8" + frame + table + scan + b"\xff\xd9")
     assert (info.width_px, info.height_px) == (side_px, side_px)

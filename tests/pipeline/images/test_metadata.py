@@ -55,7 +55,7 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def jpeg(orientation: int = 1, image: Image.Image | None = None, **more: object) -> bytes:
-    """Return a photo like a phone's: EXIF, XMP, IPTC, thumbnails, a comment, and a second image after it."""
+    """Return a photo with all kinds of metadata of a phone, and a second image after it."""
     more |= {"exif": exif_of(orientation), "icc_profile": PROFILE, "comment": b"a private remark"}
     plain = encoded("JPEG", image, **more)
     jfif = segment(0xE0, b"JFIF\0\x01\x02\0\0\1\0\1\1\1" + b"TNL") + segment(0xE0, b"JFXX\0\x10THUMBNAIL")
@@ -142,7 +142,7 @@ def test_each_orientation_is_kept(make: Maker, orientation: int) -> None:
     assert leaked(clean) == []
     with Image.open(io.BytesIO(clean)) as image:
         assert set(image.getexif()) <= {ORIENTATION}
-        upright = ImageOps.exif_transpose(image).convert("RGB")  # as `datasets` decodes
+        upright = ImageOps.exif_transpose(image).convert("RGB")  # `datasets` does the same
     expected = prepare_image(data)
     assert upright.size == expected.size
     if make in LOSSY:

@@ -250,7 +250,7 @@ def samples_of(hashes: Any, splits: list[str | None]) -> pa.Table:
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_decks_whose_pages_are_all_in_many_decks_form_one_group(
+def test_decks_that_have_only_common_pages_form_one_group(
     kind: ImageKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.MAX_NEIGHBORS", 4)

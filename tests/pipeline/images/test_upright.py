@@ -15,7 +15,7 @@ PUBLISHED = standalone_source()
 
 
 def noise(mode: str, **options: Any) -> bytes:
-    """Return a PNG of noise. With `transparent`, all pixels of one color or level are transparent."""
+    """Return a PNG of noise. With `transparent`, all pixels of one color are transparent."""
     gray = Image.effect_noise((40, 30), 90)
     bands = [gray.rotate(90 * n) for n in range(len(Image.new(mode, (1, 1)).getbands()))]
     if mode == "I;16":

@@ -109,7 +109,7 @@ def test_later_run_counts_the_cost_of_each_model(tmp_path: Path) -> None:
             queue.require_room()
 
 
-def test_journal_and_run_estimate_the_same_tokens_for_replies_without_counts(tmp_path: Path) -> None:
+def test_journal_and_run_agree_on_estimated_tokens_of_replies_without_token_counts(tmp_path: Path) -> None:
     replies = [reply(prompt_tokens=0, reply_tokens=0), reply(prompt_tokens=7, reply_tokens=3)]
     replies.append(dataclasses.replace(replies[0], finish_reason="server_error", text="overloaded " * 99))
     requests = list(build_requests("a" * 64, request_plan(resolve(source="scenes"))))

@@ -232,7 +232,7 @@ def test_long_caption_of_a_large_image_fits_the_context_at_each_attempt(tmp_path
 @pytest.mark.parametrize(
     ("text", "has_image", "tokens"),
     [
-        ("Look.", True, (8192 - 640 - 512, 2048)),  # leaves room for a retry with twice 256 reply tokens
+        ("Look.", True, (8192 - 640 - 512, 2048)),
         ("x" * 8000, True, (8192 - 4000 - 512, 2048)),
         ("x" * 16_000, True, (2048, 2048)),  # image and reply each get at least a quarter of the context
         ("x" * 8000, False, (0, 8192 - 4000)),
@@ -429,7 +429,7 @@ def test_used_up_credit_ends_run_and_next_run_resumes(tmp_path: Path, status: in
 
 
 def test_proxy_is_used_only_for_remote_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running_chat(ChatServer()) as chat:  # acts as the proxy
+    with running_chat(ChatServer()) as chat:  # this server is the proxy
         monkeypatch.setenv("HTTP_PROXY", chat.url.removesuffix("/v1"))
         _, errors = run(tmp_path / "j", "http://model.invalid:8000/v1")
         assert errors == {None: ASKED}
@@ -438,7 +438,7 @@ def test_proxy_is_used_only_for_remote_servers(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(EngineError, match="through the proxy http://") as caught:
             run(tmp_path / "m", "http://model.invalid:8000/v1")
         assert "NO_PROXY" in caught.value.hint and "secret" not in str(caught.value)
-    with running_chat(ChatServer()) as here:  # the proxy does not run any more
+    with running_chat(ChatServer()) as here:  # the proxy has ended
         run(tmp_path / "l", here.url)
 
 
@@ -479,8 +479,9 @@ def test_simultaneous_busy_answers_lower_the_limit_once(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("stated_s", "waits"),
     [
-        (4.0, 2),  # busy for longer than the patience
-        (1800.0, MAX_LONG_WAITS + 1),  # a wait that is longer than the patience extends it
+        (4.0, 2),
+        # A server may state a wait that is longer than the usual limit of 10 s.
+        (1800.0, MAX_LONG_WAITS + 1),
     ],
 )
 def test_request_is_abandoned_if_its_server_stays_busy(
@@ -508,7 +509,7 @@ def test_request_is_abandoned_after_the_fifth_fault_or_the_third_crash() -> None
         (302, 404, True),
     ],
 )  # fmt: skip
-def test_server_is_healthy_if_health_page_succeeds_or_in_its_absence_model_list_answers(
+def test_health_of_a_server_follows_its_health_page_or_else_its_model_list(
     health: int | None, models: int | None, is_healthy: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def status_of(url: str, *_: object, **__: object) -> int | None:

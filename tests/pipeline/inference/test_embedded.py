@@ -27,7 +27,7 @@ from tests.scene_data import (
     score_decks,
 )
 
-SEED = 8001  # not in a training set
+SEED = 8001  # no training set has this seed
 SCENES = 40
 
 
@@ -54,7 +54,6 @@ def annotations(engine: Engine, batch: list[Request]) -> list[dict[str, Any]]:
 
 
 def test_teacher_is_accurate_on_unseen_scenes(engine: Engine) -> None:
-    """Catch a broken teacher; benchmarks/teacher.py measures more scenes."""
     rows = annotations(engine, requests(SCENES))
     captions, answers = score_annotations(rows, scenes_by_id(scene_samples(SCENES, SEED)))
     assert ({*captions}, {*answers}) == ({"brief", "detailed"}, {"yes/no", "number", "other"})

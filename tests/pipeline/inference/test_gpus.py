@@ -135,14 +135,14 @@ def test_flags_follow_the_free_memory_of_the_gpu(
     for shape in (
         ModelShape.of(json.loads((TINY_WEIGHTS / "config.json").read_text()), 1),
         None,
-    ):  # None: not a Qwen model
+    ):
         monkeypatch.setattr(ModelShape, "of", lambda config, weights_bytes, shape=shape: shape)
         command, _ = plan(tmp_path)
         assert value_of(command, "--gpu-memory-utilization") == utilization
         assert value_of(command, "--max-num-batched-tokens") == "16384"
 
 
-# The published values of Qwen2.5-VL-3B-Instruct that decide its memory.
+# The published values of Qwen2.5-VL-3B-Instruct that determine its memory use.
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2_5_vl", "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
     "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151_936,
@@ -184,7 +184,7 @@ def test_memory_plan_of_the_default_model_grows_with_gpu_memory(
     assert fits == (card_gib > needed_gib(QWEN_3B, MAX_PIXELS))
 
 
-def test_memory_plan_leaves_memory_for_other_programs_and_shortens_the_context_to_the_kv_cache() -> None:
+def test_memory_plan_leaves_memory_for_other_programs_and_limits_the_context() -> None:
     plan = plan_memory(QWEN_3B, 24, 14, MAX_PIXELS, 8192)
     assert plan.utilization == 0.56 and plan.fits
     assert not plan_memory(QWEN_3B, 24, 8, MAX_PIXELS, 8192).fits

@@ -81,7 +81,7 @@ def test_import_copies_replies_and_keeps_existing_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", UNANSWERED)
-def test_failed_request_that_two_samples_share_is_replaced_by_a_later_reply(
+def test_later_reply_replaces_the_failure_of_a_request_shared_by_two_samples(
     tmp_path: Path, reason: str
 ) -> None:
     first = build_claims("A red cube.", "a" * 64, request_plan(CONFIG))
@@ -94,7 +94,7 @@ def test_failed_request_that_two_samples_share_is_replaced_by_a_later_reply(
     assert check_journal(tmp_path / "j.sqlite").is_intact
 
 
-def test_import_copies_replies_of_other_samples_only_to_checks_without_an_image(tmp_path: Path) -> None:
+def test_import_for_some_samples_also_copies_replies_to_checks_without_an_image(tmp_path: Path) -> None:
     plan, other = request_plan(CONFIG), "c" * 64
     shared = [
         build_check(Check("blind", "Is it red?", "yes", (), task=BLIND), other, plan),

@@ -230,7 +230,7 @@ def test_key_and_headers_go_only_to_their_server(tmp_path: Path, monkeypatch: py
     with running_chat(ChatServer()) as chat:
         monkeypatch.setenv("OPENAI_API_KEY", "of-openai")
         run(tmp_path / "a", chat)
-        assert chat.authorizations == {None}  # not a server of OpenAI
+        assert chat.authorizations == {None}  # this is not OpenAI's server
         monkeypatch.setenv("MY_KEY", "mine")
         run(tmp_path / "b", chat, key_env="MY_KEY", headers={"X-Title": "synth", "api-key": "$MY_KEY"})
         assert chat.authorizations == {None, "Bearer mine"}

@@ -74,7 +74,7 @@ def test_pixel_limit_depends_on_the_task(
     ("settings", "is_plain"),
     [
         ({"source": "folder:x"}, [True, True, False]),
-        ({"source": "scenes"}, [False] * 3),  # the prompts that the tiny model knows ask for JSON
+        ({"source": "scenes"}, [False] * 3),
         ({"tasks": ["own"], "custom_tasks": [{"name": "own", "kind": "text", "prompt": "Read."}]}, [True]),
         ({"tasks": ["find"], "custom_tasks": [BOXES]}, [False]),
     ],

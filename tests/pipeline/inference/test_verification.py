@@ -54,7 +54,7 @@ def config(*checks: str, **more: Any) -> Config:
 
 
 def read_with_reply(path: Path, request: Request, reply: Any, read: Callable[[Journal], Any]) -> Any:
-    """Read the result of a request from a journal that has this reply, a text or a JSON value."""
+    """Read the result of a request from a journal that has this reply."""
     text = reply if isinstance(reply, str) else json.dumps(reply)
     path.unlink(missing_ok=True)
     with Journal(path) as journal:
@@ -153,7 +153,8 @@ def test_rating_request_shows_image_and_text_and_its_reply_needs_all_scores(tmp_
     assert pair.text.endswith("Question: How many? Answer: 2")
     assert caption.text.endswith("Caption: Two dogs.") and caption.id != pair.id
     scores, flaw = dict.fromkeys(RUBRIC, "4"), {"wrong_words": "", "is_wrong": "no"}
-    numbers = {**flaw, "is_wrong": False, **dict.fromkeys(RUBRIC, 4)}  # from a server without schemas
+    # A server without schemas may also return numbers and booleans.
+    numbers = {**flaw, "is_wrong": False, **dict.fromkeys(RUBRIC, 4)}
     for reply, score in (
         (flaw | scores, 4),
         (numbers, 4),

@@ -133,7 +133,7 @@ def test_failed_start_of_one_server_stops_the_other_servers(tmp_path: Path) -> N
         assert subprocess.run(["pgrep", "-f", str(tmp_path / "stub.py")], capture_output=True).returncode == 1
 
 
-def test_only_the_dead_server_restarts_and_fails_with_its_last_error_after_max_restarts(
+def test_dead_server_is_restarted_alone_and_fails_after_max_restarts(
     tmp_path: Path,
 ) -> None:
     notes = Notes()
@@ -161,7 +161,7 @@ def test_only_the_dead_server_restarts_and_fails_with_its_last_error_after_max_r
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_newest_vllm_supports_the_flags(tmp_path: Path, gpu: bool) -> None:  # noqa: FBT001
-    """The file lists flags of 0.33.0. tests/whole/test_vllm.py uses the parser of the installed vLLM."""
+    """The file lists the flags of vLLM 0.33.0."""
     known = set(FLAGS_OF_NEWEST.read_text(encoding="utf-8").split())
     assert {word for word in plan(tmp_path, gpu=gpu).arguments if word.startswith("--")} <= known
     assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # vLLM has removed --swap-space
@@ -178,7 +178,7 @@ def test_server_log_is_private_and_does_not_follow_links(tmp_path: Path) -> None
 
 
 def test_vllm_engine_is_killed_after_its_worker_gets_sigkill() -> None:
-    """Ray kills the server, the child of a worker; the engine is a child of the server."""
+    """Ray kills the server, but not the engine, which is a child of the server."""
     code = (
         "import os, subprocess; from pipeline.inference.vllm import _start_reaper;"
         "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE,"

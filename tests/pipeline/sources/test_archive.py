@@ -74,7 +74,7 @@ def test_images_get_the_texts_next_to_them(tmp_path: Path, name: str, mode: str)
     assert kept[f"{name}/a/0.jpg"].license == "unknown"
 
 
-def test_json_values_become_context_or_reject_one_image(tmp_path: Path) -> None:
+def test_json_values_become_context_and_an_unusable_value_rejects_its_image(tmp_path: Path) -> None:
     jsons = (b'{"title": "Cup", "tags": ["red", "small"]}', b"no JSON", b'{"title": {"en": "Bowl"}}')
     (tmp_path / "p.tar").write_bytes(tar_of(with_json(*jsons)))
     cup, other, bowl = rows(tmp_path / "p.tar", columns={"context": "title,tags,file_name"})
@@ -108,7 +108,7 @@ def test_json_questions_are_read(tmp_path: Path) -> None:
 
 
 def test_texts_without_an_image_next_to_them_are_rejected(tmp_path: Path) -> None:
-    """`tar cf` writes files in the order of the disk."""
+    """`tar cf` may store a text far away from its image."""
     files = {"0.jpg": photo(0), "1.a.jpg": photo(1), "1.b.jpg": photo(2), "2.jpg": photo(3)}
     texts = {"1.txt": b"A cup.", "0.caption.txt": b"A bowl.", "9.txt": b"A boat.", "metadata.csv": b"x"}
     (tmp_path / "p.tar").write_bytes(tar_of(files | {"2.txt": b"\xff"} | texts))
@@ -267,7 +267,7 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
 def test_damaged_archive_error_names_the_file(
     tmp_path: Path, name: str, make: Callable[[], bytes], problem: str
 ) -> None:
-    """Bombs take no memory, and a damaged header is not treated as the end of the file."""
+    """A damaged header must not be mistaken for the end of the file."""
     data = make()
     assert len(data) < 6_000_000
     (tmp_path / name).write_bytes(data)
@@ -306,7 +306,7 @@ def test_json_split_is_stored_and_unknown_split_is_rejected(tmp_path: Path) -> N
 def test_concatenated_streams_are_read_but_concatenated_archives_are_refused(
     tmp_path: Path, packed: Callable[[bytes], bytes]
 ) -> None:
-    """Parallel compressors write several streams; tarfile stops at the end of the first archive."""
+    """Parallel compressors write several streams, but tarfile reads only the first archive."""
     first, second = (tar_of({f"{n}.jpg": photo(n)}) for n in range(2))
     (tmp_path / "p.tar").write_bytes(packed(first[:1000]) + packed(first[1000:]))
     assert [*samples(tmp_path / "p.tar")] == ["p.tar/0.jpg"]

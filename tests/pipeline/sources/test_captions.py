@@ -200,7 +200,7 @@ def test_caption_file_about_other_images_is_refused(tmp_path: Path) -> None:
 def test_split_is_case_insensitive_and_unknown_split_is_refused(tmp_path: Path) -> None:
     rows = [{"image": "a", "text": "A dog.", "split": split} for split in ("Test", "TRAIN")]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert read_captions(tmp_path / "a.json")["a"].split == "test"  # of two splits, the held-out one
+    assert read_captions(tmp_path / "a.json")["a"].split == "test"  # the held-out split has priority
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"image": "b", "text": "x", "split": "private"}]))
     with pytest.raises(SourceError, match="'private' is not a split"):
         read_captions(tmp_path / "a.json")

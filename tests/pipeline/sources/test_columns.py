@@ -141,7 +141,7 @@ def test_row_with_unpaired_questions_is_rejected(tmp_path: Path) -> None:
     assert [row.reason for row in rejected_of(source)] == ["unpaired_answers"]
 
 
-def test_list_of_one_image_needs_a_mapping_for_captions(tmp_path: Path) -> None:
+def test_column_of_image_lists_is_read_as_decks_unless_it_is_mapped(tmp_path: Path) -> None:
     photos = {"images": [[{"bytes": photo(n), "path": None}] for n in range(2)]}
     pq.write_table(pa.table(photos), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match="consists of decks of pages") as caught:
@@ -164,7 +164,7 @@ def test_version_table_yields_only_human_captions(tmp_path: Path) -> None:
 
 
 def test_all_arrow_string_types_are_text(tmp_path: Path) -> None:
-    """polars writes large_string: an ignored split column would put test rows into training."""
+    """polars writes large_string. If it were ignored, test rows would be used for training."""
     values = {"caption": "A bowl.", "split": "test"}
     texts = {name: pa.array([value], pa.large_string()) for name, value in values.items()}
     row = first_row(tmp_path, texts)

@@ -282,7 +282,7 @@ def test_sidecar_captions_are_counted(tmp_path: Path) -> None:
     assert references == {"a.JPG": ("One caption.", "Another one."), "b/c/z.png": ("A red square.",)}
 
 
-def test_metadata_columns_are_context_from_any_start_row(tmp_path: Path) -> None:
+def test_metadata_columns_become_context(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number % 2}").mkdir(exist_ok=True)
         Image.new("RGB", (8, 6 + number), "red").save(tmp_path / f"{number % 2}" / f"{number}.png")
@@ -314,7 +314,7 @@ def test_metadata_names_match_any_path_spelling(tmp_path: Path) -> None:
     ("names", "splits"),
     [
         (["train/a.jpg", "val/b.jpg", "Test/c.jpg"], ["train", "validation", "test"]),
-        (["train/a.jpg", "test/b.jpg"], [None, "test"]),  # no split yet: some become validation
+        (["train/a.jpg", "test/b.jpg"], [None, "test"]),  # images in train may still become validation
         (["train/a.jpg", "val/b.jpg", "c.jpg"], ["train", "validation", None]),
         (["train/a.jpg", "val/b.jpg", "dogs/c.jpg"], ["train", "validation", None]),
         (["train/a.jpg", "car/b.jpg", "bus/c.jpg"], [None] * 3),  # names of classes, not splits

@@ -213,7 +213,7 @@ def test_numbered_page_columns_become_decks(hub: RunningHub) -> None:
     assert non_redistributable(["apache-2.0", "cc0-1.0", "unknown"]) == []
 
 
-# Files of the repository; the index is the number of the photo.
+# The n-th file of the repository has photo n.
 PATHS = ("en/train/0", "fr/train/0", "fr/test/0", "data/train-0", "data/train-more/train-0", "en/0", "fr/0")
 FILES = tuple(f"{path}.parquet" for path in PATHS)
 EN_AND_FR = FILES[:3]

@@ -1,4 +1,4 @@
-"""Sources resume at any row, need no digests in a preview, and have default tasks and styles."""
+"""Sources resume at any row, and have default tasks and styles."""
 
 import hashlib
 import shutil
@@ -44,7 +44,7 @@ def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
         {"source": folder},
         {"source": archive},
         {"source": f"parquet:{tmp_path / 'p'}"},
-        # All rows are rejected: unknown split.
+        # All rows are rejected, because their split is unknown.
         {"source": f"parquet:{tmp_path / 'p'}", "columns": {"split": "caption"}},
     ):
         source = open_source(resolve(**settings))

@@ -26,7 +26,7 @@ from tests.media import encoded
 from tests.notes import Notes
 from tests.pipeline.images import test_similarity
 
-# Settings that affect the key indirectly, for example by digests of files.
+# These settings affect the key indirectly, for example by digests of files.
 KEYED_OTHERWISE = ["limit", "seed", "exclude", "captions", "human_texts", "dedupe"]
 LATER_SETTINGS = (
     "title drop_context tasks custom_tasks models task_models engine model base_url generate server filter "
@@ -101,7 +101,7 @@ def rows(dataset: Path, which: str) -> list[dict[str, Any]]:
     return list(read_table(path).to_pylist()) if path.exists() else []
 
 
-def test_each_setting_is_in_one_list_that_states_its_effect_on_reading() -> None:
+def test_every_setting_is_listed_by_its_effect_on_reading() -> None:
     settings = [*READ_SETTINGS, *KEYED_OTHERWISE, *LATER_SETTINGS.split()]
     assert sorted(settings) == sorted(Config.model_fields)
 
@@ -122,7 +122,7 @@ def test_interrupted_reading_resumes_and_gives_the_same_bytes(
     assert any("resumes after" in text for text in again.notes.texts)
     assert images(tmp_path / "cut") == images(tmp_path / "whole")
     near = [row["sample_id"] for row in rows(tmp_path / "whole", "near_duplicates")]
-    assert near and not ImageStore(tmp_path / "cut").find_missing(near)  # stored for the report
+    assert near and not ImageStore(tmp_path / "cut").find_missing(near)
     rejected = rows(tmp_path / "whole", "rejected")
     reasons = {row["reason"] for row in rejected}
     assert reasons == {"duplicate_image", "near_duplicate_image", "unreadable_image"}
@@ -172,7 +172,7 @@ def test_unchanged_source_is_not_read_again(photos: Path, tmp_path: Path) -> Non
         ({}, {"license": "cc-by-4.0"}, [0]),
         ({}, {"dedupe": {"images": "none"}}, [0]),
         ({}, {"human_texts": "keep"}, [0]),
-        ({}, {"limit": 10}, [39]),  # only the last row is read, to compare it with the parts
+        ({}, {"limit": 10}, [39]),  # only the last row is read again
         ({"limit": 10}, {"limit": 10}, []),
         ({"limit": 10}, {}, [11]),
     ],
@@ -195,7 +195,7 @@ def test_changed_file_of_source_or_step_is_read_again(photos: Path, tmp_path: Pa
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        starts = [] if name == "exclusions" else [39]  # only the last row, because the parts hold all rows
+        starts = [] if name == "exclusions" else [39]  # only the last row is read again
         assert Reading(tmp_path / "d", settings(photos)).starts == starts, name
         path.unlink()
         assert Reading(tmp_path / "d", settings(photos)).starts == starts, name
@@ -215,7 +215,7 @@ def test_damaged_or_outdated_part_of_an_interrupted_reading_is_read_again(
     with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "d", settings(photos), stop_at=20)
     (tmp_path / "d/steps/read/parts/00002.json").write_text('{"key": 1')
-    assert Reading(tmp_path / "d", settings(photos)).starts == [7]  # the last row in the two intact parts
+    assert Reading(tmp_path / "d", settings(photos)).starts == [7]  # the last row that is intact
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
     with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "e", settings(photos), stop_at=20)
@@ -259,11 +259,11 @@ def banned(dataset: Path) -> list[str]:
 def test_unreadable_excluded_images_are_retried(
     photos: Path, others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Keep the revision of the source unchanged, as if decoding the image had only timed out.
+    # The revision of the source stays the same, as if decoding had only timed out.
     monkeypatch.setattr("pipeline.sources.folder.digest_or_fault", lambda *_: "sha256")
     (others / "b.jpg").write_bytes(b"no image")
     config = settings(photos, exclude=[f"folder:{others}"])
-    for starts in ([0], [39]):  # the second run reads only the last row, because the parts hold all rows
+    for starts in ([0], [39]):  # the second run reads only the last row
         reading = Reading(tmp_path / "d", config)
         assert any("1 rows could not be read, and were not excluded" in text for text in reading.notes.texts)
         assert (reading.starts, banned(tmp_path / "d")) == (starts, ["002.jpg"])

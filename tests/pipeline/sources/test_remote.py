@@ -1,4 +1,4 @@
-"""Parquet in an object store: a real S3 client against an S3 on loopback, and a web server."""
+"""Parquet files and archives on a local S3 server and a local web server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +92,6 @@ def test_remote_archive_is_streamed(tmp_path: Path) -> None:
 
 
 def test_source_has_no_revision_if_the_store_lists_no_digest_or_time() -> None:
-    """The end of a tar file may stay equal when its images change."""
     memory = fsspec.filesystem("memory")
     memory.pipe("/m/a.parquet", datasets.parquet([{"photo": datasets.cell(1)}], PLAIN))
     assert find_remote_files("memory://m/a.parquet", (".parquet",)).revision == ""

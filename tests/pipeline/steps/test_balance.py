@@ -49,7 +49,7 @@ def test_question_types_with_one_answer_or_few_questions_are_not_reduced() -> No
     assert [row["question_type"] for row in rows] == ["is there"] * 60 + [RARE] * 2
 
 
-def test_pair_is_one_question_with_two_answers_about_similar_images_that_are_not_near_duplicates() -> None:
+def test_paired_questions_are_about_similar_images_that_are_not_near_duplicates() -> None:
     buses = [("A red bus and a tree.", "2"), ("A red bus and a bush.", "3")]
     descriptions = [*buses, ("A cat on a bed.", "2"), ("A cat on a sofa.", "2")]
     rows: list[dict[str, Any]] = []

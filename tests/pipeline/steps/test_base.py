@@ -37,7 +37,7 @@ def judging(judge: Callable[[pa.Table], pa.Table]) -> RowStep:
 
 
 @pytest.mark.parametrize("shards", [1, 3, 7])
-def test_results_of_a_comparison_of_all_rows_are_joined_to_the_rows_of_each_shard(
+def test_comparison_of_all_rows_marks_the_rows_of_each_shard(
     shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "BATCH_ROWS", 4)

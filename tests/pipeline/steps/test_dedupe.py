@@ -49,7 +49,7 @@ NEAR = "near_duplicate_image"
         (["A red ring.", "A red ring.", "A blue ring."], [NEAR, None, NEAR], [NEAR, None, NEAR]),
     ],
 )
-def test_near_duplicates_count_as_one_image_and_a_rejected_image_rejects_only_its_annotations(
+def test_near_duplicates_count_as_one_image_and_rejected_images_lose_their_annotations(
     texts: list[str], of_images: list[str | None], reasons: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, group = captions(*texts), ["g"] * len(texts)

@@ -59,14 +59,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 @pytest.fixture
 def copied(finished: Finished, tmp_path: Path) -> Finished:
-    """Return `finished`, with a copy of its dataset folder in `d`."""
+    """Copy the dataset folder of `finished` to `d`, and return `finished`."""
     shutil.copytree(finished[0].parent / "d", tmp_path / "d")
     return finished
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that receives the names of steps that are not skipped."""
+    """Return a list to which each step that runs adds its name."""
     names: list[str] = []
 
     def record(module: Any, function: str, name: str = "") -> None:
@@ -211,7 +211,7 @@ RATING = {"wrong_words": "", "is_wrong": "no", **dict.fromkeys(RUBRIC, "5")}
         ({"verify": {"judge": "rater@http://localhost:1/v1"}}, "rater is down"),
     ],
 )
-def test_stored_replies_suffice_for_models_that_are_down_only_if_settings_are_unchanged(
+def test_stored_replies_replace_unreachable_models_only_if_settings_are_unchanged(
     changed: dict[str, Any], problem: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(config: Config, *_: Any) -> None:

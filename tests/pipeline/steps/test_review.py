@@ -40,7 +40,7 @@ class Reviewed:
             write_table(shard.step_file(BEFORE), [table], SCHEMA)
 
     def apply(self, *reviews: tuple[int, dict[str, Any]]) -> list[dict[str, Any]]:
-        """Apply reviews, given with the position of their row, and return all rows in order."""
+        """Apply reviews, each with the position of its row, and return all rows in order."""
         all_reviews = []
         for n, review in reviews:
             sample_id, content = text_name(self.rows[n])

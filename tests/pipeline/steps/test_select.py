@@ -1,4 +1,4 @@
-"""The best of several captions of one image and style is kept, next to the text of the worst."""
+"""Of several captions of one image and style, the best is kept with the text of the worst."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def test_most_consistent_caption_is_kept() -> None:
     marked = selected(captions("A dog on grass.", "A dog runs on grass.", longest, "A cat sleeps."))
     assert marked["reason"].to_pylist() == ["not_the_best", None, "not_the_best", "not_the_best"]
     assert marked["rejected_text"].to_pylist() == [None, "A cat sleeps.", None, None]
-    # Mean F1 of its content words {dog, runs, on, grass} and the content words of each other caption.
+    # The score is the mean F1 of the content words with those of each other caption.
     assert marked["selection_score"][1].as_py() == pytest.approx((6 / 7 + 8 / 10 + 0) / 3)
     repeated = "A cat sleeps on a mat."
     assert kept(captions("A dog.", repeated, repeated)) == [repeated]
@@ -73,7 +73,7 @@ def test_first_of_tied_captions_is_kept_without_a_rejected_text() -> None:
         ("A red dog runs.", "A cat sits on a mat.", "The dog runs fast here."),
         ("One.", "Two three.", "Three four."),
     ):
-        # The scores are sums of the same numbers in another order.
+        # Scores are equal, although their sums have another order.
         marked = selected(captions(*texts, *texts))
         assert marked["reason"].to_pylist().index(None) < len(texts)
         scores = marked["selection_score"].to_pylist()

@@ -112,7 +112,7 @@ def test_group_by_folder_keeps_folders_together(tmp_path: Path, shards: int) -> 
 
 
 def test_folders_with_common_near_duplicates_are_in_one_split(tmp_path: Path) -> None:
-    """Image 1 of each even day looks like image 0 of the next day; the last images have no folder."""
+    """One image of each even day looks like an image of the next day."""
     ids = IDS[:200]
     names = [f"day{n // 4:02}/{n}.jpg" if n < 160 else f"{n}.jpg" for n in range(200)]
     groups = [ids[n - 3] if n < 160 and n % 8 == 4 else ids[n] for n in range(200)]

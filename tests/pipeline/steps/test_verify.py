@@ -144,7 +144,7 @@ def test_evidence_needed_to_reject_a_claim_depends_on_false_alarms_about_true_te
         assert found == [None if is_kept else "false_claim", None, None]
 
 
-def test_question_answered_blind_is_rejected_only_if_most_images_share_the_answer() -> None:
+def test_question_answered_without_its_image_is_rejected_only_if_most_images_share_the_answer() -> None:
     def asked(answer: str) -> dict[str, Any]:
         return QUESTION | {"clean_answer": answer, "checks": [check("blind", "red", answer)]}
 

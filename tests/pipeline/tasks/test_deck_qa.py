@@ -16,7 +16,9 @@ INVALID_EXPRESSIONS = "|1 +|1 / 0|9 ** 9 ** 9|__import__('os')|abs(3)|True + 1|[
         ("12.5% + 7.5%", "20", True), ("50 - 12.5", "37.5%", True), ("600 + 600", "1,200 people", True),
     ],
 )  # fmt: skip
-def test_answer_equals_value_rounded_to_its_decimals(expression: str, answer: str, expected: object) -> None:
+def test_answer_may_be_rounded_to_any_number_of_decimals(
+    expression: str, answer: str, expected: object
+) -> None:
     assert equals_rounded(expression, answer) == expected
 
 

@@ -1,4 +1,4 @@
-"""Task schemas: the wire schema has only enforced keywords; the row model checks the rest."""
+"""Task schemas: a server gets the keywords that it enforces, and rows are checked for all."""
 
 import json
 from typing import Any

@@ -84,7 +84,7 @@ def test_loss_is_the_negative_log_likelihood_of_next_tokens(build: Build) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_have_the_lowest_loss_without_a_cache(build: Build, kind: str) -> None:
+def test_greedy_generation_chooses_the_tokens_of_lowest_loss(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     prompt = torch.tensor([[2, 3]] * 2)
     written = captioner.generate(states, prompt, GREEDY)
@@ -156,7 +156,7 @@ def test_decoding_options_change_score_and_length(build: Build, recwarn: pytest.
     assert not recwarn.list
 
 
-def test_later_generations_do_not_patch_weight_initialization_again(
+def test_later_generations_reuse_the_model_of_the_first_generation(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captioner, states, prompt = build("scratch"), torch.randn(2, N, V), torch.tensor([[2, 3]] * 2)

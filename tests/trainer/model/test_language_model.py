@@ -1,4 +1,4 @@
-"""Pretrained decoders: texts do not see each other, and are packed if the model allows it."""
+"""Pretrained decoders: texts do not attend to each other, and are packed if possible."""
 
 import json
 from typing import Any
@@ -24,14 +24,13 @@ LINEAR: dict[str, Any] = {
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
 GPT2 = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
-# Its config contains infinity.
+# The config of this model contains infinity.
 GRANITE_H: dict[str, Any] = {
     "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8,
     "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48, "num_local_experts": 0,
     "num_experts_per_tok": 0, "logits_scaling": 2.0,
 }  # fmt: skip
-# For each model type: its settings, and whether texts can be packed. The embeddings of opt are narrower than
-# its layers, and the logits of gemma2 are close to their cap.
+# For each model type: its settings, and whether texts can be packed.
 FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "llama": (BASE, True),
     "qwen3": (BASE, True),

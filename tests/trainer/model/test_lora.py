@@ -1,4 +1,4 @@
-"""LoRA adapters: only they learn, they start without effect, and merge into the saved weights."""
+"""Only LoRA adapters are trained, and they are merged into the saved weights."""
 
 import pytest
 import torch

@@ -245,7 +245,7 @@ def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(fa
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_later_step_of_generation_has_only_the_last_token(name: str, tmp_path: Path) -> None:
+def test_later_generation_step_gets_only_the_last_token(name: str, tmp_path: Path) -> None:
     """transformers 5.24 renamed the argument `past_key_values` to `cache`."""
     model, _ = load_with_transformers(save_kind("scratch", tmp_path))
     cache, keys = transformers.DynamicCache(), torch.zeros(1, 1, 3, 4)

@@ -1,4 +1,4 @@
-"""Scratch shards: a shard of an object store is filled on a disk of the node, and no reply is lost."""
+"""Replies for an object store are first written to a disk of the node, and none is lost."""
 
 import os
 import shutil
