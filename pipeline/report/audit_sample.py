@@ -1,8 +1,4 @@
-"""Choose random texts for an audit, and write them as an HTML page or as tasks for a labeling tool.
-
-The page shows one text at a time next to its image, and makes no network requests. Model text is untrusted:
-the script never parses it as HTML.
-"""
+"""Choose random texts for an audit, and write them as an HTML page or as tasks for a labeling tool."""
 
 from pathlib import Path
 from typing import Any
