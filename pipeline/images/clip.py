@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from pipeline.errors import EngineError, one_line
+from pipeline.errors import EngineError
+from pipeline.hub_errors import translate_hub_errors
 from pipeline.install import install_command
 
 BATCH = 32
@@ -28,14 +29,10 @@ def require_clip(name: str) -> None:
         return
     if "/" not in model_id:
         raise EngineError(f"no CLIP {name}", unknown=name, known=CLIP_MODELS, hint=CLIP_HINT)
-    import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with translate_hub_errors(model_id, "model", EngineError, CLIP_HINT):
         snapshot_download(model_id, allow_patterns=["config.json"], etag_timeout=3)
-    except (OSError, ValueError, HfHubHTTPError, httpx2.TransportError) as error:
-        raise EngineError(f"cannot load CLIP {name}: {one_line(error)[:200]}", hint=CLIP_HINT) from None
 
 
 class ClipScorer:
