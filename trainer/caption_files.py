@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,22 +57,17 @@ def find_images(names: Iterable[str]) -> list[Path]:
     return list(images)
 
 
-def require_caption_file(path: Path) -> None:
-    """Raise ConfigError if a path does not end in .jsonl, or is a folder."""
-    if path.suffix != ".jsonl" or path.is_dir():
-        raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
-
-
 @contextmanager
 def open_captions(
     path: Path, settings: dict[str, Any]
 ) -> Iterator[tuple[set[str], Callable[[list[Row]], None]]]:
     """Yield the images that an earlier run captioned, and a function that adds the rows of an image.
 
-    All rows are written to `path` when the context ends. Raises ConfigError if an earlier run, finished or
-    interrupted, used different settings.
+    All rows are written to `path` when the context ends. Raises ConfigError if `path` is not a .jsonl file,
+    or if an earlier run, finished or interrupted, used different settings.
     """
-    require_caption_file(path)
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     header: Row = {"settings": settings}
     draft, record = (path.with_name(f".{path.name}.{suffix}") for suffix in ("unfinished", "settings"))
@@ -136,12 +131,7 @@ def write_captions(path: Path, rows: list[Row]) -> None:
     write_text(path, _lines(rows))
 
 
-@dataclass(slots=True)
-class CaptionedImages:
-    """The result of a run: the number of texts written, and the images that could not be read."""
-
-    num_written: int = 0
-    unread: list[tuple[Path, ImageError]] = field(default_factory=list)
+Unread = list[tuple[Path, ImageError]]  # images that could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +155,12 @@ class CaptionTask:
 
     def run(
         self, images: list[Path], write: Callable[[Path, list[str]], int], progress: Progress
-    ) -> CaptionedImages:
+    ) -> tuple[int, Unread]:
         """Call `write` with each image and its texts, one per style.
 
-        `write` returns the number of added texts.
+        `write` returns the number of added texts. Returns their sum, and the unreadable images.
         """
-        result, pairs = CaptionedImages(), ((path, path) for path in images)
+        num_written, unread, pairs = 0, Unread(), ((path, path) for path in images)
         styles = [style or None for style in self.styles]
         if num_kept := len(self.images) - len(images):
             progress.message(f"kept the existing texts of {num_kept:,} images")
@@ -179,23 +169,24 @@ class CaptionTask:
         stream = self.captioner.stream(pairs, styles, self.question, self.batch_size, self.num_beams)
         for count, (path, texts) in enumerate(stream, start=1):
             if isinstance(texts, ImageError):
-                result.unread.append((path, texts))
+                unread.append((path, texts))
             else:
-                result.num_written += write(path, texts)
+                num_written += write(path, texts)
             # Report progress after whole batches only: the images of a batch finish together, so the speed
             # would be wrong in between.
             if count % self.batch_size == 0 or count == len(images):
                 progress("caption", count, len(images))
-        return result
+        return num_written, unread
 
 
 def caption_images(
     task: CaptionTask, out: Path | None, checkpoint: Path, progress: Progress, show: Callable[[Row], None]
-) -> CaptionedImages:
+) -> tuple[int, Unread]:
     """Write captions to the file `out`, or to text files next to the images if `out` is SIDECARS.
 
     If `out` is None, rows are passed to `show`. Texts of an earlier run with these settings, and existing
-    text files, are kept. Raises ConfigError if an earlier run wrote to `out` with different settings.
+    text files, are kept. Returns the number of new texts, and the unreadable images. Raises ConfigError if
+    an earlier run wrote to `out` with different settings.
     """
 
     def show_rows(path: Path, texts: list[str]) -> int:
