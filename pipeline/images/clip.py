@@ -1,6 +1,7 @@
 """CLIP score of an image and a text: the cosine similarity of their embeddings (Radford et al., 2021)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from logging import CRITICAL
 from pathlib import Path
@@ -35,6 +36,21 @@ def require_clip(name: str) -> None:
         snapshot_download(model_id, allow_patterns=["config.json"], etag_timeout=3)
 
 
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Hide progress bars and load reports, such as a table of unused weights."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
 class ClipScorer:
     """Scores image-text pairs with CLIP. `name` is clip, metaclip, tiny-clip, a folder or a Hub model id.
 
@@ -45,29 +61,21 @@ class ClipScorer:
         try:
             import torch
             from transformers import CLIPModel, CLIPProcessor
-            from transformers.utils import logging
         except ModuleNotFoundError as error:
             hint = install_command("train")
             raise EngineError(f"CLIP models need the package {error.name}", hint=hint) from None
         model_id = CLIP_MODELS.get(name, name)
-        logging.disable_progress_bar()
-        verbosity = logging.get_verbosity()
-        # transformers would print a table of weights before its error.
-        logging.set_verbosity(CRITICAL)
+        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
         try:
-            loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
-            model, info = loaded
-            if info["missing_keys"]:  # transformers fills these weights with random values
-                raise ValueError(
-                    f"its files lack weights that CLIP needs, such as {min(info['missing_keys'])}"
-                )
-            self._model: Any = model.eval()
-            self._processor: Any = CLIPProcessor.from_pretrained(model_id)
+            with silence_transformers():
+                model, info = CLIPModel.from_pretrained(model_id, **options)
+                if missing := info["missing_keys"]:  # transformers fills these weights with random values
+                    raise ValueError(f"its files lack weights that CLIP needs, such as {min(missing)}")
+                self._model: Any = model.eval()
+                self._processor: Any = CLIPProcessor.from_pretrained(model_id)
         except Exception as error:  # noqa: BLE001  # loaders raise any exception for other models
             reason = str(error).strip().partition("\n")[0][:200]
             raise EngineError(f"cannot load CLIP {name}: {reason}", hint=CLIP_HINT) from None
-        finally:
-            logging.set_verbosity(verbosity)
         context_tokens = self._model.config.text_config.max_position_embeddings
         self._truncation = {"truncation": True, "max_length": context_tokens}
         if len(self._processor.tokenizer) < self._model.config.text_config.vocab_size // 2:
