@@ -54,13 +54,10 @@ def score_each(
 
 
 def score(
-    hypotheses: Sequence[Tokens],
-    references: References,
-    per_image: Mapping[str, Sequence[float]] | None = None,
+    hypotheses: Sequence[Tokens], references: References, per_image: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
-    """Return all corpus scores. `per_image` is the result of `score_each`, if it was computed already."""
+    """Return all corpus scores. `per_image` is the result of `score_each`."""
     scores = {f"bleu_{n}": value for n, value in enumerate(bleu(hypotheses, references), 1)}
-    per_image = per_image or score_each(hypotheses, references)
     return scores | {name: sum(values) / len(values) for name, values in per_image.items()}
 
 
