@@ -65,10 +65,12 @@ class ClipScorer:
             hint = install_command("train")
             raise EngineError(f"CLIP models need the package {error.name}", hint=hint) from None
         model_id = CLIP_MODELS.get(name, name)
-        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
         try:
             with silence_transformers():
-                model, info = CLIPModel.from_pretrained(model_id, **options)
+                loaded: Any = CLIPModel.from_pretrained(
+                    model_id, dtype=torch.float32, output_loading_info=True
+                )
+                model, info = loaded
                 if missing := info["missing_keys"]:  # transformers fills these weights with random values
                     raise ValueError(f"its files lack weights that CLIP needs, such as {min(missing)}")
                 self._model: Any = model.eval()
