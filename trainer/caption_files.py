@@ -73,7 +73,8 @@ def open_captions(
     draft, record = (path.with_name(f".{path.name}.{suffix}") for suffix in ("unfinished", "settings"))
     busy = ConfigError(f"another process is writing {path.name}", hint="wait, or choose another --out")
     with hold_lock(path.with_name(f".{path.name}.lock"), busy):
-        if path.exists() and not (record.exists() and _read(record) == _lines([header]).encode()):
+        earlier = read_regular(record, max_bytes=MAX_TEXT_BYTES) if record.exists() else b""
+        if path.exists() and earlier != _lines([header]).encode():
             problem = f"{path} already exists, and is not from this captioner with these settings"
             raise ConfigError(problem, hint="remove it, or choose another --out")
         rows = _read_rows(path, draft, settings)
@@ -100,7 +101,8 @@ def _read_rows(path: Path, draft: Path, settings: dict[str, Any]) -> list[Row]:
     """
     file = draft if draft.exists() else path
     # Not splitlines(): a caption may contain other line separators.
-    lines = _read(file).decode("utf-8", "replace").split("\n") if file.exists() else [""]
+    data = read_regular(file, max_bytes=MAX_TEXT_BYTES) if file.exists() else b""
+    lines = data.decode("utf-8", "replace").split("\n")
     header, lines = (lines[0], lines[1:-1]) if file == draft else ("", [*filter(None, lines)])
     if not lines:
         return []
@@ -116,10 +118,6 @@ def _read_rows(path: Path, draft: Path, settings: dict[str, Any]) -> list[Row]:
     except JSON_ERRORS as error:
         problem = f"{file} is damaged: {error}"
     raise ConfigError(problem, hint=f"remove {file}, or choose another --out")
-
-
-def _read(path: Path) -> bytes:
-    return read_regular(path, max_bytes=MAX_TEXT_BYTES)
 
 
 def _lines(rows: list[Row]) -> str:

@@ -102,8 +102,6 @@ def serve_captioner(
 
     from trainer.captioner import Captioner  # imports torch, which takes seconds
 
-    # Load and run the model in the same thread, since it runs 1.5 times faster in the first thread that uses
-    # OpenMP.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     beams = num_beams or loaded.usual_beams

@@ -80,7 +80,7 @@ def test_cut_texts_are_reported(version: Version, clip: str, tmp_path: Path) -> 
     config = SMALL.model_copy(update={"encoder": clip, "steps": 1, "max_caption_tokens": 3})
     train_captioner(version, config, tmp_path, progress=notes)
     (warning,) = [text for text in notes.texts if text.startswith("warning: ")]
-    assert "texts are longer than 3 tokens: they are cut off" in warning
+    assert "texts are longer than 3 tokens: they are cut after" in warning
 
 
 def test_questions_are_asked_about_matching_and_shuffled_images(
