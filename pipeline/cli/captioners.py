@@ -33,6 +33,7 @@ def caption(
     """
     from pipeline.storage.files import translate_disk_errors
     from trainer.caption_files import SIDECARS, find_images
+    from trainer.runtime.checkpoint_folder import require_prompt
 
     if question is not None and not question.strip():
         problem = "the question is empty; leave out --question to get captions"
@@ -42,6 +43,7 @@ def caption(
         raise BadParameter(problem, param_hint="--style")
     folder = find_checkpoint(captioner)
     paths = find_images(images)
+    require_prompt(folder, None if style == "all" else style, question or "")
 
     from trainer.caption_files import CaptionTask, caption_images
     from trainer.captioner import Captioner  # imports torch, which takes seconds

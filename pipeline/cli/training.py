@@ -107,8 +107,10 @@ def evaluate(
     """Score a captioner on a split, and again with shuffled images."""
     from pipeline.images.clip import require_clip
     from pipeline.storage.files import translate_disk_errors
+    from trainer.runtime.checkpoint_folder import require_prompt
 
     checkpoint = find_checkpoint(captioner)
+    require_prompt(checkpoint, style)
     if clip_score:
         require_clip(clip_score)
     version = open_data(data, images)

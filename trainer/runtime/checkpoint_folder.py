@@ -1,7 +1,8 @@
 """Find captioners and check checkpoint folders, without loading weights."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +68,29 @@ def require_learned(prompts: Sequence[tuple[str, str]], style: str | None = None
         raise TrainError(problem, unknown=style, known=styles, hint=f"choose one of {', '.join(styles)}")
 
 
-def read_models(folder: Path) -> dict[str, Any]:
-    """Return the settings that a run must copy from the captioner it continues. Loads no weights.
+def require_prompt(folder: Path, style: str | None, question: str = "") -> None:
+    """Call `require_learned` for the captioner in a folder without loading its weights."""
+    with _config_of(folder) as config:
+        prompts = [(str(source), str(learned)) for source, learned in config["prompts"]]
+    require_learned(prompts, style, question)
 
-    Raises TrainError if config.json is damaged or lacks a key.
-    """
-    try:
-        config = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+
+def read_models(folder: Path) -> dict[str, Any]:
+    """Return the settings that a run must copy from the captioner it continues. Loads no weights."""
+    with _config_of(folder) as config:
         encoder = config["encoder"]
         return {
             "encoder": str(encoder["made_from"]["name"]),
             "encoder_states": encoder["states"],
             "decoder": str(config["data"]["decoder"]),
         }
+
+
+@contextmanager
+def _config_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the config.json of a captioner. Raises TrainError if it is damaged or lacks a key."""
+    try:
+        yield json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     except READ_ERRORS as error:
         lacks = "its config.json lacks " if isinstance(error, KeyError) else ""
         raise no_captioner(folder, f"{lacks}{one_line(error)}") from None
