@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,27 +57,24 @@ def find_images(names: Iterable[str]) -> list[Path]:
     return list(images)
 
 
-def require_caption_file(path: Path) -> None:
-    """Raise ConfigError if a path does not end in .jsonl, or is a folder."""
-    if path.suffix != ".jsonl" or path.is_dir():
-        raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
-
-
 @contextmanager
 def open_captions(
     path: Path, settings: dict[str, Any]
 ) -> Iterator[tuple[set[str], Callable[[list[Row]], None]]]:
     """Yield the images that an earlier run captioned, and a function that adds the rows of an image.
 
-    All rows are written to `path` at the end. Raises ConfigError if an earlier run used different settings.
+    All rows are written to `path` when the context ends. Raises ConfigError if `path` is not a .jsonl file,
+    or if an earlier run, finished or interrupted, used different settings.
     """
-    require_caption_file(path)
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     header: Row = {"settings": settings}
     draft, record = (path.with_name(f".{path.name}.{suffix}") for suffix in ("unfinished", "settings"))
     busy = ConfigError(f"another process is writing {path.name}", hint="wait, or choose another --out")
     with hold_lock(path.with_name(f".{path.name}.lock"), busy):
-        if path.exists() and not (record.exists() and _read(record) == _lines([header]).encode()):
+        earlier = read_regular(record, max_bytes=MAX_TEXT_BYTES) if record.exists() else b""
+        if path.exists() and earlier != _lines([header]).encode():
             problem = f"{path} already exists, and is not from this captioner with these settings"
             raise ConfigError(problem, hint="remove it, or choose another --out")
         rows = _read_rows(path, draft, settings)
@@ -100,7 +97,8 @@ def _read_rows(path: Path, draft: Path, settings: dict[str, Any]) -> list[Row]:
     """Return the rows of an earlier run. Raises ConfigError if they are damaged."""
     file = draft if draft.exists() else path
     # Not splitlines(): a caption may contain other line separators.
-    lines = _read(file).decode("utf-8", "replace").split("\n") if file.exists() else [""]
+    data = read_regular(file, max_bytes=MAX_TEXT_BYTES) if file.exists() else b""
+    lines = data.decode("utf-8", "replace").split("\n")
     header, lines = (lines[0], lines[1:-1]) if file == draft else ("", [*filter(None, lines)])
     if not lines:
         return []
@@ -118,10 +116,6 @@ def _read_rows(path: Path, draft: Path, settings: dict[str, Any]) -> list[Row]:
     raise ConfigError(problem, hint=f"remove {file}, or choose another --out")
 
 
-def _read(path: Path) -> bytes:
-    return read_regular(path, max_bytes=MAX_TEXT_BYTES)
-
-
 def _lines(rows: list[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -131,12 +125,7 @@ def write_captions(path: Path, rows: list[Row]) -> None:
     write_text(path, _lines(rows))
 
 
-@dataclass(slots=True)
-class CaptionedImages:
-    """The result of a run: the number of texts written, and the images that could not be read."""
-
-    num_written: int = 0
-    unread: list[tuple[Path, ImageError]] = field(default_factory=list)
+Unread = list[tuple[Path, ImageError]]  # images that could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +149,12 @@ class CaptionTask:
 
     def run(
         self, images: list[Path], write: Callable[[Path, list[str]], int], progress: Progress
-    ) -> CaptionedImages:
-        """Pass each image and its texts to `write`, which returns the number of texts that it added."""
-        result, pairs = CaptionedImages(), ((path, path) for path in images)
+    ) -> tuple[int, Unread]:
+        """Call `write` with each image and its texts, one per style.
+
+        `write` returns the number of added texts. Returns their sum, and the unreadable images.
+        """
+        num_written, unread, pairs = 0, Unread(), ((path, path) for path in images)
         styles = [style or None for style in self.styles]
         if num_kept := len(self.images) - len(images):
             progress.message(f"kept the existing texts of {num_kept:,} images")
@@ -171,22 +163,24 @@ class CaptionTask:
         stream = self.captioner.stream(pairs, styles, self.question, self.batch_size, self.num_beams)
         for count, (path, texts) in enumerate(stream, start=1):
             if isinstance(texts, ImageError):
-                result.unread.append((path, texts))
+                unread.append((path, texts))
             else:
-                result.num_written += write(path, texts)
-            # The images of a batch finish together, so the speed would be wrong within a batch.
+                num_written += write(path, texts)
+            # Report progress after whole batches only: the images of a batch finish together, so the speed
+            # would be wrong in between.
             if count % self.batch_size == 0 or count == len(images):
                 progress("caption", count, len(images))
-        return result
+        return num_written, unread
 
 
 def caption_images(
     task: CaptionTask, out: Path | None, checkpoint: Path, progress: Progress, show: Callable[[Row], None]
-) -> CaptionedImages:
+) -> tuple[int, Unread]:
     """Write captions to the file `out`, or to text files next to the images if `out` is SIDECARS.
 
-    If `out` is None, rows are passed to `show`. Existing text files, and texts of an earlier run with the
-    same settings, are kept. Raises ConfigError if an earlier run wrote to `out` with different settings.
+    If `out` is None, rows are passed to `show`. Texts of an earlier run with these settings, and existing
+    text files, are kept. Returns the number of new texts, and the unreadable images. Raises ConfigError if
+    an earlier run wrote to `out` with different settings.
     """
 
     def show_rows(path: Path, texts: list[str]) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.errors import ImageError, TrainError, one_line
 from pipeline.images.decode import MAX_IMAGE_BYTES, prepare_image
 from pipeline.images.upright import upright_rgb
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.storage.untrusted import read_regular
 from trainer.model.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.prompts import find_question, preferred_source
@@ -167,8 +167,6 @@ class Captioner:
             if isinstance(picture, str | PathLike):
                 picture = read_regular(Path(picture).expanduser(), max_bytes=MAX_IMAGE_BYTES)
             image = upright_rgb(picture) if isinstance(picture, Image.Image) else prepare_image(picture)
-        except UnsafeFileError as error:
-            return ImageError(error.reason, str(error))
         except OSError as error:
             return ImageError("unreadable_file", error.strerror or str(error))
         except ImageError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,8 @@ VALIDATION_STATE = ("best_score", "best_cider_d", "best_loss", "evaluations_with
 SCORE_DIGITS = 3
 
 
-class MicroBatch(NamedTuple):
-    """Images of one forward pass, with their texts."""
-
-    loaded: Tensor
-    texts: TextBatch
-    examples: list[Example]
+# One forward pass: pixels or stored states (see trainer/features.py), texts, and images.
+MicroBatch = tuple[Tensor, TextBatch, list[Example]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +73,7 @@ class BatchLoader:
         texts = self.collate(examples)
         own, count = examples[self.rank :: self.processes], self.config.gradient_accumulation_steps
         parts = [part for first in range(count) if (part := own[first::count])]
-        loaded = [MicroBatch(self.features.load(part), self.collate(part), part) for part in parts]
+        loaded = [(self.features.load(part), self.collate(part), part) for part in parts]
         return Batch(loaded, len(examples), int(texts.learned_CT.sum()), texts.total_weight)
 
     def collate(self, examples: list[Example]) -> TextBatch:
@@ -123,9 +119,10 @@ class Validation:
         losses = {} if loss is None else {"validation_loss": loss}
         scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled_cider_d}
         if log:
-            log.write(step=done, **losses, **scores)
-        # Scores are often equal, for example 0 early in training. Then the lower loss wins or, without
-        # validation texts, the later step.
+            log.add(step=done, **losses, **scores)
+            log.flush()
+        # Scores are often equal: about 0 early in training, and always 0 with a single image, because CIDEr-D
+        # weights words by rarity. Then the lower loss wins or, without validation texts, the later step.
         score, tie_breaker = round(cider_d, SCORE_DIGITS), float(done) if loss is None else -loss
         if (score, tie_breaker) > (self.best_score, -self.best_loss):
             if log:

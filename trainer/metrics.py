@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 
 from pipeline.digests import digest
-from pipeline.text.normalize import combining_marks, has_marks
+from pipeline.text.normalize import combining_marks
 
 Tokens = Sequence[str]
 References = Sequence[Sequence[Tokens]]
@@ -21,10 +21,8 @@ NgramWeights = dict[tuple[str, ...], float]
 MAX_N = 4
 CIDER_SIGMA = 6.0
 _APOSTROPHES = str.maketrans("\u2018\u2019\u02bc", "'''")
-_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['-][^\W_]+)*")
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer: scripts without spaces between words.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-_HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 
 
 def tokenize(text: str) -> list[str]:
@@ -32,13 +30,11 @@ def tokenize(text: str) -> list[str]:
 
     In scripts without spaces, such as Chinese, each character is a token, as in sacreBLEU (Post, 2018).
     """
-    lower = text.lower().translate(_APOSTROPHES)
-    is_plain = lower.isascii() or not (has_marks(lower) or _HAS_UNSPACED.search(lower))
-    return (_WORD if is_plain else _any_word()).findall(lower)
+    return _word().findall(text.lower().translate(_APOSTROPHES))
 
 
 @cache
-def _any_word() -> re.Pattern[str]:
+def _word() -> re.Pattern[str]:
     marks = combining_marks()
     letter = rf"(?:(?![_{_UNSPACED}])[\w{marks}])"
     return re.compile(rf"\d+(?:[.,]\d+)+|(?=\w)[{_UNSPACED}][{marks}]*|{letter}+(?:['-]{letter}+)*")
@@ -53,13 +49,10 @@ def score_each(
 
 
 def score(
-    hypotheses: Sequence[Tokens],
-    references: References,
-    per_image: Mapping[str, Sequence[float]] | None = None,
+    hypotheses: Sequence[Tokens], references: References, per_image: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
-    """Return all corpus scores. `per_image` is the result of `score_each`, if it was computed already."""
+    """Return all corpus scores. `per_image` is the result of `score_each`."""
     scores = {f"bleu_{n}": value for n, value in enumerate(bleu(hypotheses, references), 1)}
-    per_image = per_image or score_each(hypotheses, references)
     return scores | {name: sum(values) / len(values) for name, values in per_image.items()}
 
 

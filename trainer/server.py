@@ -271,8 +271,7 @@ class CaptionServer:
         except TrainError as error:  # the prompt does not fit in the decoder
             raise HTTPException(400, str(error)) from None
         model, kept = self.captioner.checkpoint.captioner, ids[: request.max_tokens]
-        limit = model.max_new_tokens(model.encoder.count_states(), len(prompt))
-        is_cut = len(kept) < len(ids) or len(ids) == limit
+        is_cut = len(kept) < len(ids) or len(ids) == model.config.max_caption_tokens
         text = self.captioner.checkpoint.tokenizer.decode(kept)
         return completion(request, self.name, text, (len(prompt), len(kept)), is_cut=is_cut)
 
@@ -292,8 +291,6 @@ class CaptionServer:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip()
         if request.method == "POST" and content_type != "application/json":
             raise HTTPException(415, "the Content-Type must be application/json")
-        if "content-encoding" in request.headers:
-            raise HTTPException(400, "content encodings are not supported")
 
 
 async def read_body(request: Request) -> bytes:

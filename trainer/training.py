@@ -5,7 +5,6 @@ learning rates, and `scst` maximizes the rewards of sampled captions. Each stage
 cosine decay. An interrupted run can be resumed. On a CPU, its results are bit-identical.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,7 @@ def train_captioner(
     metrics.json and captions.jsonl (test images). Until the run ends, resume.pt holds the state to resume
     from.
 
-    Raises StoreError if the version lacks a split. Raises TrainError if there is nothing to learn or to
-    resume, `out` has another captioner, a model is missing, or the loss diverges.
+    Raises the errors of `trainer.train`.
     """
     rank, processes = join_processes()
     report = NullProgress() if rank or progress is None else progress
@@ -80,11 +78,13 @@ def train_captioner(
     # All checks come first, because storing hidden states may take hours.
     checkpoint = build_checkpoint(version, config, sets["train"], init)
     checkpoint.captioner.to(device)
-    config = config.model_copy(update={"max_caption_tokens": checkpoint.captioner.config.max_caption_tokens})
-    _require_positions(checkpoint, texts_of([*sets["train"], *sets["validation"]]))
-    if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
-        # The decoder must be measured in full float32 precision.
-        _ = checkpoint.captioner.decoder.probed
+    max_tokens = checkpoint.captioner.config.max_caption_tokens
+    config = config.model_copy(update={"max_caption_tokens": max_tokens})
+    encoder, decoder = checkpoint.captioner.encoder, checkpoint.captioner.decoder
+    features: LoadedFeatures = OnlineFeatures(encoder, device)
+    if isinstance(decoder, PretrainedDecoder):
+        _ = decoder.probed  # the probe needs full float32 precision
+        decoder.require_positions(features(sets["train"][:1]).shape[1], max_tokens)
     _warn_of_unlearned(version, checkpoint, texts_of(sets["train"]), report)
     state = load_resume(out, settings, run) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
@@ -92,8 +92,6 @@ def train_captioner(
         choose_references(sets[split], style)
 
     out.mkdir(parents=True, exist_ok=True)
-    encoder = checkpoint.captioner.encoder
-    features: LoadedFeatures = OnlineFeatures(encoder, device)
     if encoder.config.frozen and config.feature_storage != "none":
         examples = [example for examples in sets.values() for example in examples]
         features = store_features(encoder, examples, version.dataset_dir / FEATURES, device, report)
@@ -139,18 +137,6 @@ def _warn_of_unlearned(
         progress.message(f"the captioner was trained earlier on {source} {version.name}")
     if columns := version.manifest.get("own_columns"):
         progress.message(f"not used in training (columns of custom tasks): {', '.join(columns)}")
-
-
-def _require_positions(checkpoint: Checkpoint, texts: list[TargetText]) -> None:
-    """Raise TrainError if an image and the longest text need more positions than the decoder has."""
-    limit = checkpoint.captioner.config.max_caption_tokens
-    decoder, tokenizer = checkpoint.captioner.decoder, checkpoint.tokenizer
-    if not isinstance(decoder, PretrainedDecoder) or decoder.max_positions == math.inf:
-        return
-    num_states = checkpoint.captioner.encoder.count_states()
-    counts = zip(texts, tokenizer.count_tokens(texts), strict=True)
-    longest = max(len(tokenizer.prompt(text)) + min(count, limit) for text, count in counts)
-    decoder.require_positions(num_states, longest)
 
 
 def _describe(trainer: Trainer) -> str:

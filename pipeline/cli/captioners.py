@@ -32,7 +32,7 @@ def caption(
     With --out, the same command resumes after an interruption, and captions only new images after that.
     """
     from pipeline.storage.files import translate_disk_errors
-    from trainer.caption_files import SIDECARS, find_images, require_caption_file
+    from trainer.caption_files import SIDECARS, find_images
     from trainer.runtime.checkpoint_folder import require_prompt
 
     if question is not None and not question.strip():
@@ -44,8 +44,6 @@ def caption(
     folder = find_checkpoint(captioner)
     paths = find_images(images)
     require_prompt(folder, None if style == "all" else style, question or "")
-    if out not in (None, SIDECARS):
-        require_caption_file(out)
 
     from trainer.caption_files import CaptionTask, caption_images
     from trainer.captioner import Captioner
@@ -63,16 +61,16 @@ def caption(
             style = f" ({row['style']})" if "style" in names else ""
             echo(f"{row['image']}{style}: {row.get('caption', row.get('answer'))}")
 
-        result = caption_images(job, out, folder, progress, show_row)
-    for path, error in result.unread:
+        num_written, unread = caption_images(job, out, folder, progress, show_row)
+    for path, error in unread:
         say(f"cannot read {path}: {error}", WARNING)
     if out is not None:
-        if result.num_written and out != SIDECARS:
-            say(f"wrote {out} ({result.num_written:,} new texts)")
+        if num_written and out != SIDECARS:
+            say(f"wrote {out} ({num_written:,} new texts)")
         if as_json:
-            unread = [str(path) for path, _ in result.unread]
-            echo(json.dumps({"path": str(out), "written": result.num_written, "unread": unread}))
-    if len(result.unread) == len(paths):
+            names_unread = [str(path) for path, _ in unread]
+            echo(json.dumps({"path": str(out), "written": num_written, "unread": names_unread}))
+    if len(unread) == len(paths):
         raise TrainError("no image could be read", hint="pass image files")
 
 
@@ -106,8 +104,6 @@ def serve_captioner(
 
     from trainer.captioner import Captioner
 
-    # Load and run the model in the same thread, since it runs 1.5 times faster in the first thread that uses
-    # OpenMP.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     beams = num_beams or loaded.usual_beams

@@ -6,7 +6,7 @@ texts comes from an audit, or else from a judge, corrected for the errors of the
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.config.sections import Servers, cost_of
 from pipeline.dataset.audit import whole_tasks
@@ -18,15 +18,6 @@ from pipeline.types import UNITS
 CAPTIONS, QUESTIONS, CHECKS = "captions", "questions", ""
 _HUMAN = {CAPTIONS: "human_captions", QUESTIONS: "human_questions"}
 Entry = Mapping[str, Any]
-
-
-class _RightShare(NamedTuple):
-    """The estimated share of correct texts, with its 95 % interval and the source of the estimate."""
-
-    share: float
-    low: float
-    high: float
-    source: str
 
 
 def describe_price(
@@ -91,8 +82,8 @@ def _amounts_in_words(entries: list[Entry], manifest: Mapping[str, Any]) -> str:
         problem = "per correct text: not measured" if len(measured) < len(numbers) else "no correct text"
         return f"{words}; {problem}"
     bounds = f"[{tokens / high:,.0f}, {f'{tokens / low:,.0f}' if low else 'no upper bound'}]"
-    sources = " and ".join(sorted({share.source for _, share in measured}))
-    return f"{words}; {_rate(tokens, cost, right)} per correct text, tokens {bounds} ({sources})"
+    sources = " and ".join(sorted({source for _, (*_, source) in measured}))
+    return f"{words}; {_rate(tokens, cost, right)} per right text, tokens {bounds} ({sources})"
 
 
 def _rate(tokens: int, cost: float, number: float) -> str:
@@ -104,8 +95,8 @@ def _plain(value: float) -> str:
     return f"{Decimal(f'{value:.3g}'):,f}"
 
 
-def _right_share(kind: str, manifest: Mapping[str, Any]) -> _RightShare | None:
-    """Return the share of correct texts of a kind, or None if it was not measured.
+def _right_share(kind: str, manifest: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
+    """Return the share of right texts of a kind, its 95 % interval and its source, or None if not measured.
 
     The estimates cover all texts, so nothing is known about the texts of a model if human texts were kept.
     """
@@ -113,11 +104,11 @@ def _right_share(kind: str, manifest: Mapping[str, Any]) -> _RightShare | None:
         return None
     for rate in whole_tasks(manifest.get("audit")):
         if rate["task"] == kind and rate["wrong"] is not None:
-            return _RightShare(1 - rate["wrong"], 1 - rate["high"], 1 - rate["low"], "audit")
+            return 1 - rate["wrong"], 1 - rate["high"], 1 - rate["low"], "audit"
     judge = next((check for check in manifest.get("checks", []) if check["check"] == JUDGE), None)
     # A judge that rated only some texts states nothing about the others.
     if judge and kind in _HUMAN and JUDGE not in manifest.get("skipped_checks", {}):
         true = judge["true"]
         if true and true["share"] is not None:
-            return _RightShare(true["share"], true["low"], true["high"], "judge, before rejection")
+            return true["share"], true["low"], true["high"], "judge, before rejection"
     return None

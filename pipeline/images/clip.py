@@ -1,6 +1,7 @@
 """CLIP score of an image and a text: the cosine similarity of their embeddings (Radford et al., 2021)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from logging import CRITICAL
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from pipeline.errors import EngineError, one_line
+from pipeline.errors import EngineError
+from pipeline.hub_errors import translate_hub_errors
 from pipeline.install import install_command
 
 BATCH = 32
@@ -28,14 +30,25 @@ def require_clip(name: str) -> None:
         return
     if "/" not in model_id:
         raise EngineError(f"no CLIP {name}", unknown=name, known=CLIP_MODELS, hint=CLIP_HINT)
-    import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with translate_hub_errors(model_id, "model", EngineError, CLIP_HINT):
         snapshot_download(model_id, allow_patterns=["config.json"], etag_timeout=3)
-    except (OSError, ValueError, HfHubHTTPError, httpx2.TransportError) as error:
-        raise EngineError(f"cannot load CLIP {name}: {one_line(error)[:200]}", hint=CLIP_HINT) from None
+
+
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Hide progress bars and load reports, such as a table of unused weights."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
 
 
 class ClipScorer:
@@ -48,29 +61,23 @@ class ClipScorer:
         try:
             import torch
             from transformers import CLIPModel, CLIPProcessor
-            from transformers.utils import logging
         except ModuleNotFoundError as error:
             hint = install_command("train")
             raise EngineError(f"CLIP models need the package {error.name}", hint=hint) from None
         model_id = CLIP_MODELS.get(name, name)
-        logging.disable_progress_bar()
-        verbosity = logging.get_verbosity()
-        # transformers would print a table of weights before its error.
-        logging.set_verbosity(CRITICAL)
         try:
-            loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
-            model, info = loaded
-            if info["missing_keys"]:  # transformers fills these weights with random values
-                raise ValueError(
-                    f"its files lack weights that CLIP needs, such as {min(info['missing_keys'])}"
+            with silence_transformers():
+                loaded: Any = CLIPModel.from_pretrained(
+                    model_id, dtype=torch.float32, output_loading_info=True
                 )
-            self._model: Any = model.eval()
-            self._processor: Any = CLIPProcessor.from_pretrained(model_id)
+                model, info = loaded
+                if missing := info["missing_keys"]:  # transformers fills these weights with random values
+                    raise ValueError(f"its files lack weights that CLIP needs, such as {min(missing)}")
+                self._model: Any = model.eval()
+                self._processor: Any = CLIPProcessor.from_pretrained(model_id)
         except Exception as error:  # noqa: BLE001  # loaders raise any exception for other models
             reason = str(error).strip().partition("\n")[0][:200]
             raise EngineError(f"cannot load CLIP {name}: {reason}", hint=CLIP_HINT) from None
-        finally:
-            logging.set_verbosity(verbosity)
         context_tokens = self._model.config.text_config.max_position_embeddings
         self._truncation = {"truncation": True, "max_length": context_tokens}
         if len(self._processor.tokenizer) < self._model.config.text_config.vocab_size // 2:

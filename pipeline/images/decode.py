@@ -29,13 +29,10 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 ORIENTATION = 0x0112  # EXIF tag
 ROTATED_90 = (5, 6, 7, 8)
 MAX_IMAGE_BYTES = 100_000_000
-# One image token of Qwen2.5-VL covers 28 x 28 px.
-PATCH_PX = 28
-# The size is checked before decoding, because a 12 kB file can claim 100 million pixels.
-MAX_PIXELS = 50_000_000
-# The processor of Qwen2.5-VL allows ratios of up to 200.
-MAX_ASPECT_RATIO = 100
-MAX_SCANS = 100  # a progressive JPEG usually has about ten scans
+PATCH_PX = 28  # one image token of Qwen2.5-VL covers 28 x 28 px: 2 x 2 patches of 14 px
+MAX_PIXELS = 50_000_000  # checked before decoding, because a 12 kB file can claim 100 million pixels
+MAX_ASPECT_RATIO = 100  # below the limit of Qwen2.5-VL's processor, which is 200
+MAX_SCANS = 100  # more take too long to decode; a progressive JPEG usually has about ten
 _JPEG_FORMATS = ("JPEG", "MPO")
 # This pattern counts scans three times as fast as bytes.count.
 _SCAN = re.compile(rb"\xff\xda")
@@ -203,7 +200,7 @@ def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterat
                 raise ImageError("too_narrow", f"{size}: the aspect ratio is over {MAX_ASPECT_RATIO}")
             is_counted = counts_scans and image.format in _JPEG_FORMATS
             if is_counted and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
-                raise too_many_scans()
+                raise ImageError("too_many_scans", f"more than {MAX_SCANS} scans")
             if image.mode in ("I", "F"):
                 raise ImageError(
                     "unsupported_depth", f"the value range of 32-bit pixels ({image.mode}) is unknown"
@@ -221,11 +218,6 @@ def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterat
         raise ImageError("unreadable_image", "unknown image format") from None
     except Exception as error:  # noqa: BLE001  # Pillow's decoders raise any exception on damaged files
         raise ImageError("unreadable_image", one_line(error)) from None
-
-
-def too_many_scans() -> ImageError:
-    """Return the error to raise for a JPEG with too many scans, which would take too long to decode."""
-    return ImageError("too_many_scans", f"more than {MAX_SCANS} scans")
 
 
 def is_heic(data: bytes | memoryview) -> bool:

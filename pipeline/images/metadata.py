@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from PIL import ImageOps
 
-from pipeline.images.decode import JPEG_QUALITY, MAX_SCANS, ORIENTATION, open_image, too_many_scans
+from pipeline.images.decode import JPEG_QUALITY, ORIENTATION, open_image
 
 _ICC_PROFILE = b"ICC_PROFILE\0"
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # FF 00 and FF D0 to FF D7 are part of the scan
@@ -31,7 +31,7 @@ _PNG_COMPRESS_LEVEL = 4
 def strip_metadata(data: bytes) -> bytes:
     """Return an image file without metadata, or the same object if it has none.
 
-    Raises ImageError if a file must be encoded again but is damaged, or if it has too many scans.
+    Raises ImageError if a file must be encoded again but is damaged.
     """
     if not data.startswith((_JPEG_SIGNATURE, _PNG_SIGNATURE)):
         return _encode(data)
@@ -47,7 +47,7 @@ def strip_metadata(data: bytes) -> bytes:
 def _strip_jpeg(data: bytes) -> Iterator[bytes]:
     """Yield the parts of a JPEG file that are needed to decode its first image (ITU T.81, annex B)."""
     yield b"\xff\xd8"
-    start, has_orientation, num_scans = 2, False, 0
+    start, has_orientation = 2, False
     while True:
         if data[start] != 0xFF:
             raise ValueError("a segment was expected")
@@ -78,9 +78,6 @@ def _strip_jpeg(data: bytes) -> Iterator[bytes]:
             yield data[start:end]
         start = end
         if kind == 0xDA:  # start of a scan, followed by its data
-            num_scans += 1
-            if num_scans > MAX_SCANS:
-                raise too_many_scans()
             marker = _MARKER_AFTER_SCAN.search(data, start)
             if marker is None:
                 raise ValueError("no end of image")

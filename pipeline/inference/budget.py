@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.config.sections import ServerConfig, Servers, cost_of
+from pipeline.config.sections import Servers, cost_of
 from pipeline.errors import EngineError
 from pipeline.types import DEFAULT_MODEL, UNANSWERED, Reply, Request
 
@@ -80,21 +80,17 @@ class Budget:
         self.cost += self._price(request, read, written)
 
     def _fits(self, tokens: int, cost: float) -> bool:
-        if self.server.max_requests is not None and self.requests >= self.server.max_requests:
+        limits = self.servers[DEFAULT_MODEL]
+        if limits.max_requests is not None and self.requests >= limits.max_requests:
             return False
         for limit, spent, reserved, most in (
-            (self.server.max_total_tokens, self.tokens, self._reserved_tokens, tokens),
-            (self.server.max_cost, self.cost, self._reserved_cost, cost),
+            (limits.max_total_tokens, self.tokens, self._reserved_tokens, tokens),
+            (limits.max_cost, self.cost, self._reserved_cost, cost),
         ):
             next_cost = reserved + most if self._reserved else spent / max(1, self.requests)
             if limit is not None and (spent >= limit or spent + next_cost > limit):
                 return False
         return bool(self._longest_prompt_tokens) or len(self._reserved) < FIRST_REQUESTS
-
-    @property
-    def server(self) -> ServerConfig:
-        """The settings with the limits."""
-        return self.servers[DEFAULT_MODEL]
 
     def _price(self, request: Request, read: int, written: int) -> float:
         return cost_of({request.model: (read, written)}, self.servers) or 0.0
@@ -103,11 +99,12 @@ class Budget:
         """Raise BudgetError if the budget does not allow a further request."""
         if self._reserved or self._fits(0, 0.0):
             return
-        digits = 2 if (self.server.max_cost or 1) >= 1 else 6
+        server = self.servers[DEFAULT_MODEL]
+        digits = 2 if (server.max_cost or 1) >= 1 else 6
         limits = (
-            ("{:,} of {:,} requests", self.requests, self.server.max_requests),
-            ("{:,} of {:,} tokens", self.tokens, self.server.max_total_tokens),
-            (f"{{:,.{digits}f}} of {{:,.{digits}f}} cost", self.cost, self.server.max_cost),
+            ("{:,} of {:,} requests", self.requests, server.max_requests),
+            ("{:,} of {:,} tokens", self.tokens, server.max_total_tokens),
+            (f"{{:,.{digits}f}} of {{:,.{digits}f}} cost", self.cost, server.max_cost),
         )
         spent = [text.format(count, limit) for text, count, limit in limits if limit is not None]
         problem = f"the budget is used up: {', '.join(spent)} over all runs in this folder"

@@ -62,11 +62,6 @@ class Endpoint:
         parts = [part for value in values for part in (value, value.rpartition(" ")[2])]
         self.keys = [part for part in parts if len(part) >= MIN_KEY_CHARACTERS]
 
-    @property
-    def root(self) -> str:
-        """The URL without /v1, under which vLLM serves /health."""
-        return self.url.removesuffix("/v1")
-
     def error_message(self, answer: bytes) -> str:
         """Return the message in the body of an error response, on one line and without API keys."""
         return protocol.error_message(answer, self.keys)
@@ -116,7 +111,7 @@ class Endpoint:
 
     async def is_healthy(self) -> bool:
         """Return whether /health answers 2xx. After 3xx or 4xx, /models must answer with status < 500."""
-        for page in (f"{self.root}/health", f"{self.url}/models"):
+        for page in (f"{self.url.removesuffix('/v1')}/health", f"{self.url}/models"):
             status = await status_of(page, self.headers, socket_path=self.socket_path, proxy=self.proxy)
             if status is None or status >= 500 or status < 300:
                 return status is not None and status < 300

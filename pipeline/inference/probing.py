@@ -55,10 +55,8 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
             continue
         if models is None:
             if wanted is None:
-                raise EngineError(
-                    f"{endpoint.url} does not list its models",
-                    hint="pass the name of the model: --model NAME",
-                )
+                hint = "pass the name of the model: --model NAME"
+                raise EngineError(f"{endpoint.url} does not list its models", hint=hint)
             return wanted, ""
         if wanted is None and len(models) != 1:
             hint = f"choose one: --model {shown_models(models)}"
@@ -197,9 +195,8 @@ def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
     if "temperature" in dialect.left_out:
         progress.warn(f"{endpoint.url} uses its own sampling temperature: replies are not greedy")
     if dialect.states_schema:
-        progress.warn(
-            f"{endpoint.url} does not enforce JSON schemas: synth checks each reply, and retries invalid ones"
-        )
+        problem = f"{endpoint.url} does not enforce JSON schemas"
+        progress.warn(f"{problem}: synth checks each reply, and retries invalid ones")
 
 
 async def _probe(

@@ -1,7 +1,4 @@
-"""Choose random texts for an audit, and write them as an HTML page or as tasks for a labeling tool.
-
-Model text is untrusted, so the script of the page never parses it as HTML.
-"""
+"""Choose random texts for an audit, and write them as an HTML page or as tasks for a labeling tool."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,4 @@
-"""Write a report: one HTML file that opens without a server.
-
-Model text is untrusted: the template escapes it, and the script never parses it as HTML.
-"""
+"""Write a report: one HTML file that opens without a server."""
 
 import os
 from collections import Counter
@@ -18,7 +15,6 @@ from pipeline.dataset.limits import SCORED, score_curves
 from pipeline.dataset.price import price_in_words
 from pipeline.dataset.reviews import REASONS, Verdict, read_stored
 from pipeline.dataset.version import TRIAL, Version
-from pipeline.errors import ConfigError
 from pipeline.report.html import page_script, render_page, script_hash, script_literal, thumbnail_uri
 from pipeline.report.rows import images_of, read_rejected, read_rows, steps_match
 from pipeline.storage.files import read_batches, write_text
@@ -30,7 +26,6 @@ SMALL_REPORT_THUMBNAIL_BYTES, THUMBNAIL_BYTES = 16_384, 4_096
 SCRIPT_ROWS = 1000
 BATCH_ROWS = 64
 MAX_REJECTED_PICTURES = 50  # per reason
-GENERATOR = '<meta name="generator" content="synth report">'  # only pages with this tag are overwritten
 
 
 def write_report(version: Version, folder: Path) -> Path:
@@ -77,16 +72,10 @@ def write_report(version: Version, folder: Path) -> Path:
         cost=cost or None,
         price_in_words=price_in_words,
         asking_s=cost.get("asking_s", 0.0),
-        generator=GENERATOR,
         scripts=scripts,
         script_hashes=[script_hash(script) for script in scripts],
     )
     page = folder / "report.html"
-    if page.exists():
-        with page.open(encoding="utf-8", errors="replace") as file:
-            if GENERATOR not in file.read(4096):
-                hint = "move it away: the report would overwrite it"
-                raise ConfigError(f"{page} is not a report written by synth", hint=hint)
     write_text(page, text)
     return page
 

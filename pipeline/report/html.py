@@ -1,6 +1,6 @@
-"""Render HTML pages with inline style sheets, scripts and thumbnails.
+"""Render HTML pages with inline style sheets, scripts and thumbnails, which make no network requests.
 
-Model text is untrusted: the template escapes all of it.
+Model text is untrusted: the templates escape all of it, and the scripts never parse it as HTML.
 """
 
 import base64

@@ -54,7 +54,7 @@ def run(
     settings: dict[str, Any] = {"styles": ("brief",), "batch_size": 2} | more
     job = CaptionTask(captioner, find_images(names), **settings)
     try:
-        unread = caption_images(job, out, model, Steps(interrupt), rows.append).unread
+        _, unread = caption_images(job, out, model, Steps(interrupt), rows.append)
     except KeyboardInterrupt:
         unread = []
     return unread, rows, seen

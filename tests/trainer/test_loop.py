@@ -69,11 +69,11 @@ def test_text_weights_depend_on_style_and_source(version: Version, clip: str) ->
     loader = trainer_of(version, encoder=clip, text_source="mixed", text_weights=weights).loader
     examples = loader.examples[:3]
     loaded = loader.load(examples)
-    (batch,) = loaded.micro_batches
+    ((_, texts, _),) = loaded.micro_batches
     expected = {("human", "brief"): 3.0, ("synthetic", "brief"): 1.0, ("synthetic", "detailed"): 0.25}
     learned = [expected.get((text.source, text.style), 0.0) for e in examples for text in e.texts]
-    assert batch.texts.weight_C.tolist() == learned and {*learned} >= {3.0, 1.0, 0.25}
-    assert loaded.weight == batch.texts.total_weight < loaded.num_tokens * 3
+    assert texts.weight_C.tolist() == learned and {*learned} >= {3.0, 1.0, 0.25}
+    assert loaded.weight == texts.total_weight < loaded.num_tokens * 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from trainer.metrics import cider_d, score, tokenize
+from trainer.metrics import cider_d, score, score_each, tokenize
 
 Corpus = tuple[list[list[str]], list[list[list[str]]]]
 
@@ -31,7 +31,7 @@ def test_scores_equal_those_of_pycocoevalcap(seed: int) -> None:
     hypotheses, references = random_corpus(seed)
     references_by_image = {n: [" ".join(r) for r in texts] for n, texts in enumerate(references)}
     hypotheses_by_image = {n: [" ".join(h)] for n, h in enumerate(hypotheses)}
-    scores = score(hypotheses, references)
+    scores = score(hypotheses, references, score_each(hypotheses, references))
     bleus, _ = Bleu(4).compute_score(references_by_image, hypotheses_by_image, verbose=0)
     assert [scores[f"bleu_{n}"] for n in range(1, 5)] == pytest.approx(bleus, abs=1e-12)
     rouge, _ = Rouge().compute_score(references_by_image, hypotheses_by_image)

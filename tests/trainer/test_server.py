@@ -268,17 +268,6 @@ def test_request_of_lost_client_is_dropped(captioner: Captioner, monkeypatch: py
     assert len(written) == 2
 
 
-def test_text_that_reaches_the_last_position_of_the_model_has_finish_reason_length(
-    url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = captioner.checkpoint.captioner
-    num_tokens = model.encoder.count_states() + len(captioner.prompt("detailed"))
-    monkeypatch.setattr(model.decoder, "max_positions", num_tokens + 2)
-    monkeypatch.setattr(Captioner, "write", lambda *_: [[5, 6]])
-    _, answer, _ = request(url, CHAT, chat(png(1), "detailed"))
-    assert answer["choices"][0]["finish_reason"] == "length"
-
-
 @pytest.mark.parametrize(
     ("error", "status"), [(TrainError("ask a shorter question"), 400), (RuntimeError("a secret path"), 500)]
 )

@@ -127,12 +127,6 @@ class Encoder(Tower):
         prepared: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return prepared
 
-    @torch.inference_mode()
-    def count_states(self) -> int:
-        """Return M, the number of hidden states per image for the decoder."""
-        device = next(self.parameters()).device
-        return int(self(self.pixels([_TEST_IMAGE]).to(device)).shape[1])
-
     def key(self) -> str:
         """Return a digest of the settings and weights, which identifies stored features."""
         settings = [self.config.model, self.config.processor, self.config.states]
@@ -182,10 +176,7 @@ def load_encoder(name: str, *, states: str = "all", frozen: bool | None = None) 
         _require_unused(encoder, missing)
     except pretrained.LOAD_ERRORS as error:
         reason, hint = pretrained.reason_of(error), f"pass {', '.join(ENCODERS)}, {TINY_VIT}, or a folder"
-        if Path(model_id).is_dir() and not (Path(model_id) / "preprocessor_config.json").exists():
-            reason = "its folder has no preprocessor_config.json, the settings of the image processor"
-            hint = "save the image processor of the model in that folder with save_pretrained"
-        elif isinstance(error, AttributeError):
+        if isinstance(error, AttributeError):
             reason = f"it is not a vision transformer: {reason}"
         raise TrainError(f"cannot load encoder {name}: {reason}", hint=hint) from None
     return _require_states(encoder)

@@ -5,8 +5,6 @@ continue from the prefix, and a mask limits attention to the prefix and the toke
 recurrent layers ignore such a mask. The first use therefore compares packed and separate texts. If their
 states differ, texts are not packed.
 
-LoRA adapters (adapters.py) are merged into the saved weights.
-
 Shapes: B images, C texts, T tokens per text, P prefix states, S tokens per packed row, L = P + S, D width,
 V vocabulary.
 """
@@ -27,6 +25,7 @@ from transformers import (
 )
 
 from pipeline.errors import TrainError, one_line
+from pipeline.images.clip import silence_transformers
 from trainer.config import DECODERS
 from trainer.model import adapters, pretrained, text_loss
 from trainer.model.adapters import is_adapter
@@ -218,7 +217,7 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
         model, missing = pretrained.load_weights(AutoModelForCausalLM, model_id, config=config)
         if missing:
             raise ValueError(f"its files lack weights that the language model needs, such as {missing[0]}")
-        with pretrained.silence_transformers():
+        with silence_transformers():
             tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no end-of-text token (eos_token in tokenizer_config.json)")

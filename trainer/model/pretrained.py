@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import logging
+
+from pipeline.images.clip import silence_transformers
 
 UNUSED_SETTINGS = {"architectures", "dtype", "id2label", "label2id", "transformers_version"}
 # Settings that make transformers download files or run code.
@@ -123,19 +123,6 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(inner, str(key))
 
 
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Hide progress bars and load reports, such as those about an unused pooling layer."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
-
-
 def load_config(model_id: str) -> PreTrainedConfig:
     """Load a config from a folder or the Hub. Raises one of LOAD_ERRORS, also for quantized weights."""
     path = Path(model_id)
@@ -166,8 +153,4 @@ def reason_of(error: BaseException) -> str:
     text = str(error).strip()
     if "trust_remote_code" in text:
         return "it needs code from its repository, which synth never runs"
-    if "ignore_mismatched_sizes" in text:
-        return "the shapes of its weights do not match its config"
-    if "backend tokenizer" in text:
-        return "its tokenizer cannot be read"
     return text.partition("\n")[0][:MAX_REASON_CHARACTERS]

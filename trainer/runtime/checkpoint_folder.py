@@ -35,9 +35,7 @@ def find_captioner(name: str | Path) -> Path:
     hint = "check the name and the network, then try again"
     with translate_hub_errors(str(name), "model", TrainError, hint, or_folder=True):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CAPTIONER_FILES)))
-    if missing := [file for file in CAPTIONER_FILES if not (folder / file).is_file()]:
-        problem = f"{repo} is not a captioner made by synth: it lacks {missing[0]}"
-        raise TrainError(problem, hint="pass the repository of a captioner")
+    require_checkpoint(folder)
     return folder
 
 

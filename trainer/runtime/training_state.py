@@ -98,11 +98,6 @@ class Log:
                 file.write(json.dumps(line | dict.fromkeys(odd)) + "\n")
         self._lines = []
 
-    def write(self, **values: float | int | str) -> None:
-        """Add a line and flush."""
-        self.add(**values)
-        self.flush()
-
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the complete lines of a log. Raises TrainError if a line is damaged."""

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import DECKS
-from pipeline.errors import ConfigError
 from pipeline.report import build
 from pipeline.report.build import THUMBNAIL_BYTES, write_report
 from pipeline.report.html import script_hash
@@ -58,16 +57,6 @@ def test_large_report_shows_images_with_lowest_ids(tmp_path: Path, monkeypatch: 
     assert "15 of 40 images, drawn at random, are in this report" in page
     ids = {sample.id for sample in scene_samples(40)}
     assert set(re.findall(r'"id":"([0-9a-f]{64})"', page)) == set(sorted(ids)[:15])
-
-
-def test_file_that_synth_did_not_write_is_not_replaced(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(4))
-    page = write_report(version, tmp_path)
-    assert write_report(version, tmp_path) == page
-    page.write_text("<h1>my report</h1>")
-    with pytest.raises(ConfigError, match=r"report\.html is not a report written by synth"):
-        write_report(version, tmp_path)
-    assert page.read_text() == "<h1>my report</h1>"
 
 
 def test_step_with_lost_rows_is_marked(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         checks = {"checks": ["alignment"], "clip_model": "nobody/nothing"}
         config = resolve(source="scenes", limit=3, model="model", base_url=[chat.url], verify=checks)
-        with pytest.raises(EngineError, match="cannot load CLIP nobody/nothing"):
+        with pytest.raises(EngineError, match="nobody/nothing is not in the cache"):
             generate_dataset(config, tmp_path / "d")
         assert not chat.bodies
 

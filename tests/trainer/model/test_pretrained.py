@@ -88,7 +88,7 @@ def test_damaged_or_mismatching_files_are_refused(tmp_path: Path, save: Any, loa
             load(folder)
     weights.write_bytes(whole)
     change(folder, "config.json", intermediate_size=48)
-    with pytest.raises(TrainError, match="the shapes of its weights do not match its config"):
+    with pytest.raises(TrainError, match=r"cannot load (encoder|decoder) "):
         load(folder)
 
 

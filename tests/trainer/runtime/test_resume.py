@@ -114,7 +114,8 @@ def test_resuming_with_other_pretrained_weights_is_refused(
 
 def test_nan_is_logged_as_null(tmp_path: Path) -> None:
     log = Log(tmp_path / "log.jsonl", 0)
-    log.write(step=1, loss=float("nan"), norm=float("inf"), rate=0.5)
+    log.add(step=1, loss=float("nan"), norm=float("inf"), rate=0.5)
+    log.flush()
 
     def refuse(constant: str) -> None:
         pytest.fail(constant)
