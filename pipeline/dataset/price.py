@@ -83,7 +83,7 @@ def _amounts_in_words(entries: list[Entry], manifest: Mapping[str, Any]) -> str:
         return f"{words}; {problem}"
     bounds = f"[{tokens / high:,.0f}, {f'{tokens / low:,.0f}' if low else 'no upper bound'}]"
     sources = " and ".join(sorted({source for _, (*_, source) in measured}))
-    return f"{words}; {_rate(tokens, cost, right)} per right text, tokens {bounds} ({sources})"
+    return f"{words}; {_rate(tokens, cost, right)} per correct text, tokens {bounds} ({sources})"
 
 
 def _rate(tokens: int, cost: float, number: float) -> str:
@@ -96,7 +96,7 @@ def _plain(value: float) -> str:
 
 
 def _right_share(kind: str, manifest: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
-    """Return the share of right texts of a kind, its 95 % interval and its source, or None if not measured.
+    """Return the share of correct texts of a kind, its 95 % interval and its source, or None if not measured.
 
     The estimates cover all texts, so nothing is known about the texts of a model if human texts were kept.
     """
