@@ -363,6 +363,9 @@ def gives_answer_away(question: str, answer: str) -> bool:
         asked = words_of(_PLACE.split(question, maxsplit=1)[0])
     stems = [_stem(word) for word in asked if word not in _ARTICLES]
     wanted = [_stem(word) for word in answer_words]
+    told = [_stem(word) for word in answer_words if word == "no" or word not in language.FUNCTION_WORDS]
+    if asked[:1] != ["which"] and 0 < len(told) < len(wanted) > 2 and {*told} <= {*stems} - {"no"}:
+        return True
     return any(stems[start : start + len(wanted)] == wanted for start in range(len(stems) - len(wanted) + 1))
 
 
@@ -412,7 +415,7 @@ def is_general(row: RuleInput) -> bool:
     """Return True if a caption or question fits nearly any image."""
     if row.is_caption:
         return artifacts.is_too_general(row.words)
-    answer_words = row.texts[-1][1] if row.answer else []
+    answer_words = row.texts[-1][1] if row.answer and not row.is_read else []
     is_vague = _ANY_ANSWER.issuperset(answer_words) and not _VAGUE.isdisjoint(answer_words)
     return is_vague or bool(_GENERAL_QUESTION.match(row.main.lower()))
 
