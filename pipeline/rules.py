@@ -93,9 +93,13 @@ _NOT_KNOWN = pattern("not_known", re.IGNORECASE)
 _UNREAD = pattern("unread", re.IGNORECASE)
 # Texts on signs and forms that resemble answers that say nothing.
 _ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
-# Values of cells in tables and forms.
-_IN_CELL = re.compile(r"n/?a|null|none|unknown|unspecified|nan|tbd|-+", re.IGNORECASE)
-_CELLS = frozenset(("cell", "column", "field", "form", "row", "spreadsheet"))
+# Values in tables, forms and programs.
+_VALUE = re.compile(
+    r"n/?a|null|none|un(?!read)\w+|not (?!legible|readable|clear|sure|\w+ \w)\w+|nan|nil|tbd|todo|error|blank|invalid|-+",
+    re.IGNORECASE,
+)
+_FIELDS = frozenset(WORDS["field"].split())
+_SYMBOLS = frozenset(("emoji", "emojis", "punctuation", "symbol", "symbols"))
 _NO_WORDS = re.compile(r"[\W_]*")
 _ANOTHER_QUESTION = pattern("another_question", re.IGNORECASE)
 _HOW_MANY = re.compile(
@@ -321,12 +325,13 @@ def says_nothing(answer: str) -> bool:
 
 
 def is_unanswered(row: RuleInput) -> bool:
-    """Return True if an answer says nothing, unless it may be the text on a sign or in a cell."""
+    """Return True if an answer says nothing, unless it may be a symbol or the text on a sign or in a field."""
     answer = row.answer
     if answer is None or not row.is_read:
         return answer is not None and (says_nothing(answer) or answer.endswith("?"))
-    is_in_cell = not _CELLS.isdisjoint(row.words) and _IN_CELL.fullmatch(answer)
-    may_be_sign = is_in_cell or _ON_SIGN.fullmatch(answer)
+    is_value = not _FIELDS.isdisjoint(row.words) and _VALUE.fullmatch(answer)
+    is_symbol = not _SYMBOLS.isdisjoint(row.words) and _NO_WORDS.fullmatch(answer)
+    may_be_sign = is_value or is_symbol or _ON_SIGN.fullmatch(answer)
     return not may_be_sign and (says_nothing(answer) or bool(_UNREAD.search(answer)))
 
 
