@@ -118,6 +118,10 @@ def _judge(
         clean_answer, answer_redactions = _clean(answer)
         main = clean_text or clean_question or ""
         words = words_of(main)
+        texts: Texts = ((main, words),)
+        if clean_answer:
+            texts = (*texts, (clean_answer, words_of(clean_answer)))
+        unquoted = tuple([_without_quotes(*text) for text in texts])
         scores = Scores(
             clean_text=clean_text,
             clean_question=clean_question,
@@ -126,12 +130,8 @@ def _judge(
             word_count=count_words(main, words),
             answer_word_count=len(clean_answer.split()) if clean_answer else 0,
             redaction_count=text_redactions + question_redactions + answer_redactions,
-            **_measure(main, words, config.language),
+            **_measure(*unquoted[0], config.language),
         )
-        texts: Texts = ((main, words),)
-        if clean_answer:
-            texts = (*texts, (clean_answer, words_of(clean_answer)))
-        unquoted = tuple([_without_quotes(*text) for text in texts])
         origin = (style or "", answer_type, is_built_in, caption_words)
         row = RuleInput(scores, words, config, prompt_grams, texts, unquoted, *origin)
         applied = rules.rules_for(row)
@@ -165,10 +165,10 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams, *, is_
     return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 
 
-def _without_quotes(text: str, words: Words) -> tuple[str, frozenset[str]]:
-    """Return a text and its distinct words without the quotes in it, which may be from signs or screens."""
+def _without_quotes(text: str, words: Words) -> tuple[str, Words]:
+    """Return a text and its words without the quotes in it, which may be from signs or screens."""
     rest = language.unquoted(text)
-    return rest, frozenset(words if rest is text else words_of(rest))
+    return rest, words if rest is text else words_of(rest)
 
 
 def _redact_within(value: Any) -> tuple[Any, int]:

@@ -183,7 +183,7 @@ class RuleInput(NamedTuple):
     config: FilterConfig
     prompt_grams: Grams
     texts: Texts
-    unquoted: tuple[tuple[str, frozenset[str]], ...]
+    unquoted: Texts
     style: str = ""
     answer_type: str | None = None
     is_built_in: bool = False
@@ -260,8 +260,8 @@ def is_repetitive(row: RuleInput) -> bool:
     is_double = half > 1 and row.words[0] == row.words[half] and row.words[:half] == row.words[half:]
     if is_double or has_many_repeats or scores.distinct_word_frac < config.min_distinct_word_frac:
         return True
-    for text, words in row.texts[:1] if row.main else row.texts:
-        if artifacts.has_run(text) or artifacts.counts_on(words) or artifacts.stutters(text, words):
+    for text, words in row.unquoted[:1] if row.main else row.unquoted:
+        if artifacts.has_run(text) or artifacts.counts_on(words) or artifacts.stutters(words):
             return True
         # A repeated sentence has repeated trigrams, and a list has many commas or sentences.
         may_repeat = scores.duplicate_trigram_frac or text.count(", ") + text.count(". ") >= MAX_EQUAL_PARTS

@@ -19,6 +19,7 @@ _SPECIAL = re.compile(r"[^a-zA-Z0-9 ,.\"'\-?!;:()/&%$]")
 _SPECIAL_COLON = re.compile(r"[A-Zxywh]\d?\s*:")
 _SPECIAL_PARTS = (
     "--", "$$", "..", ",,", " / ", "ounding box", "bbox", "oordinate", "pixel", " OR ", "XXX", "addCriterion",
+    "orem ipsum",
 )  # fmt: skip
 _ENDING_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]{1,2}$")
 _MARKUP = pattern("markup")
@@ -80,7 +81,7 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
     """Return whether a text has tags, template tokens, Markdown, JSON, escapes, file names or coordinates."""
     if may_end_in_emoji:
         text = text[:-2] + _ENDING_EMOJI.sub("", text[-2:])
-    if _LIST_OR_ROLE.match(text) or "orem ipsum dolor" in text:
+    if _LIST_OR_ROLE.match(text):
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
@@ -164,12 +165,9 @@ def has_run(text: str) -> bool:
     return max(map(len, text.split()), default=0) >= MIN_RUN_CHARACTERS and bool(_RUN.search(text))
 
 
-def stutters(text: str, words: list[str]) -> bool:
-    """Return whether two different words outside of quotes are doubled, as in "on on the the"."""
-    if sum(map(eq, words, words[1:])) < 2:
-        return False
-    words = words_of(unquoted(text))
-    return len({one for one, other in pairwise(words) if one == other and not one.isdigit()}) > 1
+def stutters(words: list[str]) -> bool:
+    """Return whether two different words are doubled, as in "on on the the"."""
+    return sum(map(eq, words, words[1:])) > 1 and len({one for one, other in pairwise(words) if one == other and not one.isdigit()}) > 1
 
 
 def counts_on(words: list[str]) -> bool:

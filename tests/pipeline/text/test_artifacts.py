@@ -147,7 +147,7 @@ def of_words(detects: Callable[[list[str]], bool]) -> Callable[[str], bool]:
         (has_run, RUNS, ("A very looooong kite", "1-800-555-0000000")),
         (lambda text: is_cut_off(text, words_of(text)), (*ENDS, *OPEN_ENDS), WHOLE_ENDS),
         (of_words(counts_on), COUNTED, ("A phone keypad with 0 1 2 3 4 5 6 7 8 9",)),
-        (lambda text: stutters(text, words_of(text)), ("The the kite is is red",), NO_STUTTERS),
+        (lambda text: stutters(words_of(unquoted(text))), ("The the kite is is red",), NO_STUTTERS),
         (of_words(is_too_general), GENERAL, ("A photo of a kite", "Two people", "")),
     ],
 )
