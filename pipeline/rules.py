@@ -84,7 +84,7 @@ _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|n
 
 # The answer to a question with one of these words may be any text, unless the question asks for a color.
 _READING_WORDS = frozenset(WORDS["reading"].split())
-_OTHERWISE_ASKED = frozenset(("color", "colors", "colour", "colours"))
+_OTHERWISE_ASKED = frozenset(("color", "colors", "colour", "colours", "made", "material", "shape"))
 
 # Answers that say nothing: their beginnings, and words anywhere, as in "age unknown".
 _NO_ANSWER = pattern("says_nothing", re.IGNORECASE, before=rf"\W*{expression('it_is')}")
@@ -99,7 +99,7 @@ _VALUE = re.compile(
     re.IGNORECASE,
 )
 _FIELDS = frozenset(WORDS["field"].split())
-_SYMBOLS = frozenset(("emoji", "emojis", "punctuation", "symbol", "symbols"))
+_SYMBOLS = frozenset(("bubble", "emoji", "emojis", "key", "operator", "punctuation", "symbol", "symbols"))
 _NO_WORDS = re.compile(r"[\W_]*")
 _ANOTHER_QUESTION = pattern("another_question", re.IGNORECASE)
 _HOW_MANY = re.compile(
@@ -126,6 +126,8 @@ _REPEATED_ANSWER = re.compile(r"([a-z]+)(?:(?:,? and |, )\1)+|([a-z]+)(?: \2){2,
 # Answers that consist of these words fit any question.
 _VAGUE = frozenset(WORDS["vague"].split())
 _ANY_ANSWER = _VAGUE | frozenset(WORDS["with_vague"].split())
+# Nouns that add nothing to a circular answer, as in "The cat is in a place".
+_EMPTY_NOUNS = _VAGUE | {"color", "person", "place"}
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 _OFTEN_REPEATED = frozenset(("yes", "no", "both", "left", "right"))
 _FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
@@ -331,7 +333,8 @@ def is_unanswered(row: RuleInput) -> bool:
         return answer is not None and (says_nothing(answer) or answer.endswith("?"))
     is_value = not _FIELDS.isdisjoint(row.words) and _VALUE.fullmatch(answer)
     is_symbol = not _SYMBOLS.isdisjoint(row.words) and _NO_WORDS.fullmatch(answer)
-    may_be_sign = is_value or is_symbol or _ON_SIGN.fullmatch(answer)
+    is_printed = answer.isupper() and answer.isalpha()
+    may_be_sign = is_value or is_symbol or is_printed or _ON_SIGN.fullmatch(answer)
     return not may_be_sign and (says_nothing(answer) or bool(_UNREAD.search(answer)))
 
 
@@ -368,8 +371,9 @@ def gives_answer_away(question: str, answer: str) -> bool:
         asked = words_of(_PLACE.split(question, maxsplit=1)[0])
     stems = [_stem(word) for word in asked if word not in _ARTICLES]
     wanted = [_stem(word) for word in answer_words]
-    told = [_stem(word) for word in answer_words if word == "no" or word not in language.FUNCTION_WORDS]
-    if asked[:1] != ["which"] and 0 < len(told) < len(wanted) > 2 and {*told} <= {*stems} - {"no"}:
+    content = [word for word in answer_words if word == "no" or word not in language.FUNCTION_WORDS]
+    told = {_stem(word) for word in content if word not in _EMPTY_NOUNS}
+    if content and len(answer_words) > max(2, len(told)) and asked[:1] != ["which"] and told <= {*stems} - {"no"}:
         return True
     return any(stems[start : start + len(wanted)] == wanted for start in range(len(stems) - len(wanted) + 1))
 
