@@ -126,7 +126,6 @@ def _judge(
             clean_text=clean_text,
             clean_question=clean_question,
             clean_answer=clean_answer,
-            clean_record=None,
             word_count=count_words(main, words),
             answer_word_count=len(clean_answer.split()) if clean_answer else 0,
             redaction_count=text_redactions + question_redactions + answer_redactions,
@@ -148,12 +147,8 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams, *, is_
     joined = " ".join(parts)
     words = words_of(joined)
     scores = Scores(
-        clean_text=None,
-        clean_question=None,
-        clean_answer=None,
         clean_record=json.dumps(clean, ensure_ascii=False) if redactions else record,
         word_count=count_words(joined, words),
-        answer_word_count=0,
         redaction_count=redactions,
         **_measure(joined, words, config.language),
     )
@@ -191,12 +186,13 @@ def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
 
 
 def _measure(text: str, words: Words, language_code: str | None) -> dict[str, Any]:
-    is_long = len(words) >= rules.MIN_WORDS_FOR_REPETITION
+    repetition = {}
+    if len(words) >= rules.MIN_WORDS_FOR_REPETITION:
+        trigrams, start = set(zip(words, words[1:], words[2:], strict=False)), words[:COUNTED_WORDS]
+        repetition["duplicate_trigram_frac"] = 1 - len(trigrams) / (len(words) - 2)
+        repetition["distinct_word_frac"] = len(set(start)) / len(start)
     detected, score = language.detect_language(text, words) if language_code else (None, 0.0)
-    trigrams = set(zip(words, words[1:], words[2:], strict=False)) if is_long else ()
-    return {
-        "duplicate_trigram_frac": 1 - len(trigrams) / (len(words) - 2) if is_long else 0.0,
-        "distinct_word_frac": len(set(start := words[:COUNTED_WORDS])) / len(start) if is_long else 1.0,
+    return repetition | {
         "hedge_count": 0 if _HEDGES.isdisjoint(words) else len(PHRASES["hedge"].findall(text.lower())),
         "language": detected,
         "language_score": score,

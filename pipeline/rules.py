@@ -57,11 +57,7 @@ MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
 _NO_TAGS = frozenset(
     ("none", "n/a", "no tags", "unknown", "etc", "", "other", "misc", "various", "yes", "no", "maybe")
 )
-# Tags to reject: absent objects, numbered tags, and tags with a value or a group.
-_ODD_TAG = re.compile(
-    r"no (?!parking|smoking|entry)|tags? ?\d|(?:the|this) (?:image|picture|photo)\b|there |[48]k$"
-    r"|[^,]*(?:[=;:(]| - | is | are )|masterpiece$|best quality$|(?:ultra|highly) detailed$"
-)
+_ODD_TAG = pattern("odd_tag")
 # Maximum number of equal parts in a list such as "a cat on the left, a cat on the right, ...".
 MAX_EQUAL_PARTS = 5
 
@@ -94,18 +90,12 @@ _UNREAD = pattern("unread", re.IGNORECASE)
 # Texts on signs and forms that resemble answers that say nothing.
 _ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
 # Values in tables, forms and programs.
-_VALUE = re.compile(
-    r"n/?a|null|none|un(?!read)\w+|not (?!legible|readable|clear|sure|\w+ \w)\w+|nan|nil|tbd|todo|error|blank|invalid|-+",
-    re.IGNORECASE,
-)
+_VALUE = pattern("value", re.IGNORECASE)
 _FIELDS = frozenset(WORDS["field"].split())
 _SYMBOLS = frozenset(("bubble", "emoji", "emojis", "key", "operator", "punctuation", "symbol", "symbols"))
 _NO_WORDS = re.compile(r"[\W_]*")
 _ANOTHER_QUESTION = pattern("another_question", re.IGNORECASE)
-_HOW_MANY = re.compile(
-    r"\b(?:how many|(?:what is|what's|count) the (?:total )?number of(?! (?:the|this|that)\b))\b",
-    re.IGNORECASE,
-)
+_HOW_MANY = pattern("how_many", re.IGNORECASE)
 _COUNT = pattern("count", re.IGNORECASE, before=r"[~\"'\s]*", after=r"(?: [\w-]+)?[.!\"'\s]*")
 # A number has digits or is spelled out. Questions that match _NO_COUNT may have answers without a number.
 _NUMBER = re.compile(
@@ -113,11 +103,7 @@ _NUMBER = re.compile(
 )
 _NO_COUNT = re.compile(r"\bhow (?!many)\w+|\b(?:time|say|letter)\b", re.IGNORECASE)
 # A sentence of more than five words is too long for an answer to a built-in prompt.
-_SENTENCE_ANSWER = re.compile(
-    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:(?:\s+\S+){7,}(?<=\.)$|"
-    r"\s+(?:\S+\s+)?(?:is|are|has|was)\b(?:\s+\S+){5,})",
-    re.IGNORECASE,
-)
+_SENTENCE_ANSWER = pattern("sentence_answer", re.IGNORECASE)
 DEFAULT_ANSWER_WORDS = FilterConfig().max_answer_words
 _NAMING_WORDS = frozenset(WORDS["naming"].split())
 _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.{0,300}\(?\b[B-Db-d2-4][).]\s")
@@ -144,19 +130,19 @@ class Scores(NamedTuple):
     the share of non-Latin letters among the letters outside of quotes.
     """
 
-    clean_text: str | None
-    clean_question: str | None
-    clean_answer: str | None
-    clean_record: str | None
-    word_count: int
-    answer_word_count: int
-    duplicate_trigram_frac: float
-    distinct_word_frac: float
-    hedge_count: int
-    redaction_count: int
-    language: str | None
-    language_score: float
-    non_latin_frac: float
+    clean_text: str | None = None
+    clean_question: str | None = None
+    clean_answer: str | None = None
+    clean_record: str | None = None
+    word_count: int = 0
+    answer_word_count: int = 0
+    duplicate_trigram_frac: float = 0.0
+    distinct_word_frac: float = 1.0
+    hedge_count: int = 0
+    redaction_count: int = 0
+    language: str | None = None
+    language_score: float = 0.0
+    non_latin_frac: float = 0.0
 
 
 @lru_cache(256)
@@ -238,20 +224,16 @@ def is_too_short(row: RuleInput) -> bool:
 def is_too_long(row: RuleInput) -> bool:
     """Return True if a caption, question or answer has too many words or characters."""
     if row.is_question:
-        is_limited = row.is_built_in and row.config.max_answer_words == DEFAULT_ANSWER_WORDS
-        is_limited = is_limited and not row.is_read
+        has_default = row.config.max_answer_words == DEFAULT_ANSWER_WORDS
+        is_limited = has_default and row.is_built_in and not row.is_read
         return (
             row.scores.word_count > row.config.max_question_words
             or row.scores.answer_word_count > row.config.max_answer_words
             or (is_limited and bool(_SENTENCE_ANSWER.match(row.answer or "")))
         )
-    bounds = row.bounds
-    max_words = row.config.max_caption_words or bounds.max_words
-    max_characters = row.config.max_caption_characters or bounds.max_characters
-    return bool(
-        (max_words and row.scores.word_count > max_words)
-        or (max_characters and len(row.main) > max_characters)
-    )
+    max_words = row.config.max_caption_words or row.bounds.max_words or row.scores.word_count
+    max_characters = row.config.max_caption_characters or row.bounds.max_characters or len(row.main)
+    return row.scores.word_count > max_words or len(row.main) > max_characters
 
 
 def is_repetitive(row: RuleInput) -> bool:
@@ -263,7 +245,7 @@ def is_repetitive(row: RuleInput) -> bool:
     if is_double or has_many_repeats or scores.distinct_word_frac < config.min_distinct_word_frac:
         return True
     for text, words in row.unquoted[:1] if row.main else row.unquoted:
-        if artifacts.has_run(text) or artifacts.counts_on(words) or artifacts.stutters(words):
+        if artifacts.has_run(text) or artifacts.stutters(words):
             return True
         # A repeated sentence has repeated trigrams, and a list has many commas or sentences.
         may_repeat = scores.duplicate_trigram_frac or text.count(", ") + text.count(". ") >= MAX_EQUAL_PARTS
@@ -373,7 +355,12 @@ def gives_answer_away(question: str, answer: str) -> bool:
     wanted = [_stem(word) for word in answer_words]
     content = [word for word in answer_words if word == "no" or word not in language.FUNCTION_WORDS]
     told = {_stem(word) for word in content if word not in _EMPTY_NOUNS}
-    if content and len(answer_words) > max(2, len(told)) and asked[:1] != ["which"] and told <= {*stems} - {"no"}:
+    if (
+        content
+        and len(answer_words) > max(2, len(told))
+        and asked[:1] != ["which"]
+        and told <= {*stems} - {"no"}
+    ):
         return True
     return any(stems[start : start + len(wanted)] == wanted for start in range(len(stems) - len(wanted) + 1))
 
@@ -539,12 +526,10 @@ def _repeats_parts(text: str) -> bool:
             return True
     parts = text.lower().split(", ")
     if MAX_EQUAL_PARTS < len(parts) > len(text) / MAX_CHARACTERS_OF_STUB:
-        ends = Counter(part.rpartition(" ")[2] for part in parts)
-        if 3 * len({*parts}) <= 2 * len(parts) or max(ends.values()) > MAX_EQUAL_PARTS:
+        objects, ends = zip(
+            *((_PLACE.split(p, maxsplit=1)[0], p.rpartition(" ")[2]) for p in parts), strict=True
+        )
+        if 3 * len({*parts}) <= 2 * len(parts):
             return True
-    # A fast test first: parts that name the same object begin with the same two letters (one-letter objects
-    # are ignored).
-    if len(parts) <= MAX_EQUAL_PARTS or max(Counter(p[:2] for p in parts).values()) <= MAX_EQUAL_PARTS:
-        return False
-    objects = Counter(_PLACE.split(part, maxsplit=1)[0] for part in parts)
-    return max(objects.values()) > MAX_EQUAL_PARTS
+        return max(*Counter(objects).values(), *Counter(ends).values()) > MAX_EQUAL_PARTS
+    return False

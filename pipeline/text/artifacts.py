@@ -26,8 +26,7 @@ _MARKUP = pattern("markup")
 _JSON_KEYS = re.compile(r"[\"']\s*[:,]\s*[\"']\s*\w+[\"']\s*:")
 _POINTS = pattern("points")
 _TOKEN = pattern("token")
-_GLUED = re.compile(r"[a-z]{3}\.[a-z]{3}")
-_FILE_NAME = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)\b", re.IGNORECASE)
+_GLUED = re.compile(r"[a-z]{3}\.[a-z]{3}|\.(?i:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)\b")
 _LIST_OR_ROLE = re.compile(r"\s*(?:-\s|1[.)]\s|(?:assistant|user|system)[:\s]\s*[A-Z])")
 _LABEL = pattern("label", re.IGNORECASE)
 # A caption rarely begins with one or two words and a colon, and rarely has two labels or ends with a label.
@@ -56,9 +55,6 @@ _QUESTION_AT_END = re.compile(
 _PLACEHOLDER = pattern("placeholder")
 _RUN = re.compile(r"(\S)\1{7}|(\S{2,8}?)\2{3}|\d{20}")
 MIN_RUN_CHARACTERS = 16
-# A longer list of numbers is a loop if most of them are one more than the previous number.
-MAX_COUNTED = 15
-MAX_DIGITS = 18  # longer numbers are not counted
 _CUT_OFF = pattern("cut_off", after="$")
 _UNFINISHED_WORDS = frozenset(WORDS["unfinished"].split())
 _UNFINISHED_MARKS = ("\u2026", "...", *":;([{&/+=-")
@@ -85,8 +81,7 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
-    has_glued = text.count(".", 0, -1) > text.count(". ")
-    if has_glued and (_FILE_NAME.search(text) or _GLUED.search(unquoted(text))):
+    if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
         return True
     may_match = _SPECIAL.search(text) or (":" in text and _SPECIAL_COLON.search(text))
     if not (may_match or any(map(text.__contains__, _SPECIAL_PARTS))):
@@ -167,15 +162,10 @@ def has_run(text: str) -> bool:
 
 def stutters(words: list[str]) -> bool:
     """Return whether two different words are doubled, as in "on on the the"."""
-    return sum(map(eq, words, words[1:])) > 1 and len({one for one, other in pairwise(words) if one == other and not one.isdigit()}) > 1
-
-
-def counts_on(words: list[str]) -> bool:
-    """Return whether a text has a long list of numbers that mostly continue the count, as in 1 2 3 4."""
-    if len(words) <= MAX_COUNTED:
-        return False
-    numbers = [int(word) for word in filter(str.isdecimal, words) if len(word) <= MAX_DIGITS]
-    return len(numbers) > MAX_COUNTED and 4 * sum(b - a == 1 for a, b in pairwise(numbers)) > 3 * len(numbers)
+    return (
+        sum(map(eq, words, words[1:])) > 1
+        and len({one for one, other in pairwise(words) if one == other and not one.isdigit()}) > 1
+    )
 
 
 def is_cut_off(text: str, words: list[str]) -> bool:
