@@ -132,7 +132,8 @@ def _judge(
             **_measure(*unquoted[0], config.language),
         )
         origin = (style or "", answer_type, is_built_in, caption_words)
-        row = RuleInput(scores, words, config, prompt_grams, texts, unquoted, *origin)
+        kind = (clean_answer, text is not None, question is not None)
+        row = RuleInput(scores, words, config, prompt_grams, texts, unquoted, *origin, *kind)
         applied = rules.rules_for(row)
         return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 
@@ -153,9 +154,8 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams, *, is_
         **_measure(joined, words, config.language),
     )
     texts = tuple((part, words_of(part)) for part in parts)
-    row = RuleInput(
-        scores, words, config, prompt_grams, texts, tuple([_without_quotes(*text) for text in texts])
-    )
+    unquoted = tuple([_without_quotes(*text) for text in texts])
+    row = RuleInput(scores, words, config, prompt_grams, texts, unquoted)
     applied = {} if record == NOTHING else rules.TEXT_RULES if is_text else rules.RECORD_RULES
     return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 

@@ -54,9 +54,7 @@ MIN_WORDS_OF_ENDING = 4
 MIN_WORDS_OF_SENTENCE = 4
 # Maximum share of repeated trigrams in a text that was read from the image.
 MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
-_NO_TAGS = frozenset(
-    ("none", "n/a", "no tags", "unknown", "etc", "", "other", "misc", "various", "yes", "no", "maybe")
-)
+_NO_TAGS = frozenset(WORDS["no_tags"].split(", "))
 _ODD_TAG = pattern("odd_tag")
 # Maximum number of equal parts in a list such as "a cat on the left, a cat on the right, ...".
 MAX_EQUAL_PARTS = 5
@@ -116,7 +114,7 @@ _ANY_ANSWER = _VAGUE | frozenset(WORDS["with_vague"].split())
 _EMPTY_NOUNS = _VAGUE | {"color", "person", "place"}
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 _OFTEN_REPEATED = frozenset(("yes", "no", "both", "left", "right"))
-_FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
+_FILLERS = _ARTICLES | {"in", "color", "colored", "colour", "coloured", "of", "to"}
 
 Words = list[str]
 Texts = tuple[tuple[str, Words], ...]
@@ -163,7 +161,7 @@ class RuleInput(NamedTuple):
     `words` has the words of the caption or question. `texts` has every text with its words, and `unquoted`
     the same without quotes, because a caption may quote any text in the image. `prompt_grams` has word
     n-grams from the prompts. `caption_words` is the number of words that the prompts ask for. `is_built_in`
-    is True for the replies to built-in tasks.
+    is True for the replies to built-in tasks. A record is neither a caption nor a question.
     """
 
     scores: Scores
@@ -176,6 +174,9 @@ class RuleInput(NamedTuple):
     answer_type: str | None = None
     is_built_in: bool = False
     caption_words: int | None = None
+    answer: str | None = None
+    is_caption: bool = False
+    is_question: bool = False
 
     @property
     def bounds(self) -> Bounds:
@@ -188,26 +189,11 @@ class RuleInput(NamedTuple):
         return self.scores.clean_text or self.scores.clean_question or ""
 
     @property
-    def answer(self) -> str | None:
-        """The answer to the question, or None."""
-        return self.scores.clean_answer
-
-    @property
-    def is_caption(self) -> bool:
-        """Whether the annotation is a caption."""
-        return self.scores.clean_text is not None
-
-    @property
     def is_read(self) -> bool:
         """Whether the text in an image is copied, or asked for, so that any text is possible."""
         if not self.is_question:
             return self.style == "ocr"
         return not _READING_WORDS.isdisjoint(self.words) and _OTHERWISE_ASKED.isdisjoint(self.words)
-
-    @property
-    def is_question(self) -> bool:
-        """Whether the annotation is a question."""
-        return self.scores.clean_question is not None
 
 
 def is_refusal(row: RuleInput) -> bool:
@@ -295,9 +281,8 @@ def _is_foreign_answer(row: RuleInput) -> bool:
     answer, words = row.texts[1]
     if not _NAMING_WORDS.isdisjoint(row.words) or not answer.replace(" ", "").rstrip(".").isalpha():
         return False
-    if language.has_foreign_words(words):
-        return True
-    return answer.islower() and language.detect_short(answer, words) >= MIN_ANSWER_SCORE
+    is_foreign = answer.islower() and language.detect_short(answer, words) >= MIN_ANSWER_SCORE
+    return is_foreign or language.has_foreign_words(words)
 
 
 def says_nothing(answer: str) -> bool:
@@ -309,7 +294,7 @@ def says_nothing(answer: str) -> bool:
 
 
 def is_unanswered(row: RuleInput) -> bool:
-    """Return True if an answer says nothing, unless it may be a symbol or the text on a sign or in a field."""
+    """Return True if an answer says nothing, unless it may be a symbol, or be on a sign or in a field."""
     answer = row.answer
     if answer is None or not row.is_read:
         return answer is not None and (says_nothing(answer) or answer.endswith("?"))
@@ -324,9 +309,9 @@ def is_labeled(row: RuleInput) -> bool:
     """Return True if a text has a label, describes itself as a reply, or addresses the reader."""
     if row.is_question and artifacts.has_label(row.main):
         return True
-    for text, words in row.unquoted[row.is_question :]:
-        if artifacts.has_label(text) or artifacts.is_chat(text, words):
-            return True
+    others = row.unquoted[row.is_question :]
+    if any(artifacts.has_label(text) or artifacts.is_chat(text, words) for text, words in others):
+        return True
     if row.is_caption:
         return artifacts.has_caption_label(row.unquoted[0][0])
     return row.words[:1] != ["why"] and bool(_ANSWER_LABEL.match(row.answer or ""))
@@ -401,10 +386,8 @@ def is_elsewhere(row: RuleInput) -> bool:
         may_match = not (_REFERRING_WORDS.isdisjoint(words) or _ELSEWHERE_HINTS.isdisjoint(words))
         if may_match and _ELSEWHERE.search(text.lower()) and _COLLAGES.isdisjoint(words):
             return True
-    if not row.is_question:
-        return False
     is_in_answer = not row.is_read and _ANSWER_ELSEWHERE.match(row.answer or "")
-    return bool(is_in_answer or _ELSEWHERE_IN_QUESTION.search(row.main.lower()))
+    return row.is_question and bool(is_in_answer or _ELSEWHERE_IN_QUESTION.search(row.main.lower()))
 
 
 def is_general(row: RuleInput) -> bool:
@@ -526,10 +509,8 @@ def _repeats_parts(text: str) -> bool:
             return True
     parts = text.lower().split(", ")
     if MAX_EQUAL_PARTS < len(parts) > len(text) / MAX_CHARACTERS_OF_STUB:
-        objects, ends = zip(
-            *((_PLACE.split(p, maxsplit=1)[0], p.rpartition(" ")[2]) for p in parts), strict=True
-        )
-        if 3 * len({*parts}) <= 2 * len(parts):
-            return True
-        return max(*Counter(objects).values(), *Counter(ends).values()) > MAX_EQUAL_PARTS
+        # Count the object of each part once, also if it is the last word.
+        named = ({_PLACE.split(part, maxsplit=1)[0], part.rpartition(" ")[2]} for part in parts)
+        counts = Counter(name for names in named for name in names)
+        return 3 * len({*parts}) <= 2 * len(parts) or max(counts.values()) > MAX_EQUAL_PARTS
     return False

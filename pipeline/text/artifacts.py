@@ -84,9 +84,8 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
     if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
         return True
     may_match = _SPECIAL.search(text) or (":" in text and _SPECIAL_COLON.search(text))
-    if not (may_match or any(map(text.__contains__, _SPECIAL_PARTS))):
-        return False
-    return bool(_MARKUP.search(unquoted(text)))
+    may_match = may_match or any(map(text.__contains__, _SPECIAL_PARTS))
+    return bool(may_match and _MARKUP.search(unquoted(text)))
 
 
 def has_token(text: str) -> bool:
@@ -174,10 +173,9 @@ def is_cut_off(text: str, words: list[str]) -> bool:
     may_match = (words and words[-1] in _UNFINISHED_WORDS) or text.endswith(_UNFINISHED_MARKS)
     if may_match and _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)):
         return True
-    if text.count("(") > text.count(")"):
-        return True
     # A quote mark after a number may stand for inches.
-    if text.count('"') % 2 and len(_QUOTE_MARK.findall(text)) % 2:
+    is_quote_open = text.count('"') % 2 and len(_QUOTE_MARK.findall(text)) % 2
+    if is_quote_open or text.count("(") > text.count(")"):
         return True
     if not text or text[-1] in _END_MARKS:
         return False

@@ -113,6 +113,21 @@ KEPT: tuple[str | tuple[str, str], ...] = (
     ("What color is the seam on the white sail?", "white"), ("Which way does the left kite fly?", "left"),
     ("How did the kite get there?", "a boy put it there"), ("Where is the hour hand?", "4"),
     ("Which brand of soap is it?", "409"), ("Are the cups in front of anything?", "mirror"),
+    ("How many people are there?", "None, all the seats are empty."), ("What is at 9?", "a kite"),
+    ("What time does the shop open?", "closed"), ("Why is it dark?", "night"), ("What is the time?", "9:41"),
+    ("What color is the shirt?", "he isn't wearing one"), ("What is the cook doing?", "The man is frying."),
+    ("Where are the white kites?", "no white kites"), ("If the sun were visible, where would it be?", "left"),
+    # texts that forms, programs and chats show
+    ("What status does the app show?", "Not visible"), ("What is entered on the report?", "Unknown"),
+    ("Which value does the variable have?", "null"), ("What is the first line of the JSON?", '{"name": 1,'),
+    ("Which emoji was sent?", "\U0001f44d"), ("What does the banner ask?", "Who will win?"),
+    ("Which option is marked on the quiz screen?", "C"), ("What does the plate read?", "UNKNOWN"),
+    ("Which answer is ticked on the worksheet?", "All of the above"), ("Which symbol is on it?", "!"),
+    ("What is the caption of the meme?", "When you see it"), ("What watermark is on it?", "Stock photo"),
+    "A terminal shows a traceback that ends with \"No module named 'kites'.\"",
+    "A screenshot of a chat in which the user asks for a kite.", "A wall on which x = 4 is painted.",
+    'A page of "Lorem ipsum dolor sit amet" text lies on a table.', "A file named 'kite.jpg' on a screen.",
+    'A boy writes "I fly no kite. I fly no kite. I fly no kite. I fly no kite. I fly no kite." on a board.',
 )  # fmt: skip
 REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
     "refusal": (
@@ -146,6 +161,13 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What number is on the boat?", "white"), ("What is the boy holding?", "on the beach"),
         ("What color is the sign?", "flying"),
         ("Was the photo taken indoors or outdoors?", "no"), ("Is a kite higher or lower?", "Yes, it is."),
+        ("Where is the cat sitting?", "At 3 o'clock in the afternoon"), ("What does he chew on?", "Tuesday"),
+        ("Who pushes the cart?", "Late in the evening"), ("At what time was it taken?", "a wooden fence"),
+        ("Why is the man sitting?", "Four"), ("What color is the bus?", "Two"), ("What is his job?", "blue"),
+        ("How many children are sitting on it?", "3.75"), ("What is in the bay?", "Because it is old."),
+        ("What is the cat looking at?", "The fridge has two doors."), ("Is the cup full or empty?", "blue"),
+        ("What is he wearing on his head?", "three"), ("What number is on the boat?", "running"),
+        ("What time does the clock show?", "The tower is tall"), ("Which fruit lies there?", "four"),
     ),
     "no_description": (
         "and a kite that lies on the beach.",
@@ -170,12 +192,17 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What advice would you give the boy?", "rest"), ("How many legs does a crab have?", "10"),
         ("What is the sexual orientation of the man?", "gay"), ("What tune does he whistle?", "a song"),
         ("Which party does the man in the photo vote for?", "the left"),
+        ("Where would the kite land if it were heavy?", "in the sea"), ("Why do kites usually fly?", "wind"),
+        ("Imagine it rains: what is wet?", "the kite"), ("What will the girl become?", "a doctor"),
+        ("Why do birds migrate in winter?", "food"), ("Who was the first king of Spain?", "Carlos"),
+        ("If you could add a kite, where would it be?", "there"),
         ("What is 4 times 6?", "24"), ("Where was the boy born?", "Rome"), ("What is on my kite?", "a star"),
     ),
     "too_general": (
         ("What is shown in the image?", "a kite"), "The image shows a photo of several objects and things.",
         ("What flies over the harbour?", "something"), ("What does the man do?", "action"),
-        ("Is this a picture?", "yes"),
+        ("Is this a picture?", "yes"), ("How does he climb?", "in a certain way"),
+        ("When is it?", "At some point in time, when the picture was taken."),
     ),
     "speaks_of_elsewhere": (
         ("In the second image, what flies?", "a kite"), ("Which option is correct?", "a kite"),
@@ -211,7 +238,11 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "A bag with a cup, a fork, a cup, a fork, a cup, a fork.",
         "Here two kites, six kites, ten kites, five kites, nine kites, old kites, some kites",
     ),
-    "answer_in_question": (("What color is the red kite?", "red"),),
+    "answer_in_question": (
+        ("What color is the red kite?", "red"), ("Where is the kite?", "The kite is in a place."),
+        ("Why is he holding a kite?", "Because he is holding a kite."),
+        ("What is the tower?", "It is a tower."),
+    ),
     "label": (
         "Caption: A kite flies over a harbour.", "The user wants a caption. A kite flies over a harbour.",
         "A kite flies over a harbour. Possible prompt: what flies?",
