@@ -74,6 +74,7 @@ _NOT_VISIBLE = pattern(
     after=r"\b",
 )
 _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
+_OTHER_READ = pattern("other_read", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 
 # The answer to a question with one of these words may be any text, unless the question asks for a color.
@@ -300,9 +301,9 @@ def is_unanswered(row: RuleInput) -> bool:
         return answer is not None and (says_nothing(answer) or answer.endswith("?"))
     is_value = not _FIELDS.isdisjoint(row.words) and _VALUE.fullmatch(answer)
     is_symbol = not _SYMBOLS.isdisjoint(row.words) and _NO_WORDS.fullmatch(answer)
-    is_printed = answer.isupper() and answer.isalpha()
-    may_be_sign = is_value or is_symbol or is_printed or _ON_SIGN.fullmatch(answer)
-    return not may_be_sign and (says_nothing(answer) or bool(_UNREAD.search(answer)))
+    is_printed = (answer.isupper() and answer.isalpha()) or _ON_SIGN.fullmatch(answer)
+    is_content = is_value or is_symbol or is_printed
+    return not is_content and (says_nothing(answer) or bool(_UNREAD.search(answer)))
 
 
 def is_labeled(row: RuleInput) -> bool:
@@ -468,14 +469,13 @@ READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
     ),
 }
 # Tags need neither sentences nor a language that can be detected.
-TAG_RULES = {
-    name: rule
-    for name, rule in CAPTION_RULES.items()
-    if name not in ("no_description", "other_language", "cut_off", "repetitive")
-} | {"keywords": is_no_tag_list}
+_SENTENCE_RULES = ("no_description", "other_language", "cut_off", "repetitive")
+TAG_RULES = {name: rule for name, rule in CAPTION_RULES.items() if name not in _SENTENCE_RULES}
+TAG_RULES["keywords"] = is_no_tag_list
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
 # An answer that was read from the image may have any characters and words, but no template tokens.
-READ_ANSWER_RULES = {name: rule for name, rule in RULES.items() if name != "answer_off_type"} | {
+READ_ANSWER_RULES = RULES | {
+    "answer_off_type": lambda row: bool(_OTHER_READ.match(f"{row.main}\n{row.answer}")),
     "junk": lambda row: artifacts.has_markup(row.main) or artifacts.has_token(row.answer or ""),
     "label": lambda row: artifacts.has_label(row.main) or artifacts.opens_chat(row.answer or ""),
 }

@@ -83,9 +83,9 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
         return True
     if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
         return True
-    may_match = _SPECIAL.search(text) or (":" in text and _SPECIAL_COLON.search(text))
-    may_match = may_match or any(map(text.__contains__, _SPECIAL_PARTS))
-    return bool(may_match and _MARKUP.search(unquoted(text)))
+    is_special = _SPECIAL.search(text) or (":" in text and _SPECIAL_COLON.search(text))
+    may_match = bool(is_special) or any(map(text.__contains__, _SPECIAL_PARTS))
+    return may_match and bool(_MARKUP.search(unquoted(text)))
 
 
 def has_token(text: str) -> bool:

@@ -122,6 +122,7 @@ KEPT: tuple[str | tuple[str, str], ...] = (
     ("Which value does the variable have?", "null"), ("What is the first line of the JSON?", '{"name": 1,'),
     ("Which emoji was sent?", "\U0001f44d"), ("What does the banner ask?", "Who will win?"),
     ("Which option is marked on the quiz screen?", "C"), ("What does the plate read?", "UNKNOWN"),
+    ("Which train leaves first?", "the 9:15"), ("How many kites are red?", "all but one"),
     ("Which answer is ticked on the worksheet?", "All of the above"), ("Which symbol is on it?", "!"),
     ("What is the caption of the meme?", "When you see it"), ("What watermark is on it?", "Stock photo"),
     "A terminal shows a traceback that ends with \"No module named 'kites'.\"",
@@ -168,6 +169,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What is the cat looking at?", "The fridge has two doors."), ("Is the cup full or empty?", "blue"),
         ("What is he wearing on his head?", "three"), ("What number is on the boat?", "running"),
         ("What time does the clock show?", "The tower is tall"), ("Which fruit lies there?", "four"),
+        ("Which word is on the van?", "A man leans against it."),
     ),
     "no_description": (
         "and a kite that lies on the beach.",
