@@ -48,10 +48,8 @@ MIN_ANSWER_SCORE = 0.8
 # Minimum detector score for telling close languages apart.
 MIN_CLOSE_SCORE = 0.9
 MIN_WORDS_FOR_REPETITION = 12
-# Shorter answers may end with any word, as in "not very".
-MIN_WORDS_OF_ENDING = 4
-# Shorter sentences may occur more than once.
-MIN_WORDS_OF_SENTENCE = 4
+# Shorter answers may end with any word, as in "not very", and shorter sentences may occur more than once.
+MIN_WORDS_OF_ENDING = MIN_WORDS_OF_SENTENCE = 4
 # Maximum share of repeated trigrams in a text that was read from the image.
 MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
 _NO_TAGS = frozenset(WORDS["no_tags"].split(", "))

@@ -54,7 +54,7 @@ _QUESTION_AT_END = re.compile(
 )
 _PLACEHOLDER = pattern("placeholder")
 _RUN = re.compile(r"(\S)\1{7}|(\S{2,8}?)\2{3}|\d{20}")
-MIN_RUN_CHARACTERS = 16
+MIN_RUN_CHARACTERS, MAX_EQUAL_WORDS = 16, 4
 _CUT_OFF = pattern("cut_off", after="$")
 _UNFINISHED_WORDS = frozenset(WORDS["unfinished"].split())
 _UNFINISHED_MARKS = ("\u2026", "...", *":;([{&/+=-")
@@ -113,8 +113,10 @@ def has_caption_label(text: str) -> bool:
 
 def is_no_description(text: str, words: Collection[str], first_word: str) -> bool:
     """Return whether a caption is another kind of text, such as an order, an advertisement or a story."""
-    if first_word not in _USUAL_STARTS and _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
-        return True
+    if first_word not in _USUAL_STARTS:
+        is_sign = text.isupper() and FUNCTION_WORDS.isdisjoint(words)
+        if is_sign or _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
+            return True
     if _OTHER_WORDS.isdisjoint(words):
         return False
     for sentence in sentences_with(_OTHER_WORDS, text.lower().replace("\u2019", "'")):
@@ -160,11 +162,11 @@ def has_run(text: str) -> bool:
 
 
 def stutters(words: list[str]) -> bool:
-    """Return whether two different words are doubled, as in "on on the the"."""
-    return (
-        sum(map(eq, words, words[1:])) > 1
-        and len({one for one, other in pairwise(words) if one == other and not one.isdigit()}) > 1
-    )
+    """Return whether two different words are doubled, as in "on on the the", or a word is repeated often."""
+    if sum(map(eq, words, words[1:])) < 2:
+        return False
+    doubled = [one for one, other in pairwise(words) if one == other and not one.isdigit()]
+    return len({*doubled}) > 1 or len(doubled) >= MAX_EQUAL_WORDS
 
 
 def is_cut_off(text: str, words: list[str]) -> bool:

@@ -180,7 +180,8 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "There is no kite. There is no boat.", "Once there lived a boy who loved his kite.",
         "Subscribe on the page to get a kite.", "To fly a kite, hold the string.",
         "Answering requires no text.", "If you look up, a kite is in the sky.",
-        "A lens was used by annotators of the kite.",
+        "A lens was used by annotators of the kite.", "SALE KITES 50% BOATS TODAY 9 EUR",
+        "The kite was designed by a man in Rome.",
     ),
     "not_visible": (
         ("What is the man thinking about?", "the sea"), ("What will happen next?", "rain"),
@@ -233,6 +234,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
     "too_short": ("A kite", ("Kite there?", "yes")),
     "repetitive": (
         "A kite over a harbour, a kite over a harbour, a kite over a harbour.",
+        "A kite kite kite kite kite over a bay.",
         "A kite flies over a bay. It is a red one. A kite flies over a bay.",
         f"{CATS}, a cat in a car, a cat at a bar.",
         " ".join(f"The cat is {word}." for word in ("big", "red", "wet", "old", "shy", "sad")),
@@ -246,6 +248,7 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("What is the tower?", "It is a tower."),
     ),
     "label": (
+        "5 + 7 = 12, so there are twelve kites.", "The task is to describe a kite over a bay.",
         "Caption: A kite flies over a harbour.", "The user wants a caption. A kite flies over a harbour.",
         "A kite flies over a harbour. Possible prompt: what flies?",
         ("What color is the kite?", "the answer is red"), ("What does it say?", "Answer: STOP"),
