@@ -118,22 +118,22 @@ def _judge(
         clean_answer, answer_redactions = _clean(answer)
         main = clean_text or clean_question or ""
         words = words_of(main)
-        scores = Scores(
-            clean_text=clean_text,
-            clean_question=clean_question,
-            clean_answer=clean_answer,
-            clean_record=None,
-            word_count=count_words(main, words),
-            answer_word_count=len(clean_answer.split()) if clean_answer else 0,
-            redaction_count=text_redactions + question_redactions + answer_redactions,
-            **_measure(main, words, config.language),
-        )
         texts: Texts = ((main, words),)
         if clean_answer:
             texts = (*texts, (clean_answer, words_of(clean_answer)))
         unquoted = tuple([_without_quotes(*text) for text in texts])
+        scores = Scores(
+            clean_text=clean_text,
+            clean_question=clean_question,
+            clean_answer=clean_answer,
+            word_count=count_words(main, words),
+            answer_word_count=len(clean_answer.split()) if clean_answer else 0,
+            redaction_count=text_redactions + question_redactions + answer_redactions,
+            **_measure(*unquoted[0], config.language),
+        )
         origin = (style or "", answer_type, is_built_in, caption_words)
-        row = RuleInput(scores, words, config, prompt_grams, texts, unquoted, *origin)
+        kind = (clean_answer, text is not None, question is not None)
+        row = RuleInput(scores, words, config, prompt_grams, texts, unquoted, *origin, *kind)
         applied = rules.rules_for(row)
         return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 
@@ -148,27 +148,22 @@ def _judge_record(record: str, config: FilterConfig, prompt_grams: Grams, *, is_
     joined = " ".join(parts)
     words = words_of(joined)
     scores = Scores(
-        clean_text=None,
-        clean_question=None,
-        clean_answer=None,
         clean_record=json.dumps(clean, ensure_ascii=False) if redactions else record,
         word_count=count_words(joined, words),
-        answer_word_count=0,
         redaction_count=redactions,
         **_measure(joined, words, config.language),
     )
     texts = tuple((part, words_of(part)) for part in parts)
-    row = RuleInput(
-        scores, words, config, prompt_grams, texts, tuple([_without_quotes(*text) for text in texts])
-    )
+    unquoted = tuple([_without_quotes(*text) for text in texts])
+    row = RuleInput(scores, words, config, prompt_grams, texts, unquoted)
     applied = {} if record == NOTHING else rules.TEXT_RULES if is_text else rules.RECORD_RULES
     return scores, next((name for name, rejects in applied.items() if rejects(row)), None)
 
 
-def _without_quotes(text: str, words: Words) -> tuple[str, frozenset[str]]:
-    """Return a text and its distinct words without the quotes in it, which may be from signs or screens."""
+def _without_quotes(text: str, words: Words) -> tuple[str, Words]:
+    """Return a text and its words without the quotes in it, which may be from signs or screens."""
     rest = language.unquoted(text)
-    return rest, frozenset(words if rest is text else words_of(rest))
+    return rest, words if rest is text else words_of(rest)
 
 
 def _redact_within(value: Any) -> tuple[Any, int]:
@@ -191,12 +186,13 @@ def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
 
 
 def _measure(text: str, words: Words, language_code: str | None) -> dict[str, Any]:
-    is_long = len(words) >= rules.MIN_WORDS_FOR_REPETITION
+    repetition = {}
+    if len(words) >= rules.MIN_WORDS_FOR_REPETITION:
+        trigrams, start = set(zip(words, words[1:], words[2:], strict=False)), words[:COUNTED_WORDS]
+        repetition["duplicate_trigram_frac"] = 1 - len(trigrams) / (len(words) - 2)
+        repetition["distinct_word_frac"] = len(set(start)) / len(start)
     detected, score = language.detect_language(text, words) if language_code else (None, 0.0)
-    trigrams = set(zip(words, words[1:], words[2:], strict=False)) if is_long else ()
-    return {
-        "duplicate_trigram_frac": 1 - len(trigrams) / (len(words) - 2) if is_long else 0.0,
-        "distinct_word_frac": len(set(start := words[:COUNTED_WORDS])) / len(start) if is_long else 1.0,
+    return repetition | {
         "hedge_count": 0 if _HEDGES.isdisjoint(words) else len(PHRASES["hedge"].findall(text.lower())),
         "language": detected,
         "language_score": score,

@@ -48,20 +48,12 @@ MIN_ANSWER_SCORE = 0.8
 # Minimum detector score for telling close languages apart.
 MIN_CLOSE_SCORE = 0.9
 MIN_WORDS_FOR_REPETITION = 12
-# Shorter answers may end with any word, as in "not very".
-MIN_WORDS_OF_ENDING = 4
-# Shorter sentences may occur more than once.
-MIN_WORDS_OF_SENTENCE = 4
+# Shorter answers may end with any word, as in "not very", and shorter sentences may occur more than once.
+MIN_WORDS_OF_ENDING = MIN_WORDS_OF_SENTENCE = 4
 # Maximum share of repeated trigrams in a text that was read from the image.
 MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
-_NO_TAGS = frozenset(
-    ("none", "n/a", "no tags", "unknown", "etc", "", "other", "misc", "various", "yes", "no", "maybe")
-)
-# Tags to reject: absent objects, numbered tags, and tags with a value or a group.
-_ODD_TAG = re.compile(
-    r"no (?!parking|smoking|entry)|tags? ?\d|(?:the|this) (?:image|picture|photo)\b|there |[48]k$"
-    r"|[^,]*(?:[=;:(]| - | is | are )|masterpiece$|best quality$|(?:ultra|highly) detailed$"
-)
+_NO_TAGS = frozenset(WORDS["no_tags"].split(", "))
+_ODD_TAG = pattern("odd_tag")
 # Maximum number of equal parts in a list such as "a cat on the left, a cat on the right, ...".
 MAX_EQUAL_PARTS = 5
 
@@ -80,11 +72,12 @@ _NOT_VISIBLE = pattern(
     after=r"\b",
 )
 _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
+_OTHER_READ = pattern("other_read", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 
 # The answer to a question with one of these words may be any text, unless the question asks for a color.
 _READING_WORDS = frozenset(WORDS["reading"].split())
-_OTHERWISE_ASKED = frozenset(("color", "colors", "colour", "colours"))
+_OTHERWISE_ASKED = frozenset(("color", "colors", "colour", "colours", "made", "material", "shape"))
 
 # Answers that say nothing: their beginnings, and words anywhere, as in "age unknown".
 _NO_ANSWER = pattern("says_nothing", re.IGNORECASE, before=rf"\W*{expression('it_is')}")
@@ -93,15 +86,13 @@ _NOT_KNOWN = pattern("not_known", re.IGNORECASE)
 _UNREAD = pattern("unread", re.IGNORECASE)
 # Texts on signs and forms that resemble answers that say nothing.
 _ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
-# Values of cells in tables and forms.
-_IN_CELL = re.compile(r"n/?a|null|none|unknown|unspecified|nan|tbd|-+", re.IGNORECASE)
-_CELLS = frozenset(("cell", "column", "field", "form", "row", "spreadsheet"))
+# Values in tables, forms and programs.
+_VALUE = pattern("value", re.IGNORECASE)
+_FIELDS = frozenset(WORDS["field"].split())
+_SYMBOLS = frozenset(("bubble", "emoji", "emojis", "key", "operator", "punctuation", "symbol", "symbols"))
 _NO_WORDS = re.compile(r"[\W_]*")
 _ANOTHER_QUESTION = pattern("another_question", re.IGNORECASE)
-_HOW_MANY = re.compile(
-    r"\b(?:how many|(?:what is|what's|count) the (?:total )?number of(?! (?:the|this|that)\b))\b",
-    re.IGNORECASE,
-)
+_HOW_MANY = pattern("how_many", re.IGNORECASE)
 _COUNT = pattern("count", re.IGNORECASE, before=r"[~\"'\s]*", after=r"(?: [\w-]+)?[.!\"'\s]*")
 # A number has digits or is spelled out. Questions that match _NO_COUNT may have answers without a number.
 _NUMBER = re.compile(
@@ -109,11 +100,7 @@ _NUMBER = re.compile(
 )
 _NO_COUNT = re.compile(r"\bhow (?!many)\w+|\b(?:time|say|letter)\b", re.IGNORECASE)
 # A sentence of more than five words is too long for an answer to a built-in prompt.
-_SENTENCE_ANSWER = re.compile(
-    r"(?:the|it|there|this|that|these|they|he|she|yes|no|an?)\b(?:(?:\s+\S+){7,}(?<=\.)$|"
-    r"\s+(?:\S+\s+)?(?:is|are|has|was)\b(?:\s+\S+){5,})",
-    re.IGNORECASE,
-)
+_SENTENCE_ANSWER = pattern("sentence_answer", re.IGNORECASE)
 DEFAULT_ANSWER_WORDS = FilterConfig().max_answer_words
 _NAMING_WORDS = frozenset(WORDS["naming"].split())
 _CHOICES = re.compile(r"\(?\b[A-Da-d1-4][).]\s.{0,300}\(?\b[B-Db-d2-4][).]\s")
@@ -122,9 +109,11 @@ _REPEATED_ANSWER = re.compile(r"([a-z]+)(?:(?:,? and |, )\1)+|([a-z]+)(?: \2){2,
 # Answers that consist of these words fit any question.
 _VAGUE = frozenset(WORDS["vague"].split())
 _ANY_ANSWER = _VAGUE | frozenset(WORDS["with_vague"].split())
+# Nouns that add nothing to a circular answer, as in "The cat is in a place".
+_EMPTY_NOUNS = _VAGUE | {"color", "person", "place"}
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 _OFTEN_REPEATED = frozenset(("yes", "no", "both", "left", "right"))
-_FILLERS = frozenset(("in", "color", "colored", "colour", "coloured", "of", "to"))
+_FILLERS = _ARTICLES | {"in", "color", "colored", "colour", "coloured", "of", "to"}
 
 Words = list[str]
 Texts = tuple[tuple[str, Words], ...]
@@ -138,19 +127,19 @@ class Scores(NamedTuple):
     the share of non-Latin letters among the letters outside of quotes.
     """
 
-    clean_text: str | None
-    clean_question: str | None
-    clean_answer: str | None
-    clean_record: str | None
-    word_count: int
-    answer_word_count: int
-    duplicate_trigram_frac: float
-    distinct_word_frac: float
-    hedge_count: int
-    redaction_count: int
-    language: str | None
-    language_score: float
-    non_latin_frac: float
+    clean_text: str | None = None
+    clean_question: str | None = None
+    clean_answer: str | None = None
+    clean_record: str | None = None
+    word_count: int = 0
+    answer_word_count: int = 0
+    duplicate_trigram_frac: float = 0.0
+    distinct_word_frac: float = 1.0
+    hedge_count: int = 0
+    redaction_count: int = 0
+    language: str | None = None
+    language_score: float = 0.0
+    non_latin_frac: float = 0.0
 
 
 @lru_cache(256)
@@ -171,7 +160,7 @@ class RuleInput(NamedTuple):
     `words` has the words of the caption or question. `texts` has every text with its words, and `unquoted`
     the same without quotes, because a caption may quote any text in the image. `prompt_grams` has word
     n-grams from the prompts. `caption_words` is the number of words that the prompts ask for. `is_built_in`
-    is True for the replies to built-in tasks.
+    is True for the replies to built-in tasks. A record is neither a caption nor a question.
     """
 
     scores: Scores
@@ -179,11 +168,14 @@ class RuleInput(NamedTuple):
     config: FilterConfig
     prompt_grams: Grams
     texts: Texts
-    unquoted: tuple[tuple[str, frozenset[str]], ...]
+    unquoted: Texts
     style: str = ""
     answer_type: str | None = None
     is_built_in: bool = False
     caption_words: int | None = None
+    answer: str | None = None
+    is_caption: bool = False
+    is_question: bool = False
 
     @property
     def bounds(self) -> Bounds:
@@ -196,26 +188,11 @@ class RuleInput(NamedTuple):
         return self.scores.clean_text or self.scores.clean_question or ""
 
     @property
-    def answer(self) -> str | None:
-        """The answer to the question, or None."""
-        return self.scores.clean_answer
-
-    @property
-    def is_caption(self) -> bool:
-        """Whether the annotation is a caption."""
-        return self.scores.clean_text is not None
-
-    @property
     def is_read(self) -> bool:
         """Whether the text in an image is copied, or asked for, so that any text is possible."""
         if not self.is_question:
             return self.style == "ocr"
         return not _READING_WORDS.isdisjoint(self.words) and _OTHERWISE_ASKED.isdisjoint(self.words)
-
-    @property
-    def is_question(self) -> bool:
-        """Whether the annotation is a question."""
-        return self.scores.clean_question is not None
 
 
 def is_refusal(row: RuleInput) -> bool:
@@ -232,20 +209,16 @@ def is_too_short(row: RuleInput) -> bool:
 def is_too_long(row: RuleInput) -> bool:
     """Return True if a caption, question or answer has too many words or characters."""
     if row.is_question:
-        is_limited = row.is_built_in and row.config.max_answer_words == DEFAULT_ANSWER_WORDS
-        is_limited = is_limited and not row.is_read
+        has_default = row.config.max_answer_words == DEFAULT_ANSWER_WORDS
+        is_limited = has_default and row.is_built_in and not row.is_read
         return (
             row.scores.word_count > row.config.max_question_words
             or row.scores.answer_word_count > row.config.max_answer_words
             or (is_limited and bool(_SENTENCE_ANSWER.match(row.answer or "")))
         )
-    bounds = row.bounds
-    max_words = row.config.max_caption_words or bounds.max_words
-    max_characters = row.config.max_caption_characters or bounds.max_characters
-    return bool(
-        (max_words and row.scores.word_count > max_words)
-        or (max_characters and len(row.main) > max_characters)
-    )
+    max_words = row.config.max_caption_words or row.bounds.max_words or row.scores.word_count
+    max_characters = row.config.max_caption_characters or row.bounds.max_characters or len(row.main)
+    return row.scores.word_count > max_words or len(row.main) > max_characters
 
 
 def is_repetitive(row: RuleInput) -> bool:
@@ -256,8 +229,8 @@ def is_repetitive(row: RuleInput) -> bool:
     is_double = half > 1 and row.words[0] == row.words[half] and row.words[:half] == row.words[half:]
     if is_double or has_many_repeats or scores.distinct_word_frac < config.min_distinct_word_frac:
         return True
-    for text, words in row.texts[:1] if row.main else row.texts:
-        if artifacts.has_run(text) or artifacts.counts_on(words) or artifacts.stutters(text, words):
+    for text, words in row.unquoted[:1] if row.main else row.unquoted:
+        if artifacts.has_run(text) or artifacts.stutters(words):
             return True
         # A repeated sentence has repeated trigrams, and a list has many commas or sentences.
         may_repeat = scores.duplicate_trigram_frac or text.count(", ") + text.count(". ") >= MAX_EQUAL_PARTS
@@ -307,9 +280,8 @@ def _is_foreign_answer(row: RuleInput) -> bool:
     answer, words = row.texts[1]
     if not _NAMING_WORDS.isdisjoint(row.words) or not answer.replace(" ", "").rstrip(".").isalpha():
         return False
-    if language.has_foreign_words(words):
-        return True
-    return answer.islower() and language.detect_short(answer, words) >= MIN_ANSWER_SCORE
+    is_foreign = answer.islower() and language.detect_short(answer, words) >= MIN_ANSWER_SCORE
+    return is_foreign or language.has_foreign_words(words)
 
 
 def says_nothing(answer: str) -> bool:
@@ -321,22 +293,24 @@ def says_nothing(answer: str) -> bool:
 
 
 def is_unanswered(row: RuleInput) -> bool:
-    """Return True if an answer says nothing, unless it may be the text on a sign or in a cell."""
+    """Return True if an answer says nothing, unless it may be a symbol, or be on a sign or in a field."""
     answer = row.answer
     if answer is None or not row.is_read:
         return answer is not None and (says_nothing(answer) or answer.endswith("?"))
-    is_in_cell = not _CELLS.isdisjoint(row.words) and _IN_CELL.fullmatch(answer)
-    may_be_sign = is_in_cell or _ON_SIGN.fullmatch(answer)
-    return not may_be_sign and (says_nothing(answer) or bool(_UNREAD.search(answer)))
+    is_value = not _FIELDS.isdisjoint(row.words) and _VALUE.fullmatch(answer)
+    is_symbol = not _SYMBOLS.isdisjoint(row.words) and _NO_WORDS.fullmatch(answer)
+    is_printed = (answer.isupper() and answer.isalpha()) or _ON_SIGN.fullmatch(answer)
+    is_content = is_value or is_symbol or is_printed
+    return not is_content and (says_nothing(answer) or bool(_UNREAD.search(answer)))
 
 
 def is_labeled(row: RuleInput) -> bool:
     """Return True if a text has a label, describes itself as a reply, or addresses the reader."""
     if row.is_question and artifacts.has_label(row.main):
         return True
-    for text, words in row.unquoted[row.is_question :]:
-        if artifacts.has_label(text) or artifacts.is_chat(text, words):
-            return True
+    others = row.unquoted[row.is_question :]
+    if any(artifacts.has_label(text) or artifacts.is_chat(text, words) for text, words in others):
+        return True
     if row.is_caption:
         return artifacts.has_caption_label(row.unquoted[0][0])
     return row.words[:1] != ["why"] and bool(_ANSWER_LABEL.match(row.answer or ""))
@@ -363,6 +337,15 @@ def gives_answer_away(question: str, answer: str) -> bool:
         asked = words_of(_PLACE.split(question, maxsplit=1)[0])
     stems = [_stem(word) for word in asked if word not in _ARTICLES]
     wanted = [_stem(word) for word in answer_words]
+    content = [word for word in answer_words if word == "no" or word not in language.FUNCTION_WORDS]
+    told = {_stem(word) for word in content if word not in _EMPTY_NOUNS}
+    if (
+        content
+        and len(answer_words) > max(2, len(told))
+        and asked[:1] != ["which"]
+        and told <= {*stems} - {"no"}
+    ):
+        return True
     return any(stems[start : start + len(wanted)] == wanted for start in range(len(stems) - len(wanted) + 1))
 
 
@@ -402,17 +385,15 @@ def is_elsewhere(row: RuleInput) -> bool:
         may_match = not (_REFERRING_WORDS.isdisjoint(words) or _ELSEWHERE_HINTS.isdisjoint(words))
         if may_match and _ELSEWHERE.search(text.lower()) and _COLLAGES.isdisjoint(words):
             return True
-    if not row.is_question:
-        return False
     is_in_answer = not row.is_read and _ANSWER_ELSEWHERE.match(row.answer or "")
-    return bool(is_in_answer or _ELSEWHERE_IN_QUESTION.search(row.main.lower()))
+    return row.is_question and bool(is_in_answer or _ELSEWHERE_IN_QUESTION.search(row.main.lower()))
 
 
 def is_general(row: RuleInput) -> bool:
     """Return True if a caption or question fits nearly any image."""
     if row.is_caption:
         return artifacts.is_too_general(row.words)
-    answer_words = row.texts[-1][1] if row.answer else []
+    answer_words = row.texts[-1][1] if row.answer and not row.is_read else []
     is_vague = _ANY_ANSWER.issuperset(answer_words) and not _VAGUE.isdisjoint(answer_words)
     return is_vague or bool(_GENERAL_QUESTION.match(row.main.lower()))
 
@@ -486,14 +467,13 @@ READ_TEXT_RULES: dict[str, Callable[[RuleInput], bool]] = {
     ),
 }
 # Tags need neither sentences nor a language that can be detected.
-TAG_RULES = {
-    name: rule
-    for name, rule in CAPTION_RULES.items()
-    if name not in ("no_description", "other_language", "cut_off", "repetitive")
-} | {"keywords": is_no_tag_list}
+_SENTENCE_RULES = ("no_description", "other_language", "cut_off", "repetitive")
+TAG_RULES = {name: rule for name, rule in CAPTION_RULES.items() if name not in _SENTENCE_RULES}
+TAG_RULES["keywords"] = is_no_tag_list
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
 # An answer that was read from the image may have any characters and words, but no template tokens.
-READ_ANSWER_RULES = {name: rule for name, rule in RULES.items() if name != "answer_off_type"} | {
+READ_ANSWER_RULES = RULES | {
+    "answer_off_type": lambda row: bool(_OTHER_READ.match(f"{row.main}\n{row.answer}")),
     "junk": lambda row: artifacts.has_markup(row.main) or artifacts.has_token(row.answer or ""),
     "label": lambda row: artifacts.has_label(row.main) or artifacts.opens_chat(row.answer or ""),
 }
@@ -527,12 +507,8 @@ def _repeats_parts(text: str) -> bool:
             return True
     parts = text.lower().split(", ")
     if MAX_EQUAL_PARTS < len(parts) > len(text) / MAX_CHARACTERS_OF_STUB:
-        ends = Counter(part.rpartition(" ")[2] for part in parts)
-        if 3 * len({*parts}) <= 2 * len(parts) or max(ends.values()) > MAX_EQUAL_PARTS:
-            return True
-    # A fast test first: parts that name the same object begin with the same two letters (one-letter objects
-    # are ignored).
-    if len(parts) <= MAX_EQUAL_PARTS or max(Counter(p[:2] for p in parts).values()) <= MAX_EQUAL_PARTS:
-        return False
-    objects = Counter(_PLACE.split(part, maxsplit=1)[0] for part in parts)
-    return max(objects.values()) > MAX_EQUAL_PARTS
+        # Count the object of each part once, also if it is the last word.
+        named = ({_PLACE.split(part, maxsplit=1)[0], part.rpartition(" ")[2]} for part in parts)
+        counts = Counter(name for names in named for name in names)
+        return 3 * len({*parts}) <= 2 * len(parts) or max(counts.values()) > MAX_EQUAL_PARTS
+    return False

@@ -19,14 +19,14 @@ _SPECIAL = re.compile(r"[^a-zA-Z0-9 ,.\"'\-?!;:()/&%$]")
 _SPECIAL_COLON = re.compile(r"[A-Zxywh]\d?\s*:")
 _SPECIAL_PARTS = (
     "--", "$$", "..", ",,", " / ", "ounding box", "bbox", "oordinate", "pixel", " OR ", "XXX", "addCriterion",
+    "orem ipsum",
 )  # fmt: skip
 _ENDING_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]{1,2}$")
 _MARKUP = pattern("markup")
 _JSON_KEYS = re.compile(r"[\"']\s*[:,]\s*[\"']\s*\w+[\"']\s*:")
 _POINTS = pattern("points")
 _TOKEN = pattern("token")
-_GLUED = re.compile(r"[a-z]{3}\.[a-z]{3}")
-_FILE_NAME = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)\b", re.IGNORECASE)
+_GLUED = re.compile(r"[a-z]{3}\.[a-z]{3}|\.(?i:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)\b")
 _LIST_OR_ROLE = re.compile(r"\s*(?:-\s|1[.)]\s|(?:assistant|user|system)[:\s]\s*[A-Z])")
 _LABEL = pattern("label", re.IGNORECASE)
 # A caption rarely begins with one or two words and a colon, and rarely has two labels or ends with a label.
@@ -54,10 +54,7 @@ _QUESTION_AT_END = re.compile(
 )
 _PLACEHOLDER = pattern("placeholder")
 _RUN = re.compile(r"(\S)\1{7}|(\S{2,8}?)\2{3}|\d{20}")
-MIN_RUN_CHARACTERS = 16
-# A longer list of numbers is a loop if most of them are one more than the previous number.
-MAX_COUNTED = 15
-MAX_DIGITS = 18  # longer numbers are not counted
+MIN_RUN_CHARACTERS, MAX_EQUAL_WORDS = 16, 4
 _CUT_OFF = pattern("cut_off", after="$")
 _UNFINISHED_WORDS = frozenset(WORDS["unfinished"].split())
 _UNFINISHED_MARKS = ("\u2026", "...", *":;([{&/+=-")
@@ -80,17 +77,15 @@ def has_markup(text: str, *, may_end_in_emoji: bool = False) -> bool:
     """Return whether a text has tags, template tokens, Markdown, JSON, escapes, file names or coordinates."""
     if may_end_in_emoji:
         text = text[:-2] + _ENDING_EMOJI.sub("", text[-2:])
-    if _LIST_OR_ROLE.match(text) or "orem ipsum dolor" in text:
+    if _LIST_OR_ROLE.match(text):
         return True
     if (":" in text and _JSON_KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
-    has_glued = text.count(".", 0, -1) > text.count(". ")
-    if has_glued and (_FILE_NAME.search(text) or _GLUED.search(unquoted(text))):
+    if text.count(".", 0, -1) > text.count(". ") and _GLUED.search(unquoted(text)):
         return True
-    may_match = _SPECIAL.search(text) or (":" in text and _SPECIAL_COLON.search(text))
-    if not (may_match or any(map(text.__contains__, _SPECIAL_PARTS))):
-        return False
-    return bool(_MARKUP.search(unquoted(text)))
+    is_special = _SPECIAL.search(text) or (":" in text and _SPECIAL_COLON.search(text))
+    may_match = bool(is_special) or any(map(text.__contains__, _SPECIAL_PARTS))
+    return may_match and bool(_MARKUP.search(unquoted(text)))
 
 
 def has_token(text: str) -> bool:
@@ -118,8 +113,10 @@ def has_caption_label(text: str) -> bool:
 
 def is_no_description(text: str, words: Collection[str], first_word: str) -> bool:
     """Return whether a caption is another kind of text, such as an order, an advertisement or a story."""
-    if first_word not in _USUAL_STARTS and _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
-        return True
+    if first_word not in _USUAL_STARTS:
+        is_sign = text.isupper() and FUNCTION_WORDS.isdisjoint(words)
+        if is_sign or _OTHER_START.match(text[:120].lower().replace("\u2019", "'")):
+            return True
     if _OTHER_WORDS.isdisjoint(words):
         return False
     for sentence in sentences_with(_OTHER_WORDS, text.lower().replace("\u2019", "'")):
@@ -164,20 +161,12 @@ def has_run(text: str) -> bool:
     return max(map(len, text.split()), default=0) >= MIN_RUN_CHARACTERS and bool(_RUN.search(text))
 
 
-def stutters(text: str, words: list[str]) -> bool:
-    """Return whether two different words outside of quotes are doubled, as in "on on the the"."""
+def stutters(words: list[str]) -> bool:
+    """Return whether two different words are doubled, as in "on on the the", or a word is repeated often."""
     if sum(map(eq, words, words[1:])) < 2:
         return False
-    words = words_of(unquoted(text))
-    return len({one for one, other in pairwise(words) if one == other and not one.isdigit()}) > 1
-
-
-def counts_on(words: list[str]) -> bool:
-    """Return whether a text has a long list of numbers that mostly continue the count, as in 1 2 3 4."""
-    if len(words) <= MAX_COUNTED:
-        return False
-    numbers = [int(word) for word in filter(str.isdecimal, words) if len(word) <= MAX_DIGITS]
-    return len(numbers) > MAX_COUNTED and 4 * sum(b - a == 1 for a, b in pairwise(numbers)) > 3 * len(numbers)
+    doubled = [one for one, other in pairwise(words) if one == other and not one.isdigit()]
+    return len({*doubled}) > 1 or len(doubled) >= MAX_EQUAL_WORDS
 
 
 def is_cut_off(text: str, words: list[str]) -> bool:
@@ -186,10 +175,9 @@ def is_cut_off(text: str, words: list[str]) -> bool:
     may_match = (words and words[-1] in _UNFINISHED_WORDS) or text.endswith(_UNFINISHED_MARKS)
     if may_match and _CUT_OFF.search(text, max(0, len(text) - MAX_END_CHARACTERS)):
         return True
-    if text.count("(") > text.count(")"):
-        return True
     # A quote mark after a number may stand for inches.
-    if text.count('"') % 2 and len(_QUOTE_MARK.findall(text)) % 2:
+    is_quote_open = text.count('"') % 2 and len(_QUOTE_MARK.findall(text)) % 2
+    if is_quote_open or text.count("(") > text.count(")"):
         return True
     if not text or text[-1] in _END_MARKS:
         return False
