@@ -1,11 +1,4 @@
-"""`Captioner`: caption images, and answer questions about them.
-
-from trainer import Captioner
-
-captioner = Captioner.from_pretrained("ORG/NAME")
-captioner.caption(["photo.jpg"], style="brief")
-captioner.caption(image, question="How many dogs are there?")
-"""
+"""`Captioner`: caption images, and answer questions about them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
