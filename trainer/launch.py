@@ -1,10 +1,4 @@
-"""`train`: open a dataset version, choose settings and a checkpoint folder, and train a captioner.
-
-import trainer
-
-result = trainer.train("data/scenes@v1.0.0", encoder="tiny-clip", epochs=4)
-print(result.path, result.scores["cider_d"])
-"""
+"""`train`: open a dataset version, choose settings and a checkpoint folder, and train a captioner."""
 
 import os
 from collections.abc import Callable
