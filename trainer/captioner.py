@@ -141,9 +141,8 @@ class Captioner:
 
     @torch.inference_mode()
     def _encode(self, pixels_BCHW: Tensor) -> Tensor:
-        states_BNV: Tensor = self.checkpoint.captioner.encoder(
-            pixels_BCHW.to(self.checkpoint.captioner.device)
-        )
+        captioner = self.checkpoint.captioner
+        states_BNV: Tensor = captioner.encoder(pixels_BCHW.to(captioner.device))
         return states_BNV
 
     def _describe(

@@ -154,7 +154,6 @@ def choose_settings(
         config = resolve(config_file, **options | {"preset": preset})
     if "encoder" not in config.model_fields_set:
         chosen["encoder"] = choose_encoder(message, is_drawn=is_drawn)
-
     if config.preset and "precision" not in config.model_fields_set:
         from trainer.runtime.devices import best_device, default_precision  # imports torch
 

@@ -46,9 +46,7 @@ def train_captioner(
 
     `out` receives the checkpoint with the best validation CIDEr-D (config.json, model.safetensors and
     tokenizer.json), train.json (settings), log.jsonl, metrics.json and captions.jsonl (test images). Until
-    the run ends, resume.pt holds the state to resume from.
-
-    Raises the errors of `trainer.train`.
+    the run ends, resume.pt holds the state to resume from. Raises the errors of `trainer.train`.
     """
     rank, processes = join_processes()
     report = NullProgress() if rank or progress is None else progress
