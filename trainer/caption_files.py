@@ -29,6 +29,7 @@ SIDECARS = Path("txt")
 MAX_TEXT_BYTES = 8_000_000_000
 JSON_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 Row = dict[str, Any]
+Unread = list[tuple[Path, ImageError]]  # images that could not be read
 
 
 def find_images(names: Iterable[str]) -> list[Path]:
@@ -123,9 +124,6 @@ def _lines(rows: list[Row]) -> str:
 def write_captions(path: Path, rows: list[Row]) -> None:
     """Write rows to a JSON Lines file."""
     write_text(path, _lines(rows))
-
-
-Unread = list[tuple[Path, ImageError]]  # images that could not be read
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,4 @@
-"""`Captioner`: caption images, and answer questions about them.
-
-from trainer import Captioner
-
-captioner = Captioner.from_pretrained("ORG/NAME")
-captioner.caption(["photo.jpg"], style="brief")
-captioner.caption(image, question="How many dogs are there?")
-"""
+"""`Captioner`: caption images, and answer questions about them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,9 +140,8 @@ class Captioner:
 
     @torch.inference_mode()
     def _encode(self, pixels_BCHW: Tensor) -> Tensor:
-        states_BNV: Tensor = self.checkpoint.captioner.encoder(
-            pixels_BCHW.to(self.checkpoint.captioner.device)
-        )
+        captioner = self.checkpoint.captioner
+        states_BNV: Tensor = captioner.encoder(pixels_BCHW.to(captioner.device))
         return states_BNV
 
     def _describe(

@@ -19,7 +19,6 @@ from pipeline.images.clip import CLIP_MODELS
 Preset = Literal["auto", "scenes", "photos-few", "photos", "photos-lm"]
 EncoderStates = Literal["all", "2x2"]
 Precision = Literal["fp32", "tf32", "bf16"]
-FeatureStorage = Literal["bf16", "none"]
 Mixture = Literal["synthetic", "human", "mixed"]
 
 ENCODERS = {
@@ -93,7 +92,7 @@ class TrainConfig(Section):
     """
     encoder_states: EncoderStates = "all"
     """States of the last layer: `all`, or `2x2` for averages of 2 x 2 patches."""
-    feature_storage: FeatureStorage = "bf16"
+    feature_storage: Literal["bf16", "none"] = "bf16"
     """Storage of the hidden states of a frozen encoder: `bf16`, or `none` to compute them in each step."""
     decoder: str = "scratch"
     """`scratch`, `prefix`, `qwen3`, `smollm2`, a folder or a Hub id of a causal language model."""

@@ -50,11 +50,8 @@ class Example:
         return prepare_image(self.image if isinstance(self.image, bytes) else self.image.read())
 
 
-Sets = dict[str, list[Example]]
-
-
-def choose_examples(version: Version, config: TrainConfig) -> tuple[Sets, TrainConfig]:
-    """Return the examples of all splits, and the settings with derived values filled in.
+def choose_examples(version: Version, config: TrainConfig) -> tuple[dict[str, list[Example]], TrainConfig]:
+    """Return the examples by split, and the settings with derived values filled in.
 
     Raises TrainError if there is nothing to learn.
     """

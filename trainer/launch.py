@@ -1,10 +1,4 @@
-"""`train`: open a dataset version, choose settings and a checkpoint folder, and train a captioner.
-
-import trainer
-
-result = trainer.train("data/scenes@v1.0.0", encoder="tiny-clip", epochs=4)
-print(result.path, result.scores["cider_d"])
-"""
+"""`train`: open a dataset version, choose settings and a checkpoint folder, and train a captioner."""
 
 import os
 from collections.abc import Callable
@@ -161,7 +155,6 @@ def choose_settings(
         config = resolve(config_file, **options | {"preset": preset})
     if "encoder" not in config.model_fields_set:
         chosen["encoder"] = choose_encoder(message, is_drawn=is_drawn)
-
     if config.preset and "precision" not in config.model_fields_set:
         from trainer.runtime.devices import best_device, default_precision  # imports torch
 

@@ -41,15 +41,14 @@ VALIDATION_STATE = ("best_score", "best_cider_d", "best_loss", "evaluations_with
 SCORE_DIGITS = 3
 
 
-# One forward pass: pixels or stored states (see trainer/features.py), texts, and images.
-MicroBatch = tuple[Tensor, TextBatch, list[Example]]
-
-
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The micro-batches of one process in a step. The counts and the weight are those of all processes."""
+    """The micro-batches of one process in a step. The other numbers cover the batch of all processes.
 
-    micro_batches: list[MicroBatch]
+    A micro-batch has pixels or stored states (see trainer/features.py), texts, and images.
+    """
+
+    micro_batches: list[tuple[Tensor, TextBatch, list[Example]]]
     num_images: int
     num_tokens: int  # target tokens
     weight: float

@@ -45,11 +45,9 @@ def train_captioner(
 ) -> dict[str, Any]:
     """Train a captioner on a version, score it on the test split, and return the content of metrics.json.
 
-    `out` receives the checkpoint with the best validation CIDEr-D, train.json (settings), log.jsonl,
-    metrics.json and captions.jsonl (test images). Until the run ends, resume.pt holds the state to resume
-    from.
-
-    Raises the errors of `trainer.train`.
+    `out` receives the checkpoint with the best validation CIDEr-D (config.json, model.safetensors and
+    tokenizer.json), train.json (settings), log.jsonl, metrics.json and captions.jsonl (test images). Until
+    the run ends, resume.pt holds the state to resume from. Raises the errors of `trainer.train`.
     """
     rank, processes = join_processes()
     report = NullProgress() if rank or progress is None else progress

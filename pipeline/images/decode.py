@@ -202,9 +202,8 @@ def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterat
             if is_counted and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
                 raise ImageError("too_many_scans", f"more than {MAX_SCANS} scans")
             if image.mode in ("I", "F"):
-                raise ImageError(
-                    "unsupported_depth", f"the value range of 32-bit pixels ({image.mode}) is unknown"
-                )
+                detail = f"the value range of 32-bit pixels ({image.mode}) is unknown"
+                raise ImageError("unsupported_depth", detail)
             yield image
     except Image.DecompressionBombError:
         raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None

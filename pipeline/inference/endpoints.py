@@ -70,9 +70,8 @@ class Endpoint:
         """Warn about the first failure of each kind. In "429: slow down", the kind is 429."""
         kind = failure.partition(":")[0]
         if kind not in self.reported:
-            warn(
-                f"{self.url} fails ({failure[:MAX_SHOWN_CHARACTERS]}): {reason}; failed requests are retried"
-            )
+            problem = f"{self.url} fails ({failure[:MAX_SHOWN_CHARACTERS]}): {reason}"
+            warn(f"{problem}; failed requests are retried")
         self.reported.add(kind)
 
     def rest(self, stated_s: float | None = None) -> None:

@@ -20,9 +20,12 @@ from pipeline.progress import Progress
 MODELS_SECONDS = 30.0
 MAX_CONTEXT_TOKENS = 100_000_000
 MAX_SHOWN_MODELS = 8
-# The revision gets this suffix if the server does not enforce schemas.
-UNENFORCED = "unenforced"
-_REVISION = re.compile(r"@((?:[0-9a-f]{16}|[0-9a-f]{40})(?:\+\w+)*)$")
+ENFORCEMENT_HINT = (
+    "pass --no-enforced-schema: then synth checks each reply, and retries invalid replies. Or start vLLM "
+    """with --structured-outputs-config '{"backend":"guidance","disable_any_whitespace":true}'"""
+)
+UNENFORCED = "unenforced"  # suffix for the revision if the server does not enforce schemas
+_REVISION = re.compile(r"@((?:[0-9a-f]{16}|[0-9a-f]{40})(?:\+\w+)*)$")  # at the end of a model's served name
 
 
 class ServedModel(NamedTuple):
@@ -161,7 +164,9 @@ async def probe_server(
         is_about_schema = not message or re.search("response_format|schema", message)
         if dialect is None and is_about_schema and not endpoint.dialect.states_schema:
             if server.enforced_schema:
-                raise _unenforced(url, f" ({status}: {message})" if message else "")
+                reason = f" ({status}: {message})" if message else ""
+                problem = f"{url} does not enforce JSON schemas, so its replies may be invalid{reason}"
+                raise EngineError(problem, hint=ENFORCEMENT_HINT)
             dialect = replace(endpoint.dialect, states_schema=True)
         if dialect is None:
             hint = "check --base-url and --model, and the log of the server"
@@ -174,14 +179,6 @@ def _follows_schema(text: str) -> bool:
     with suppress(ValueError):
         return bool(protocol.parse_json(text) == {"word": protocol.PROBE_WORD})
     return False
-
-
-def _unenforced(url: str, reason: str) -> EngineError:
-    config = '{"backend":"guidance","disable_any_whitespace":true}'
-    hint = "pass --no-enforced-schema: then synth checks each reply, and retries invalid replies. "
-    hint += f"Or start vLLM with --structured-outputs-config '{config}'"
-    problem = f"{url} does not enforce JSON schemas, so its replies may be invalid{reason}"
-    return EngineError(problem, hint=hint)
 
 
 def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:

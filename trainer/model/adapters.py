@@ -51,15 +51,14 @@ class LoraLinear(nn.Linear):
         return weight.T if self.is_transposed else weight
 
 
-def add_adapters(model: nn.Module, head: nn.Module, rank: int, dropout: float) -> int:
-    """Add adapters to the linear layers of a model, and freeze it. Returns their number."""
+def add_adapters(model: nn.Module, head: nn.Module, rank: int, dropout: float) -> None:
+    """Freeze a model, and add adapters to its linear layers except head and experts."""
     model.requires_grad_(False)
     # A subclass of nn.Linear may compute something else.
     linear = [(name, layer) for name, layer in model.named_modules() if type(layer) in (nn.Linear, Conv1D)]
     adapted = [(name, layer) for name, layer in linear if layer is not head and "expert" not in name]
     for name, layer in adapted:
         model.set_submodule(name, LoraLinear(layer, rank, dropout))
-    return len(adapted)
 
 
 def is_adapter(name: str) -> bool:

@@ -16,14 +16,7 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    CLIPVisionModel,
-    PreTrainedConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
+from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig, ViTImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pipeline.digests import canonical
@@ -159,16 +152,13 @@ def load_encoder(name: str, *, states: str = "all", frozen: bool | None = None) 
         revision = getattr(model_config, "_commit_hash", None)
         model_config = getattr(model_config, "vision_config", model_config)
         settings = pretrained.settings_of(model_config)
-        # This raises an error if the model cannot be rebuilt, such as a timm model.
-        pretrained.config_of(settings)
-        towers: dict[str, Any] = {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}
-        tower_class = towers.get(model_config.model_type, AutoModel)
+        pretrained.config_of(settings)  # raises if the model cannot be rebuilt, such as a timm model
         saved = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=False).to_dict()
         # Keep only JSON values.
         json_types = (str, int, float, list, dict)
         processor = {key: value for key, value in saved.items() if isinstance(value, json_types)}
         options = {"config": model_config, **tower_options(model_config)}
-        tower, missing = pretrained.load_weights(tower_class, model_id, **options)
+        tower, missing = pretrained.load_weights(AutoModel, model_id, **options)
         shown = folder_name(Path(model_id)) if name not in ENCODERS and Path(model_id).exists() else name
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
         encoder = Encoder(EncoderConfig(settings, processor, frozen is not False, made_from, states))

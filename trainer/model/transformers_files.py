@@ -4,7 +4,6 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import TrainError
 from pipeline.storage.files import json_text, read_json
 from trainer.runtime.checkpoint_folder import require_checkpoint
 
@@ -42,19 +41,14 @@ HEADER = "# Written by `synth`. This file needs torch, transformers and Pillow.\
 def transformers_files(folder: Path) -> dict[str, bytes]:
     """Return the files that transformers needs in a checkpoint folder, by name.
 
-    They include a new config.json. Raises TrainError if the folder is not a captioner.
+    Raises TrainError if the folder lacks a file.
     """
     require_checkpoint(folder)
-    try:
-        config, tokenizer = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
-        tokens = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
-        is_scratch = "language_model" not in config["decoder"]
-        pad_id = 0 if is_scratch else config["eos_id"]
-        eos_token, pad_token = tokens[config["eos_id"]], tokens[pad_id]
-        processor = config["encoder"]["processor"]
-        decoding = dict(config["data"].get("decoding", {}))
-    except (KeyError, TypeError, ValueError) as error:
-        raise TrainError(f"{folder} is not a captioner: {error!r}", hint="train one: `synth train`") from None
+    config, tokenizer = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
+    tokens = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    is_scratch = "language_model" not in config["decoder"]
+    pad_id = 0 if is_scratch else config["eos_id"]
+    decoding = dict(config["data"].get("decoding", {}))
     values: dict[str, dict[str, Any]] = {
         "config.json": {
             **config,
@@ -75,7 +69,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
             **decoding,
             **({"early_stopping": "never"} if decoding.get("num_beams", 1) > 1 else {}),
         },
-        "preprocessor_config.json": processor,
+        "preprocessor_config.json": config["encoder"]["processor"],
         "processor_config.json": {
             "processor_class": "SynthCaptionerProcessor",
             "auto_map": {"AutoProcessor": f"{MODULE}.SynthCaptionerProcessor"},
@@ -84,8 +78,8 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
         },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": eos_token,
-            "pad_token": pad_token,
+            "eos_token": tokens[config["eos_id"]],
+            "pad_token": tokens[pad_id],
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
         },

@@ -296,7 +296,8 @@ class SynthCaptionerProcessor(ProcessorMixin):
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt."""
         parts = prompt_parts(self.kind, *choose_prompt(self.prompts, text))
-        return prompt_ids(parts, self.tokenizer.convert_tokens_to_ids, self._ids)
+        token_id, tokenize = self.tokenizer.convert_tokens_to_ids, self.tokenizer
+        return prompt_ids(parts, token_id, lambda part: tokenize(part, add_special_tokens=False)["input_ids"])
 
     def batch_decode(self, *given: Any, **options: Any) -> list[str]:
         """Return the decoded texts without leading and trailing spaces."""
@@ -307,10 +308,6 @@ class SynthCaptionerProcessor(ProcessorMixin):
     ) -> list[str]:
         """Return the decoded texts for a pipeline. `options` go to the tokenizer."""
         return self.batch_decode(generated_outputs, **{"skip_special_tokens": True, **options})
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 def read_image(image: Any) -> Image.Image:

@@ -213,10 +213,6 @@ def test_half_precision_runs_and_image_is_required(checkpoints: dict[str, Path],
 def test_folder_without_captioner_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no captioner in"):
         transformers_files(tmp_path)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(TrainError, match="is not a captioner"):
-        transformers_files(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mamba", "lfm2", "qwen3_5_text", "granitemoehybrid"])
