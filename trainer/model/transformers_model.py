@@ -164,6 +164,13 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         """Return the embedding of tokens."""
         return self.decoder.embedding
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of tokens, as `resize_token_embeddings` does."""
+        if isinstance(self.decoder, PrefixDecoder):
+            self.decoder.model.set_input_embeddings(value)
+        else:
+            self.decoder.embedding = value  # type: ignore[assignment]
+
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the image states that the decoder reads: (B, 3, H, W) -> (B, N, D)."""
         states_BND: Tensor = self.connector(self.encoder(pixel_values.to(self.dtype)))
