@@ -20,6 +20,7 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.sources.join import with_pixels
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import parse_dataset_path
+from pipeline.tables import SPLITS
 from trainer.config import DECODERS, ENCODERS, TINY_VIT, TrainConfig, choose_preset, default_texts, resolve
 from trainer.runtime.checkpoint_folder import find_captioner, read_models, require_free
 
@@ -83,6 +84,9 @@ def train(
     version = open_version(data, images)
     message = progress.message if is_first else NullProgress().message
     config, folder = plan_training(version, options, file, Path(out) if out else None, message, resume=resume)
+    for split in SPLITS:
+        if not version.manifest["rows"].get(split):
+            version.read(split, ["sample_id"])  # raises StoreError before a folder is made
 
     from trainer.training import train_captioner
 

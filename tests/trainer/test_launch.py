@@ -103,7 +103,8 @@ def test_model_that_cannot_be_downloaded_is_reported_before_a_folder_is_made(
     assert not (version.dataset_dir / "checkpoints").exists()
 
 
-def test_empty_split_is_reported(tmp_path: Path) -> None:
+def test_empty_split_is_reported_before_a_folder_is_made(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "data", scene_samples(1))
     with pytest.raises(StoreError, match="has no rows in its"):
         train(version, encoder="tiny-vit")
+    assert not (version.dataset_dir / "checkpoints").exists()
