@@ -197,6 +197,20 @@ def test_captioner_saved_again_by_transformers_generates_the_same_tokens(
     assert tokens[0] == tokens[1]
 
 
+def test_embedding_grows_for_new_tokens_and_old_tokens_keep_their_logits(
+    checkpoint: Path, photos: list[Path]
+) -> None:
+    model, processor = load_with_transformers(checkpoint)
+    inputs = processor(images=photos[:1], text="")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        size = before.shape[-1]
+        model.resize_token_embeddings(size + 3)
+        after = model(**inputs).logits
+    assert after.shape[-1] == size + 3 == model.get_input_embeddings().num_embeddings
+    torch.testing.assert_close(after[..., :size], before)
+
+
 def test_half_precision_runs_and_image_is_required(checkpoints: dict[str, Path], photos: list[Path]) -> None:
     folder = checkpoints["scratch"]
     for dtype in (torch.bfloat16, torch.float16):
