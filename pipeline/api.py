@@ -141,7 +141,9 @@ def export(
     splits: Iterable[str] = SPLITS,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version to a new folder in the format of another tool, like `synth export`.
+    """Write a version to a folder in the format of another tool, like `synth export`.
+
+    If the folder already has this export, nothing is written.
 
     Args:
         version: a version, such as `result.version`, or its name: DIR, DIR@VERSION or ORG/NAME@VERSION.
@@ -149,7 +151,7 @@ def export(
         style: the caption style to write, if the format has one caption per image.
 
     Raises:
-        SynthError: the format is unknown, the folder exists, or the version has no row that fits the format.
+        SynthError: the format is unknown, the folder has other content, or no row fits the format.
     """
     folder = parse_local_path(str(out))
     with translate_disk_errors(folder):
