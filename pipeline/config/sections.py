@@ -282,7 +282,7 @@ class ServerConfig(Section):
     max_requests: Annotated[int, Field(ge=1)] | None = None
     """Stop when all runs in the dataset folder together have sent this number of requests."""
     max_total_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Stop when all runs in the dataset folder together have used this number of tokens, input plus output."""
+    """Stop when all runs in the dataset folder together have used this number of input and output tokens."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
     """Stop when all runs in the dataset folder together have cost this, by `price_in` and `price_out`."""
     max_failure_frac: float = Field(default=0.9, ge=0, le=1)
