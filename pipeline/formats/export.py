@@ -100,7 +100,11 @@ def export_version(
         files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
-        result = {"images": written, "without_text": num_rows - written, "has_opening": has_opening}
+        result: dict[str, Any] = {
+            "images": written,
+            "without_text": num_rows - written,
+            "has_opening": has_opening,
+        }
         write_text(draft / EXPORT_RECORD, f"{settings}\n{json.dumps(result)}\n")
         draft.rename(out)
     return Exported(out, **result)
