@@ -100,14 +100,10 @@ def export_version(
         files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
-        result: dict[str, Any] = {
-            "images": written,
-            "without_text": num_rows - written,
-            "has_opening": has_opening,
-        }
-        write_text(draft / EXPORT_RECORD, f"{settings}\n{json.dumps(result)}\n")
+        counts = (written, num_rows - written, has_opening)
+        write_text(draft / EXPORT_RECORD, f"{settings}\n{json.dumps(counts)}\n")
         draft.rename(out)
-    return Exported(out, **result)
+    return Exported(out, *counts)
 
 
 def _find_export(out: Path, settings: str) -> Exported | None:
@@ -118,9 +114,9 @@ def _find_export(out: Path, settings: str) -> Exported | None:
     if not out.exists():
         return None
     record = out / EXPORT_RECORD
-    made_with, _, result = (record.read_text(errors="replace") if record.is_file() else "").partition("\n")
+    made_with, _, counts = (record.read_text(errors="replace") if record.is_file() else "").partition("\n")
     if made_with == settings:
-        return Exported(out, **json.loads(result), is_new=False)
+        return Exported(out, *json.loads(counts), is_new=False)
     problem = f"{out} already exists, and is not an export of this version with these settings"
     raise ConfigError(problem, hint="choose another folder: --out DIR")
 
