@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _find_export(out: Path, settings: str) -> Exported | None:
     record = out / EXPORT_RECORD
     made_with, _, counts = (record.read_text(errors="replace") if record.is_file() else "").partition("\n")
     if made_with == settings:
-        return Exported(out, *json.loads(counts), is_new=False)
+        return replace(Exported(out, *json.loads(counts)), is_new=False)
     problem = f"{out} already exists, and is not an export of this version with these settings"
     raise ConfigError(problem, hint="choose another folder: --out DIR")
 
