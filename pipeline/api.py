@@ -141,7 +141,7 @@ def export(
     splits: Iterable[str] = SPLITS,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version to a new folder in the format of another tool, like `synth export`.
+    """Write a version in the format of another tool, like `synth export`. An existing export is kept.
 
     Args:
         version: a version, such as `result.version`, or its name: DIR, DIR@VERSION or ORG/NAME@VERSION.
@@ -149,7 +149,7 @@ def export(
         style: the caption style to write, if the format has one caption per image.
 
     Raises:
-        SynthError: the format is unknown, the folder exists, or the version has no row that fits the format.
+        SynthError: the format is unknown, the folder has other content, or no row fits the format.
     """
     folder = parse_local_path(str(out))
     with translate_disk_errors(folder):

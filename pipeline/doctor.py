@@ -31,10 +31,10 @@ _VLLM_VERSION = "import vllm, torch; print(vllm.__version__, 'on torch', torch._
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one check. `is_ok` is None if the result is information only."""
+    """The result of one check."""
 
     name: str
-    is_ok: bool | None
+    is_ok: bool
     result: str
     hint: str = ""
 

@@ -96,7 +96,7 @@ class Plan:
             refuse_other_source(dataset, plan.config)
             # Report a damaged version now, not at the end of the run.
             dataset.versions()
-        with skip_digests() if is_trial else nullcontext():
+        with translate_disk_errors(dataset.path), skip_digests() if is_trial else nullcontext():
             source = open_source(plan.config)
         for text in source.messages:
             progress.message(text)

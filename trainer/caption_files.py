@@ -94,27 +94,33 @@ def open_captions(
         draft.unlink()
 
 
-def _read_rows(path: Path, draft: Path, settings: dict[str, Any]) -> list[Row]:
-    """Return the rows of an earlier run. Raises ConfigError if they are damaged."""
-    file = draft if draft.exists() else path
-    # Not splitlines(): a caption may contain other line separators.
-    data = read_regular(file, max_bytes=MAX_TEXT_BYTES) if file.exists() else b""
-    lines = data.decode("utf-8", "replace").split("\n")
-    header, lines = (lines[0], lines[1:-1]) if file == draft else ("", [*filter(None, lines)])
-    if not lines:
-        return []
-    try:
-        rows = [json.loads(line) for line in lines]
-        if not all(isinstance(value, str) for row in rows for value in (row["image"], *row.values())):
-            raise ValueError("a value is not a string")
-        if file == path:
-            return rows
-        if json.loads(header)["settings"] == settings:
-            return [row for row in rows if row["image"] != rows[-1]["image"]]
-        problem = f"{path} was started with a different captioner or different settings"
-    except JSON_ERRORS as error:
-        problem = f"{file} is damaged: {error}"
-    raise ConfigError(problem, hint=f"remove {file}, or choose another --out")
+def _read_rows(path: Path, draft: Path, settings: Row) -> list[Row]:
+    """Return the rows of the finished file, and those of other images in the draft.
+
+    The last image of the draft may lack rows, so it is left out. Raises ConfigError if a file is damaged.
+    """
+    rows = list[Row]()
+    for file in (path, draft):
+        data = read_regular(file, max_bytes=MAX_TEXT_BYTES) if file.exists() else b""
+        # Not splitlines(): a caption may contain other line separators.
+        header, *lines = data.decode("utf-8", "replace").split("\n")
+        # A finished file has no header. After an edit, its last line may lack its line break.
+        lines = lines[:-1] if file == draft else [*filter(None, [header, *lines])]
+        try:
+            added: list[Row] = [json.loads(line) for line in lines]
+            if not all(isinstance(value, str) for row in added for value in (row["image"], *row.values())):
+                raise ValueError("a value is not a string")
+            if file == path or not added:
+                rows += added
+                continue
+            if json.loads(header)["settings"] == settings:
+                left_out = {row["image"] for row in (*rows, added[-1])}
+                return rows + [row for row in added if row["image"] not in left_out]
+            problem = f"{path} was started with a different captioner or different settings"
+        except JSON_ERRORS as error:
+            problem = f"{file} is damaged: {error}"
+        raise ConfigError(problem, hint=f"remove {file}, or choose another --out")
+    return rows
 
 
 def _lines(rows: list[Row]) -> str:

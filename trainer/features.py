@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -135,12 +135,14 @@ def store_features(
     store = _Store(folder / f"{name}-{encoder.key()[:16]}", record_bytes=2 * num_states * width)
     example_of = {hashlib.sha256(example.sample_id.encode()).digest(): example for example in examples}
     own = own_slice()
-    # The first process locks the folder, so that other runs wait and do not remove it.
+    # The first process locks the folder on its disk, so that other commands do not write to it or remove it.
+    # A lock of each machine would block machines that share this disk.
     with store.lock(progress) if not own.start else nullcontext():
         while True:
             # Wait until all processes have written.
             sum_over_processes([0])
             store.create()
+            store.row_of.clear()
             row_of = store.rows()
             missing = [key for key in example_of if key not in row_of]
             if not missing:
@@ -188,6 +190,7 @@ class _Store:
 
     path: Path
     record_bytes: int
+    row_of: dict[bytes, int] = field(default_factory=dict)  # rows that this process has read
 
     def lock(self, progress: Progress) -> BinaryIO:
         """Create and lock the store. Waits for other runs. Raises TrainError if a file is a symbolic link."""
@@ -208,17 +211,20 @@ class _Store:
                 raise TrainError(f"{file} is a link, which synth does not create", hint="remove it")
 
     def rows(self) -> dict[bytes, int]:
-        """Map hashes of ids to rows of states.bin. Rows after a repeated hash are ignored as damaged."""
-        ids, states = self.path / IDS, self.path / STATES
-        data = ids.read_bytes() if ids.exists() else b""
-        num_states = states.stat().st_size // self.record_bytes if states.exists() else 0
-        count = min(len(data) // ID_BYTES, num_states)
-        keys = [data[start : start + ID_BYTES] for start in range(0, count * ID_BYTES, ID_BYTES)]
-        rows: dict[bytes, int] = {}
-        for row, key in enumerate(keys):
-            if rows.setdefault(key, row) != row:
-                break
-        return rows
+        """Map hashes of ids to rows of states.bin. Only new rows are read.
+
+        Rows after a repeated hash are ignored as damaged.
+        """
+        row_of, files = self.row_of, ((IDS, ID_BYTES), (STATES, self.record_bytes))
+        paths = [(self.path / name, size) for name, size in files]
+        count = min(path.stat().st_size // size if path.exists() else 0 for path, size in paths)
+        if count > len(row_of):
+            with (self.path / IDS).open("rb") as file:
+                file.seek(len(row_of) * ID_BYTES)
+                for row in range(len(row_of), count):
+                    if row_of.setdefault(file.read(ID_BYTES), row) != row:
+                        break
+        return row_of
 
     def require_room(self, count: int) -> None:
         """Raise TrainError if the disk is too small for the states of `count` more images."""

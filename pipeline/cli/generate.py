@@ -186,8 +186,7 @@ def doctor(
     if as_json:
         echo(json.dumps([asdict(finding) for finding in findings]))
         return
-    marks = {True: "ok", False: "no", None: "--"}
     for finding in findings:
-        echo(f"{marks[finding.is_ok]:<4} {finding.name:<12} {finding.result}")
+        echo(f"{'ok' if finding.is_ok else 'no':<4} {finding.name:<12} {finding.result}")
         if finding.hint:
             echo(f"     {'':<12} {finding.hint}")

@@ -280,11 +280,11 @@ class ServerConfig(Section):
     price_out: Price | None = None
     """Price of a million reply tokens."""
     max_requests: Annotated[int, Field(ge=1)] | None = None
-    """Maximum number of requests of all runs in the dataset folder together."""
+    """Stop when all runs in the dataset folder together have sent this number of requests."""
     max_total_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Maximum number of tokens, input plus output, of all runs in the dataset folder together."""
+    """Stop when all runs in the dataset folder together have used this number of input and output tokens."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
-    """Maximum cost of all runs in the dataset folder together, computed from `price_in` and `price_out`."""
+    """Stop when all runs in the dataset folder together have cost this, by `price_in` and `price_out`."""
     max_failure_frac: float = Field(default=0.9, ge=0, le=1)
     """Stop when more than this share of the last 100 replies is unusable. Replies to retries do not count.
     1 never stops.
@@ -400,7 +400,7 @@ Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignmen
 
 
 class VerifyConfig(Section):
-    """Checks that ask the model whether annotations are true. With a null threshold, they reject no text."""
+    """Checks of annotations. With a null threshold, a check only measures."""
 
     checks: Distinct[Check] = ()
     """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`."""

@@ -1,7 +1,8 @@
 """Export a version in a format for another tool."""
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,10 @@ from pipeline.formats.items import ALL, choose_texts, read_items
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.lock import hold_lock
-from pipeline.storage.sidecars import OWN_LINES
+from pipeline.storage.sidecars import EXPORT_RECORD, OWN_LINES
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
-# This file stores the digest of the version and the settings of an export.
-RECORD = ".synth-export"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +59,20 @@ def export_version(
     report, splits, opening = progress or NullProgress(), tuple(splits), opening.strip()
     image_root = f"{out.absolute().as_posix()}/" if absolute else ""
     settings = digest([version.manifest, kind, style, splits, source_names, image_root, trigger, opening])
-    # This also refuses names such as `.`, for which no lock file can be created.
-    if _has_export(out, settings):
-        return Exported(out, 0, 0, has_opening=True, is_new=False)
     if kind not in (known := [PARQUET, *FORMATS]):
         hint = f"formats: {', '.join(known)}"
         raise ConfigError(f"unknown format {kind}", unknown=kind, known=known, hint=hint)
+    # This also refuses names such as `.`, for which no lock file can be created.
+    if done := _find_export(out, settings):
+        return done
     if (source_names or absolute) and kind in TABLES:
         hint = "leave out --names and --absolute"
         raise ConfigError(f"the format {kind} has no image files", hint=hint)
     busy = ConfigError(f"another process is exporting to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
-        if _has_export(out, settings):
-            return Exported(out, 0, 0, has_opening=True, is_new=False)
+        if done := _find_export(out, settings):
+            return done
         num_rows = _check_export(version, kind, style, trigger or opening, splits)
         draft = out.with_name(f".{out.name}.unfinished")
         remove(draft)
@@ -101,21 +100,23 @@ def export_version(
         files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
         sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
         write_text(draft / CHECKSUMS, sums)
-        write_text(draft / RECORD, settings)
+        counts = (written, num_rows - written, has_opening)
+        write_text(draft / EXPORT_RECORD, f"{settings}\n{json.dumps(counts)}\n")
         draft.rename(out)
-    return Exported(out, written, num_rows - written, has_opening)
+    return Exported(out, *counts)
 
 
-def _has_export(out: Path, settings: str) -> bool:
-    """Return True if a folder has the export with these settings, or False if the folder does not exist.
+def _find_export(out: Path, settings: str) -> Exported | None:
+    """Return the export with these settings in a folder, or None if the folder does not exist.
 
     Raises ConfigError if the folder has other content.
     """
     if not out.exists():
-        return False
-    record = out / RECORD
-    if record.is_file() and record.read_text(errors="replace") == settings:
-        return True
+        return None
+    record = out / EXPORT_RECORD
+    made_with, _, counts = (record.read_text(errors="replace") if record.is_file() else "").partition("\n")
+    if made_with == settings:
+        return replace(Exported(out, *json.loads(counts)), is_new=False)
     problem = f"{out} already exists, and is not an export of this version with these settings"
     raise ConfigError(problem, hint="choose another folder: --out DIR")
 

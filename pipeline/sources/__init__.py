@@ -11,6 +11,7 @@ from pipeline.config.sections import ImageFilterConfig
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import archive, benchmarks, documents, folder, scenes, tables
 from pipeline.sources.base import SourceSpec
+from pipeline.storage.files import DISK_ONLY_ERRORS
 from pipeline.tasks import asks_about_decks
 from pipeline.types import ImageKind, Rejected, Sample, Source
 
@@ -85,7 +86,8 @@ def holds_decks(config: Config) -> bool:
 def open_source(config: Config) -> Source:
     """Open a source.
 
-    Raises ConfigError if the settings do not fit the source, and SourceError if it cannot be read.
+    Raises ConfigError if the settings do not fit the source, SourceError if it cannot be read, and OSError if
+    the disk is full.
     """
     spec, argument = find_source(config.source), config.source.partition(":")[2]
     spec.check_options(config)
@@ -95,8 +97,11 @@ def open_source(config: Config) -> Source:
     try:
         source = spec.open(config, argument)
     except OSError as error:
-        problem = f"cannot read {error.filename or argument}: {error.strerror}"
-        raise SourceError(problem, hint="check the path and its permissions") from None
+        if error.errno in DISK_ONLY_ERRORS:
+            raise
+        problem = f"cannot read {error.filename or argument}: {error.strerror or error}"
+        hint = "check the path and its permissions" if error.errno else "check the source and the network"
+        raise SourceError(problem, hint=hint) from None
     tasks = with_source_defaults(config).tasks
     if tasks and (source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1)):
         content = "decks of pages" if source.decks else "single images"

@@ -21,7 +21,7 @@ from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.install import install_command
 from pipeline.sources.base import first_names
 from pipeline.sources.parquet import BUFFER_BYTES
-from pipeline.storage.sidecars import OWN_LINES
+from pipeline.storage.sidecars import EXPORT_RECORD, OWN_LINES
 from pipeline.storage.untrusted import (
     NOT_A_FILE,
     OUTSIDE,
@@ -103,7 +103,7 @@ def describe_unread(content: FolderContent, others: Iterable[Path], wanted: str 
         "unreadable folders": [row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER],
         "links to folders, which are not followed": [path.name for path in content.links],
         "hidden files and folders, which are not read": [
-            path.name for path in content.hidden if path.name != OWN_LINES
+            path.name for path in content.hidden if path.name not in (OWN_LINES, EXPORT_RECORD)
         ],
         f"files that are not {wanted}": [path.name for path in others],
     }

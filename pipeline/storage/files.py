@@ -49,7 +49,7 @@ _DISK_ERRORS = {
     errno.ENOTEMPTY: ("a folder that is not a version has this name", f"move it away, {_RESUME}"),
 }
 # Object stores never raise these errors, so the cause is a full or read-only temporary folder.
-_DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _ERRNO_OF_SQLITE_CODE = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     # On a full disk, SQLite fails to extend its shared-memory file.
@@ -259,7 +259,7 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
                 raise StoreError(f"{folder}: a file is damaged: {error}", hint=hint) from None
             is_local = not is_remote(path) or Path(str(error.filename)).is_absolute()
             is_of_file = is_local and error.filename is not None
-            if not (is_of_file or error.errno in (_DISK_ERRORS if is_local else _DISK_ONLY_ERRORS)):
+            if not (is_of_file or error.errno in (_DISK_ERRORS if is_local else DISK_ONLY_ERRORS)):
                 raise
             problem, hint = _DISK_ERRORS.get(error.errno or 0, (str(error.strerror), f"solve it, {_RESUME}"))
             # The rename failed because its target is a folder with files, so report the target.

@@ -16,6 +16,8 @@ from pipeline.storage.files import write_text
 from pipeline.storage.untrusted import read_regular
 
 OWN_LINES = ".synth-captions"
+# In the folder of an export: the digest of its version and settings, and the values of Exported as JSON.
+EXPORT_RECORD = ".synth-export"
 MAX_OWN_LINES_BYTES = 1_000_000_000
 
 

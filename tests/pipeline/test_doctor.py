@@ -46,7 +46,7 @@ def test_failures_have_hints_and_the_default_model_has_a_license(
     monkeypatch.delenv(VLLM_PYTHON, raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
     findings = examine()
-    assert all(finding.hint for finding in findings if finding.is_ok is False)
+    assert all(finding.hint for finding in findings if not finding.is_ok)
     (default,) = [finding.result for finding in findings if finding.result.startswith("folder:PATH")]
     assert "Qwen2.5-VL-3B-Instruct (Qwen Research License: no commercial use)" in default
     title = f"synth-captioner {installed_version()} on Python {platform.python_version()}"

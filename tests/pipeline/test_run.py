@@ -1,15 +1,19 @@
 """The plan of a run: refused folders and settings."""
 
+import errno
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from pipeline import sources
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
-from pipeline.errors import ConfigError, EngineError
+from pipeline.errors import ConfigError, EngineError, SourceError, StoreError, SynthError
 from pipeline.executors.messages import NoRowsError, require_rows
 from pipeline.plan import Plan, refuse_other_source
 from pipeline.progress import NullProgress
@@ -67,3 +71,31 @@ def test_error_names_the_condition_that_dropped_all_images(tmp_path: Path) -> No
     with pytest.raises(NoRowsError, match=r"no version was made: dropped by kind: 80 annotations$") as raised:
         require_rows(plan, STEPS, [StepSummary("validate", "annotations", 80, 0, {"dropped_by_kind": 80})])
     assert "max_attempts" not in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "problem", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), StoreError, "the disk is full", "free some space"),
+        (OSError("broken stream"), SourceError, "cannot read X: broken stream", "check the source"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "/a"),
+            SourceError,
+            "cannot read /a: No",
+            "the path",
+        ),
+    ],
+)
+def test_error_of_opening_a_source_states_its_cause(
+    error: OSError,
+    expected: type[SynthError],
+    problem: str,
+    hint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = replace(sources.find_source("folder"), open=Mock(side_effect=error))
+    monkeypatch.setattr(sources, "SOURCES", (spec,))
+    with pytest.raises(expected, match=problem) as caught:
+        Plan.open(resolve(source="folder:X"), tmp_path, NullProgress())
+    assert hint in caught.value.hint

@@ -1,7 +1,7 @@
 """Captions of many images, in one file or next to the images."""
 
 import json
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,42 @@ def test_run_killed_after_the_last_write_is_finished_by_the_next_run(
     (tmp_path / ".c.jsonl.unfinished").write_text(settings + whole)
     run(model, [str(photos)], out)
     assert out.read_text() == whole and not (tmp_path / ".c.jsonl.unfinished").exists()
+
+
+def caption(path: Path, images: str, stop: str = "") -> list[str]:
+    """Add a caption for each letter, stop before the image `stop`, and return the finished images."""
+    with suppress(KeyboardInterrupt), open_captions(path, {}) as (done, add):
+        for image in images:
+            if image == stop:
+                raise KeyboardInterrupt
+            if image not in done:
+                add([{"image": image, "caption": f"A {image}."}])
+    return [row["image"] for row in read(path)]
+
+
+def test_interrupted_extension_keeps_all_rows(tmp_path: Path) -> None:
+    out = tmp_path / "c.jsonl"
+    assert caption(out, "abc") == caption(out, "de", stop="d") == [*"abc"]
+    assert caption(out, "de", stop="e") == [*"abc"]
+    assert caption(out, "e") == [*"abce"]  # the last image of the draft may lack rows
+    assert caption(out, "d") == [*"abced"]
+
+
+def test_draft_of_a_finished_file_removes_no_row(tmp_path: Path) -> None:
+    out, draft = tmp_path / "c.jsonl", tmp_path / ".c.jsonl.unfinished"
+    caption(out, "ab")
+    # The process was killed before it could remove the draft.
+    draft.write_text('{"settings": {}}\n' + out.read_text())
+    assert caption(out, "n") == [*"abn"] and not draft.exists()
+
+
+def test_edits_of_a_finished_file_survive_an_interrupted_extension(tmp_path: Path) -> None:
+    out = tmp_path / "c.jsonl"
+    caption(out, "ab")
+    caption(out, "de", stop="e")
+    out.write_text(out.read_text().replace("A a.", "Edited."))
+    assert caption(out, "de") == [*"abde"]
+    assert read(out)[0]["caption"] == "Edited."
 
 
 def test_resuming_with_other_settings_is_refused(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -201,6 +202,28 @@ def test_full_disk_raises_an_error_before_images_are_encoded(
     with pytest.raises(TrainError, match=r"hidden states of 22 images take .* are free") as refused:
         store_features(encoder, examples[:24], tmp_path, CPU, progress)
     assert "2x2" in refused.value.hint and progress.done == []
+
+
+def test_save_reads_only_the_ids_that_other_processes_added(tmp_path: Path) -> None:
+    own, other = (features._Store(tmp_path / "store", record_bytes=1) for _ in range(2))
+    ids = [bytes([number]) * 32 for number in range(6)]
+
+    def append(store: Any, *numbers: int) -> None:
+        store.append(
+            [ids[number] for number in numbers], np.array([[number] for number in numbers], np.uint8)
+        )
+
+    append(own, 0, 1)
+    append(other, 1, 2)
+    append(own, 2, 3)
+    # A store that read known ids again would find this damage, and remove the rows after it.
+    with (tmp_path / "store/ids.bin").open("r+b") as file:
+        file.seek(32)
+        file.write(ids[0])
+    append(other, 3, 4)
+    append(own, 4, 5)
+    assert (tmp_path / "store/ids.bin").read_bytes() == b"".join([ids[0], ids[0], *ids[2:]])
+    assert (tmp_path / "store/states.bin").read_bytes() == bytes(range(6))
 
 
 @pytest.mark.parametrize("name", ["lock", "ids.bin", "states.bin"])

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+# Other subclasses of nn.Linear, such as routers of experts, compute something else.
+LINEAR = (nn.Linear, Conv1D, FalconLinear)
 # Other libraries define this as lora_alpha / rank.
 SCALE = 2.0
 
@@ -54,8 +57,7 @@ class LoraLinear(nn.Linear):
 def add_adapters(model: nn.Module, head: nn.Module, rank: int, dropout: float) -> None:
     """Freeze a model, and add adapters to its linear layers except head and experts."""
     model.requires_grad_(False)
-    # A subclass of nn.Linear may compute something else.
-    linear = [(name, layer) for name, layer in model.named_modules() if type(layer) in (nn.Linear, Conv1D)]
+    linear = [(name, layer) for name, layer in model.named_modules() if type(layer) in LINEAR]
     adapted = [(name, layer) for name, layer in linear if layer is not head and "expert" not in name]
     for name, layer in adapted:
         model.set_submodule(name, LoraLinear(layer, rank, dropout))
@@ -74,7 +76,7 @@ def reduce_frozen(module: nn.Module, embedding: nn.Embedding) -> dict[str, Tenso
     """
     exact: dict[str, Tensor] = {}
     for name, layer in module.named_modules():
-        is_linear = type(layer) in (nn.Linear, Conv1D, LoraLinear)
+        is_linear = type(layer) in (*LINEAR, LoraLinear)
         if not (is_linear or layer is embedding) or layer.weight.requires_grad:
             continue
         reduced = layer.weight.detach().bfloat16()

@@ -24,11 +24,12 @@ from pipeline.config.files import resolve
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
 from pipeline.formats import formats
-from pipeline.formats.export import CHECKSUMS, RECORD, export_version
+from pipeline.formats.export import CHECKSUMS, export_version
 from pipeline.formats.formats import FORMATS, PARQUET, TABLES
 from pipeline.formats.items import Item, choose_texts, read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
+from pipeline.storage.sidecars import EXPORT_RECORD
 from pipeline.tables import STRING, Extras, OwnColumn
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.tasks.output_schema import arrow_type, close_schema
@@ -434,14 +435,14 @@ def test_repeated_export_is_reported_as_done_and_another_export_is_refused(
     done = export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
     files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
-    assert done.is_new and done.images and (again.folder, again.is_new, again.images) == (out, False, 0)
+    assert done.is_new and done.images and again == replace(done, is_new=False)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
     other = replace(version, manifest=version.manifest | {"digest": "0" * 64})
     for made, style in ((version, "brief"), (other, "all")):
         with pytest.raises(ConfigError, match="not an export of this version with these settings"):
             export_version(made, "sidecar", out, style=style, trigger="sks", opening="a photo")
     for text in ("0" * 64, ""):
-        (out / RECORD).write_text(text)
+        (out / EXPORT_RECORD).write_text(text)
         with pytest.raises(ConfigError, match="already exists"):
             export_version(version, "sidecar", out, style="all", trigger="sks", opening="a photo")
 
@@ -450,6 +451,8 @@ def test_unsupported_export_is_refused(version: Version, samples: list[Sample], 
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="already exists"):
         export_version(version, "csv", tmp_path / "there")
+    with pytest.raises(ConfigError, match="unknown format webdatset"):
+        export_version(version, "webdatset", tmp_path / "there")
     with pytest.raises(ConfigError, match="unknown format webdatset") as raised:
         export_version(version, "webdatset", tmp_path / "out")
     assert "did you mean webdataset?" in raised.value.hint

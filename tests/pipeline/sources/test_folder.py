@@ -75,7 +75,7 @@ def test_tilde_before_a_slash_is_the_home_folder_but_not_before_a_name(
 def test_unread_files_are_counted_and_named(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / ".thumbnails").mkdir()
-    hidden = ("._a.JPG", ".thumbnails/a.png", "b/.DS_Store", ".synth-captions")
+    hidden = ("._a.JPG", ".thumbnails/a.png", "b/.DS_Store", ".synth-captions", ".synth-export")
     for name in ("x.jp2", "b/y.CR2", "clip.mp4", "b/other.mp4", *hidden):
         (tmp_path / name).write_bytes(b"x")
     source = open_folder(tmp_path)

@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "mamba": ({"vocab_size": 128, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}, False),
     "granitemoehybrid": ({**BASE, **GRANITE_H}, False),
     "bloom": ({"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 2}, False),
+    "falcon": ({key: value for key, value in BASE.items() if key != "head_dim"}, True),
 }
 
 

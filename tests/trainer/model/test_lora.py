@@ -6,7 +6,7 @@ import torch
 from tests.trainer.model.test_language_model import batch, decoder_of
 from trainer.model.adapters import LoraLinear, is_adapter, merged_state, reduce_frozen
 
-FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss")
+FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss", "falcon")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
