@@ -104,7 +104,7 @@ def plan_servers(
     python = require_vllm()
     gpus, size = visible_gpus(), count_gpus(server.flags)
     if len(gpus) % size:
-        problem = f"a server with these flags uses {size} GPUs, but {len(gpus)} are visible"
+        problem = f"{len(gpus)} visible GPUs cannot be divided into groups of {size}, as these flags require"
         raise EngineError(problem, hint="change the parallel flags after --, or set CUDA_VISIBLE_DEVICES")
     groups = [gpus[start : start + size] for start in range(0, len(gpus), size)] or [()]
     folder = find_folder()

@@ -125,7 +125,7 @@ def _parse_csv(text: str) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{problem}: put texts with commas in quotes")
         if delimiter in "\t|" and any("\n" in value and delimiter in value for value in row):
             problem = f"a quotation mark before line {table.line_num} is not closed"
-            raise ValueError(f"{problem}: quote the whole of a text that begins with one")
+            raise ValueError(f"{problem}: if a text begins with one, put the whole text in quotes")
         if any(row):
             yield dict(zip_longest(names, row[: len(names)]))
     if text.count('"') % 2 and any("\n" in value for value in row):

@@ -136,7 +136,7 @@ def test_running_server_replies_like_embedded_engine(served: str, embedded: Path
     assert funnel["ask"]["kept"] == SCENES * 3
     assert funnel["validate"]["rejected"] == {}
     local, remote = accuracy(embedded), accuracy(folder)
-    assert all(remote[name] > local[name] - 0.1 for name in local), (local, remote)
+    assert all(remote[name] > local[name] - 0.15 for name in local), (local, remote)
     expected, texts = captions_of(embedded), captions_of(folder)
     # vLLM computes in bfloat16: near ties may resolve differently, but rarely.
     assert sum(texts[key] == text for key, text in expected.items()) >= 0.85 * len(texts)

@@ -131,7 +131,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         expected = run.plan.models[name]
         choice = choose_engine(config, run.plan.requests, log, NullProgress())
         if choice.revision != expected.revision:
-            revisions = f"revision {choice.revision[:12]}, but the command has {expected.revision[:12]}"
+            revisions = f"revision {choice.revision[:12]}, but the run started with {expected.revision[:12]}"
             problem = f"a worker has {choice.model} {revisions}"
             raise EngineError(problem, hint="use the same model on all nodes, or the same --base-url list")
         return choice

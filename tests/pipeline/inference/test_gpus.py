@@ -99,7 +99,7 @@ def test_parallel_flags_set_the_gpus_of_a_server_and_the_share_of_each_gpu(
     assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == groups
     assert shares == {QWEN_3B.weights_bytes // divisor}
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("1", "2", "3", "4", "5"))
-    with pytest.raises(EngineError, match="but 5 are visible"):
+    with pytest.raises(EngineError, match="5 visible GPUs cannot be divided into groups of"):
         plan(tmp_path, *flags)
 
 
