@@ -50,6 +50,7 @@ MIN_CLOSE_SCORE = 0.9
 MIN_WORDS_FOR_REPETITION = 12
 # Shorter answers may end with any word, as in "not very", and shorter sentences may occur more than once.
 MIN_WORDS_OF_ENDING = MIN_WORDS_OF_SENTENCE = 4
+MIN_WORDS_OF_REPLY = 5  # shorter quotes are texts of signs, such as "Image not available"
 # Maximum share of repeated trigrams in a text that was read from the image.
 MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
 _NO_TAGS = frozenset(WORDS["no_tags"].split(", "))
@@ -200,8 +201,12 @@ class RuleInput(NamedTuple):
 
 
 def is_refusal(row: RuleInput) -> bool:
-    """Return True if the model declined to answer."""
-    return any(says_refusal(*text, may_quote_sign=row.is_read) for text in row.unquoted)
+    """Return True if the model declined to answer. A quote of most of a text may be the reply itself."""
+    judged = (
+        whole if len(whole[1]) >= len(rest[1]) + max(len(rest[1]), MIN_WORDS_OF_REPLY) else rest
+        for whole, rest in zip(row.texts, row.unquoted, strict=True)
+    )
+    return any(says_refusal(*text, may_quote_sign=row.is_read) for text in judged)
 
 
 def is_too_short(row: RuleInput) -> bool:

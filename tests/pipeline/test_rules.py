@@ -135,6 +135,9 @@ KEPT: tuple[str | tuple[str, str], ...] = (
     ("What is the last option of the menu?", "Datei speichern unter"), ("What is on the menu?", "coq au vin"),
     ("What button is at the bottom?", "Abbrechen und beenden"), ("What does the last column show?", "N/A"),
     ("Where does the sign say to turn?", "left"), ("What is the text in the JSON?", '{"name": "kite"}'),
+    'A sign reads "Sorry, we are closed. Please call again tomorrow for help."',
+    "A page says »I cannot see any image« in black letters.", 'A sign says "Photo not available".',
+    "A page says \u300cI cannot see any image\u300d in black letters.",
     'A boy writes "I fly no kite. I fly no kite. I fly no kite. I fly no kite. I fly no kite." on a board.',
 )  # fmt: skip
 REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
@@ -144,6 +147,12 @@ REJECTED: dict[str, tuple[str | tuple[str, str], ...]] = {
         "The provided image does not contain any visual content.",
         "I'd rather not describe the person in it.",
         "Unfortunately the picture is too blurry for me to describe.",
+        'Here is it: "I\'m sorry, but I cannot describe this image."',
+        'The reply I give is "I\'m sorry, but I cannot help."',
+        'A man holds a 5" pipe. I cannot help with this image, sorry. A 7" pipe lies next to it.',
+        'A dog on a sofa "which looks comfortable. Please provide the image again" in the room.',
+        'A sign says "Stop" here. I\'m sorry, I cannot describe the rest. A second sign says "Go" there.',
+        "The sign says »Stop« today. I'm sorry, I cannot describe the rest. A second sign says »Go« here.",
     ),
     "other_language": (
         "A kite flies over a harbour\u3002", ("What color is the kite?", "rojo"),
