@@ -50,6 +50,7 @@ MIN_CLOSE_SCORE = 0.9
 MIN_WORDS_FOR_REPETITION = 12
 # Shorter answers may end with any word, as in "not very", and shorter sentences may occur more than once.
 MIN_WORDS_OF_ENDING = MIN_WORDS_OF_SENTENCE = 4
+MIN_WORDS_OF_REPLY = 5  # shorter quotes are texts of signs, such as "Image not available"
 # Maximum share of repeated trigrams in a text that was read from the image.
 MAX_DUPLICATE_FRAC_OF_READ_TEXT = 0.7
 _NO_TAGS = frozenset(WORDS["no_tags"].split(", "))
@@ -75,14 +76,16 @@ _OTHER_KIND = pattern("other_kind", re.IGNORECASE)
 _OTHER_READ = pattern("other_read", re.IGNORECASE)
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 
-# The answer to a question with one of these words may be any text, unless the question asks for a color.
+# The answer to a question with one of these words, or about the content of a screen, may be any text.
 _READING_WORDS = frozenset(WORDS["reading"].split())
+_WORDS_ABOUT_TEXT = _READING_WORDS.union(WORDS["carrier"].split())
+_ASKS_CONTENT = pattern("asks_content", re.IGNORECASE)
 _OTHERWISE_ASKED = frozenset(("color", "colors", "colour", "colours", "made", "material", "shape"))
 
 # Answers that say nothing: their beginnings, and words anywhere, as in "age unknown".
 _NO_ANSWER = pattern("says_nothing", re.IGNORECASE, before=rf"\W*{expression('it_is')}")
 _NOT_KNOWN = pattern("not_known", re.IGNORECASE)
-# Transcriptions that state that the text cannot be read, or that contain a translation.
+# Transcriptions (not answers) that state that the text cannot be read, or that contain a translation.
 _UNREAD = pattern("unread", re.IGNORECASE)
 # Texts on signs and forms that resemble answers that say nothing.
 _ON_SIGN = re.compile(rf"(?!{expression('name')}\b)\w+ unknown|(?:\w+ )?not available", re.IGNORECASE)
@@ -144,7 +147,7 @@ class Scores(NamedTuple):
 
 @lru_cache(256)
 def bounds_of(style: str, language_code: str | None, caption_words: int | None) -> Bounds:
-    """Return the bounds of a caption. Half to double the words that the prompts ask for are allowed."""
+    """Return the bounds of a caption, widened to half and double the words that the prompts ask for."""
     bounds = STYLE_BOUNDS.get(style or "plain", OTHER_BOUNDS)
     default = MIN_ENGLISH_WORDS if language_code in ("en", None) else MIN_OTHER_WORDS
     min_words, max_words = bounds.min_words or default, bounds.max_words
@@ -192,12 +195,18 @@ class RuleInput(NamedTuple):
         """Whether the text in an image is copied, or asked for, so that any text is possible."""
         if not self.is_question:
             return self.style == "ocr"
-        return not _READING_WORDS.isdisjoint(self.words) and _OTHERWISE_ASKED.isdisjoint(self.words)
+        if _WORDS_ABOUT_TEXT.isdisjoint(self.words) or not _OTHERWISE_ASKED.isdisjoint(self.words):
+            return False
+        return not _READING_WORDS.isdisjoint(self.words) or bool(_ASKS_CONTENT.match(self.main))
 
 
 def is_refusal(row: RuleInput) -> bool:
-    """Return True if the model declined to answer."""
-    return any(says_refusal(*text, may_quote_sign=row.is_read) for text in row.unquoted)
+    """Return True if the model declined to answer. A quote of most of a text may be the reply itself."""
+    judged = (
+        whole if len(whole[1]) >= len(rest[1]) + max(len(rest[1]), MIN_WORDS_OF_REPLY) else rest
+        for whole, rest in zip(row.texts, row.unquoted, strict=True)
+    )
+    return any(says_refusal(*text, may_quote_sign=row.is_read) for text in judged)
 
 
 def is_too_short(row: RuleInput) -> bool:
@@ -236,8 +245,7 @@ def is_repetitive(row: RuleInput) -> bool:
         may_repeat = scores.duplicate_trigram_frac or text.count(", ") + text.count(". ") >= MAX_EQUAL_PARTS
         if may_repeat and len(words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(text):
             return True
-    is_repeated = row.answer is not None and bool(_REPEATED_ANSWER.fullmatch(row.answer))
-    return is_repeated and not row.is_read
+    return not row.is_read and bool(_REPEATED_ANSWER.fullmatch(row.answer or ""))
 
 
 def is_other_language(row: RuleInput) -> bool:
@@ -249,9 +257,8 @@ def is_other_language(row: RuleInput) -> bool:
         if scores.non_latin_frac > config.max_non_latin_frac:
             return True
         if row.answer and not row.is_read:
-            if language.non_latin_frac(row.answer) > config.max_non_latin_frac:
-                return True
-            if config.language == "en" and _is_foreign_answer(row):
+            is_foreign = config.language == "en" and _is_foreign_answer(row)
+            if is_foreign or language.non_latin_frac(row.answer) > config.max_non_latin_frac:
                 return True
     if config.language == "en" and language.has_odd_words(
         row.main, row.words, is_english=scores.language_score == 1
@@ -300,8 +307,7 @@ def is_unanswered(row: RuleInput) -> bool:
     is_value = not _FIELDS.isdisjoint(row.words) and _VALUE.fullmatch(answer)
     is_symbol = not _SYMBOLS.isdisjoint(row.words) and _NO_WORDS.fullmatch(answer)
     is_printed = (answer.isupper() and answer.isalpha()) or _ON_SIGN.fullmatch(answer)
-    is_content = is_value or is_symbol or is_printed
-    return not is_content and (says_nothing(answer) or bool(_UNREAD.search(answer)))
+    return says_nothing(answer) and not (is_value or is_symbol or is_printed)
 
 
 def is_labeled(row: RuleInput) -> bool:
@@ -339,12 +345,8 @@ def gives_answer_away(question: str, answer: str) -> bool:
     wanted = [_stem(word) for word in answer_words]
     content = [word for word in answer_words if word == "no" or word not in language.FUNCTION_WORDS]
     told = {_stem(word) for word in content if word not in _EMPTY_NOUNS}
-    if (
-        content
-        and len(answer_words) > max(2, len(told))
-        and asked[:1] != ["which"]
-        and told <= {*stems} - {"no"}
-    ):
+    is_circular = content and len(answer_words) > max(2, len(told)) and told <= {*stems} - {"no"}
+    if is_circular and asked[:1] != ["which"]:
         return True
     return any(stems[start : start + len(wanted)] == wanted for start in range(len(stems) - len(wanted) + 1))
 
@@ -441,7 +443,8 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         and not (_NUMBER.search(row.answer or "") or _NO_COUNT.search(row.main))
     ),
     "answer_off_type": lambda row: (
-        row.config.language == "en" and bool(_OTHER_KIND.match(f"{row.main}\n{row.answer}"))
+        row.config.language == "en"
+        and bool((_OTHER_READ if row.is_read else _OTHER_KIND).match(f"{row.main}\n{row.answer}"))
     ),
     "answer_in_question": lambda row: gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": is_elsewhere,
@@ -471,9 +474,8 @@ _SENTENCE_RULES = ("no_description", "other_language", "cut_off", "repetitive")
 TAG_RULES = {name: rule for name, rule in CAPTION_RULES.items() if name not in _SENTENCE_RULES}
 TAG_RULES["keywords"] = is_no_tag_list
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
-# An answer that was read from the image may have any characters and words, but no template tokens.
+# Answers that were read may have any characters but tokens. `repetitive` and `unanswerable` still apply.
 READ_ANSWER_RULES = RULES | {
-    "answer_off_type": lambda row: bool(_OTHER_READ.match(f"{row.main}\n{row.answer}")),
     "junk": lambda row: artifacts.has_markup(row.main) or artifacts.has_token(row.answer or ""),
     "label": lambda row: artifacts.has_label(row.main) or artifacts.opens_chat(row.answer or ""),
 }
@@ -499,12 +501,10 @@ def _repeats_parts(text: str) -> bool:
     sentences = text.replace("\n", " ").replace("! ", ". ").replace("? ", ". ").split(". ")
     keys = [*map(text_key, sentences)] if len(sentences) > 1 else []
     whole = [key for key in keys if key.count(" ") >= MIN_WORDS_OF_SENTENCE - 1]
-    if len(set(whole)) < len(whole):
+    starts = Counter(" ".join(key.split()[:2]) for key in keys)
+    are_short = len(text) < MAX_CHARACTERS_OF_STUB * len(keys)
+    if len(set(whole)) < len(whole) or (are_short and max(starts.values()) > MAX_EQUAL_PARTS):
         return True
-    if len(keys) > MAX_EQUAL_PARTS and len(text) < MAX_CHARACTERS_OF_STUB * len(keys):
-        starts = Counter(" ".join(key.split()[:2]) for key in keys)
-        if max(starts.values()) > MAX_EQUAL_PARTS:
-            return True
     parts = text.lower().split(", ")
     if MAX_EQUAL_PARTS < len(parts) > len(text) / MAX_CHARACTERS_OF_STUB:
         # Count the object of each part once, also if it is the last word.

@@ -17,8 +17,8 @@ _PART = re.compile(r"\{([a-z_]+)\}")
 
 
 def expression(name: str) -> str:
-    """Return the alternatives of a pattern in patterns.toml as one group. `{name}` inserts a pattern."""
-    group = f"(?:{'|'.join(_ALTERNATIVES[name])})"
+    """Return the alternatives of a pattern or word list as one group. `{name}` inserts another one."""
+    group = f"(?:{'|'.join(_ALTERNATIVES.get(name) or WORDS[name].split())})"
     return _PART.sub(lambda part: expression(part[1]), group)
 
 

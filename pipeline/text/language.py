@@ -31,12 +31,12 @@ _LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN.split())
 # Languages that the detector confuses with each other.
 CLOSE = [frozenset(codes.split()) for codes in ("no nn da sv", "id ms", "hr sr bs", "cs sk", "es gl pt")]
-# Quotes, and text in another script or in tags after a word such as "characters".
+# Quotes, but not inch marks, and text in another script or in tags after a word such as "characters".
 _QUOTED = re.compile(
-    r"\"[^\"]*\"|(?<!\w)'(?:[^']|\b'\b)*'(?!\w)|\u2018(?:[^\u2018\u2019]|\b\u2019\b)*\u2019"
-    r"|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d\u201e\u00ab\u300c]*[\u201d\u201c\u00bb\u300d]"
+    r"(?<![\w.!?])\"(?=\S)[^\"]*\"|(?<!\w)'(?:[^']|\b'\b)*'(?!\w)|\u2018(?:[^\u2018\u2019]|\b\u2019\b)*\u2019"
+    r"|\u00bb[^\u00ab\u00bb]*\u00ab|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d\u201e\u00ab\u300c]*[\u201d\u201c\u00bb\u300d]"
     r"|\b(?:characters?|letters?|words?|text|reads|says|reading|saying|named?|titled?|tags?) "
-    r"(?:[^\u0000-\u024f\u1e00-\u206f]|<\w{1,10}>|,? (?:and )?(?=[^\u0000-\u024f\u1e00-\u206f]|<\w))+"
+    r"(?:[^\u0000-\u024f\u1e00-\u206f\u300c]|<\w{1,10}>|,? (?:and )?(?=[^\u0000-\u024f\u1e00-\u206f]|<\w))+"
 )
 _ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 _WORD = re.compile(r"\w+")
