@@ -189,7 +189,10 @@ def _settings_digest(config: Config) -> str:
 
 
 def _choose_engine(plan: Plan, name: str, progress: Progress, *, in_cluster: bool) -> EngineChoice:
-    """Choose the engine for a model. If none is available, use the replies stored by the last run."""
+    """Choose the engine for a model. If none is available, use the replies stored by the last run.
+
+    The last run must have had the same model settings. At a new request, the original error is raised.
+    """
     config = plan.config.of_model(name)
     log = plan.dataset.path / ("vllm.log" if name == DEFAULT_MODEL else f"vllm-{name}.log")
     last = ("ask", DONE) if name in plan.task_models else ("verify", PREPARED)

@@ -80,7 +80,8 @@ def evaluate(
 
     In the result, `shuffled_scores` are the scores of the same captions for other images. `gain` is the
     interval of the difference in CIDEr-D between `scores` and `shuffled_scores`. If it includes 0, the
-    captioner may ignore its images. `each` holds the caption and the scores of every image.
+    captioner may ignore its images. `intervals` has those of the scores, and `questions` the scores of
+    answers. `each` holds the caption and the scores of every image.
     """
     checkpoint.captioner.eval()
     source, style = prompt
@@ -168,8 +169,7 @@ def evaluate_version(
         raise TrainError(problem, hint="choose another CLIP: --clip-score")
     try:
         examples = examples_in(version, split, config.data.get("texts", "synthetic"), to_score=True)
-    # The version lacks the kind of texts that was learned, human or synthetic.
-    except TrainError:
+    except TrainError:  # the version lacks the kind of texts (human or synthetic) that was learned
         examples = examples_in(version, split, default_texts(version.manifest), to_score=True)
     features = OnlineFeatures(checkpoint.captioner.encoder, checkpoint.captioner.device)
     prompt, decoding = scored_prompt(config.prompts, style), config.decoding(beams)
@@ -268,7 +268,7 @@ def vqa_accuracy(answer: str, truth: Question) -> float:
 def clip_scores(
     name: str, images: Iterable[Image.Image], captions: Sequence[str], *orders: Sequence[int]
 ) -> list[list[float]]:
-    """Return CLIPScores (Hessel et al., 2021), one list for each order of the captions."""
+    """Return, for each order, the CLIPScore (Hessel et al., 2021) of each image i with caption order[i]."""
     clip = ClipScorer(name)
     image_states, text_states = clip.image_states(images), clip.text_states(captions)
     cosines = (clip.compare(image_states, [text_states[index] for index in order]) for order in orders)

@@ -185,7 +185,8 @@ def _encode(
 class _Store:
     """The stored states of one encoder, in states.bin, and the hashes of their sample ids, in ids.bin.
 
-    A hash is written after its states, so that an interrupted run can be resumed.
+    A hash is written after its states, so that an interrupted run can be resumed. Processes of one run write
+    at the same time, so `append` locks ids.bin.
     """
 
     path: Path

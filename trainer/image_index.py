@@ -61,8 +61,8 @@ class _MappedFile:
                 yield sample_id, StoredImage(self, group, position)
 
     def group_images(self, number: int) -> list[memoryview]:
-        """Return the bytes of the images of a row group."""
-        with self._lock:
+        """Return the bytes of the images of a row group. Those of compressed columns are held in memory."""
+        with self._lock:  # several threads may decode images of one file
             if number not in self._groups:
                 try:
                     self._groups[number] = list(self._locate(number))

@@ -35,10 +35,10 @@ from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate,
 
 # Reading the loss waits for the device, so it is read only after this number of steps.
 READ_EVERY = 10
-SAVE_EVERY_S = 300.0
-MAX_SKIPPED_STEPS = 10
+SAVE_EVERY_S = 300.0  # interval of saves between evaluations; each evaluation saves too
+MAX_SKIPPED_STEPS = 10  # training fails after this many consecutive skipped steps
 VALIDATION_STATE = ("best_score", "best_cider_d", "best_loss", "evaluations_without_gain")
-SCORE_DIGITS = 3
+SCORE_DIGITS = 3  # validation scores are rounded before they are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,8 @@ class Trainer:
         """Compute the gradients of a step, summed over all processes. Returns the loss.
 
         The loss is the weighted mean per token or, with `rewarded` (self-critical training), the mean per
-        sampled caption. Raises TrainError if a micro-batch does not fit in GPU memory.
+        sampled caption. If a micro-batch does not fit in GPU memory, the blocks of a language model are
+        recomputed in the backward pass from then on. Raises TrainError if it still does not fit.
         """
         captioner, loss = self.checkpoint.captioner, None
         try:
@@ -334,7 +335,7 @@ def run_steps(
     evaluate_every = math.ceil(config.total_steps / evaluations)
     optimizer = build_optimizer(trainer.checkpoint.captioner, config)
     done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
-    state.clear()
+    state.clear()  # frees a copy of all weights and moments
     started, saved_at, is_interrupted = time.monotonic(), time.monotonic(), False
     earlier_s, shown_loss = log.seconds if log else 0.0, dict[str, str]()
     with delay_signals() as signals:

@@ -222,7 +222,7 @@ class CaptionServer:
         )
         config = uvicorn.Config(
             application,
-            http=LimitedProtocol,
+            http=LimitedProtocol,  # based on h11, which limits the size of headers
             ws="none",
             proxy_headers=False,
             log_config=None,

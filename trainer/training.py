@@ -30,7 +30,7 @@ from trainer.runtime.devices import best_device, join_processes, leave_processes
 from trainer.runtime.training_state import Log, load_resume
 from trainer.tokenizer import TargetText, scored_prompt
 
-MAX_CUT_SHARE = 0.01
+MAX_CUT_SHARE = 0.01  # a larger share of truncated texts is reported
 # These settings may contain names of local folders.
 FOLDER_SETTINGS = {"preset", "init", "encoder", "decoder"}
 

@@ -104,6 +104,7 @@ def serve_captioner(
 
     from trainer.captioner import Captioner
 
+    # The first thread that uses OpenMP runs a model 1.5 times faster, so it also loads the captioner.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     beams = num_beams or loaded.usual_beams

@@ -26,7 +26,7 @@ NOT_MEASURED = "not measured (`synth review sample` draws texts to review)"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Drawn:
-    """A text to review, its position in `order`, and its `weight`: how many texts it represents."""
+    """A text to review, and its position in `order`. `weight` is proportional to the texts it represents."""
 
     order: float
     name: TextName
@@ -175,6 +175,7 @@ def combine_rates(strata: Sequence[tuple[int, float, float]]) -> tuple[float, fl
     texts = sum(count for count, _, _ in strata)
     weights = [count / texts for count, _, _ in strata]
     share = sum(weight * share for weight, (_, share, _) in zip(weights, strata, strict=True))
+    # Without smoothing, the variance of a small sample without errors would be 0.
     smooth = [(share * trials + 1) / (trials + 2) for _, share, trials in strata]
     mean = sum(weight * value for weight, value in zip(weights, smooth, strict=True))
     parts = zip(weights, smooth, strata, strict=True)

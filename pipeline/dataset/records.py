@@ -1,7 +1,7 @@
 """Records of finished steps. A step stores a record with a key next to its files.
 
 The key is a digest of the package's code, the step's settings and its input files. A step is skipped if its
-key and its files are unchanged.
+key and its files are unchanged, also if an earlier step has run again and written the same rows.
 """
 
 import json

@@ -115,7 +115,7 @@ def _find_export(out: Path, settings: str) -> Exported | None:
         return None
     record = out / EXPORT_RECORD
     made_with, _, counts = (record.read_text(errors="replace") if record.is_file() else "").partition("\n")
-    if made_with == settings:
+    if made_with == settings and counts:
         return replace(Exported(out, *json.loads(counts)), is_new=False)
     problem = f"{out} already exists, and is not an export of this version with these settings"
     raise ConfigError(problem, hint="choose another folder: --out DIR")

@@ -439,6 +439,7 @@ def _columns(item: Item) -> dict[str, Any]:
 
 def _with_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
     """Add WRITTEN_BY and the values of custom tasks to a row. A used name gets an underscore."""
+    # A source would read the value of a custom task with such a name as a human text.
     has_text_name = not {*CAPTIONS, QUESTION, *ANSWERS}.isdisjoint(item.values)
     row = row | {WRITTEN_BY: BY_MODEL if has_text_name else item.writer(row.get("text") or "")}
     return row | {f"{name}_" if name in row else name: value for name, value in item.values.items()}

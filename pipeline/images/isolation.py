@@ -35,7 +35,7 @@ _SERVE = "from pipeline.images.isolation import serve; serve()"
 T = TypeVar("T")
 MAX_WORKERS = 16
 log = logging.getLogger(__name__)
-MEMORY_BYTES = 1_500_000_000
+MEMORY_BYTES = 1_500_000_000  # in addition to the memory of an idle worker
 CPU_SECONDS = 30
 MAX_HEADER_BYTES = 1_000_000
 # A TIFF may become a larger PNG when its metadata is removed.

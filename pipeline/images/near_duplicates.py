@@ -78,7 +78,7 @@ def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_])
     """Return the pairs of near-duplicate hashes. Rows must be sorted from the best image to the worst.
 
     Each hash is paired with at most MAX_NEIGHBORS better hashes, to limit the memory. Pairs with a page of a
-    document (`is_page`) are all returned.
+    document (`is_page`) are all returned, because documents are near if they share enough pages.
     """
 
     def compare(start: int) -> NearPairs:

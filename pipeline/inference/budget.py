@@ -41,7 +41,8 @@ class Budget:
     """Counts the requests, estimated tokens and cost of a dataset over all runs.
 
     A request in flight reserves the tokens of the longest prompt so far, plus `max_tokens`. A limit may be
-    exceeded by one request, or by prompts in flight that are longer than all earlier ones.
+    exceeded by one request, and by the additional tokens of prompts in flight that are longer than all
+    earlier ones.
     """
 
     servers: Servers

@@ -32,10 +32,10 @@ from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, Requ
 FIRST_REQUESTS, MAX_REQUESTS = 32, 128
 BUSY_SECONDS = 1.0  # busy answers and timeouts within this time count once
 MAX_FILES = 65_536
-RESERVED_FILES = 128
+RESERVED_FILES = 128  # file descriptors that connections do not use
 GROUP_SECONDS = 0.05  # replies that arrive within this time are stored together
-SENT_BATCH = 32
-FLIGHT_BYTES = 256_000_000
+SENT_BATCH = 32  # requests that one journal transaction records just before they are sent
+FLIGHT_BYTES = 256_000_000  # maximum size of the images of all requests in flight
 # Minimum estimate of the tokens in a prompt. With it, all built-in tasks send images of the same size.
 MIN_PROMPT_TOKENS = 640
 BYTES_PER_TOKEN = 2  # words of any script have more bytes per token, but numbers may have only 1
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 class Concurrency:
     """Limits the number of requests in flight. Busy answers and timeouts lower it, and replies restore it.
 
-    The limit also grows while replies stay fast, up to `maximum`.
+    The limit also grows up to `maximum` while the mean time of replies is less than twice the lowest mean.
     """
 
     def __init__(self, first: int, maximum: int) -> None:

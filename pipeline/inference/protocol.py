@@ -1,5 +1,6 @@
 """OpenAI's chat protocol: build request bodies, encode images, parse answers, and decide about retries.
 
+A body holds the system prompt, the image and the task prompt in this order, which favors prefix caching.
 Sessions need `auto_decompress=False`, since aiohttp would decompress a body before its size can be checked.
 """
 
@@ -346,7 +347,10 @@ class RequestImages:
 
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
-    """Return the format of an image if it can be sent unchanged, or None if it must be re-encoded."""
+    """Return the format of an image if it can be sent unchanged, or None if it must be re-encoded.
+
+    Reads only the header. Animated images are re-encoded, because later frames may be damaged.
+    """
     with suppress(ImageError), open_image(image, counts_scans=False) as header:
         kind = _SENDABLE_FORMATS.get(header.format or "")
         is_opaque = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")

@@ -63,7 +63,7 @@ class Check(NamedTuple):
     caption: str | None = None
     task: Task = ANSWER
     claim: str | None = None
-    weight: int = 1
+    weight: int = 1  # how much the answer counts for or against the claim
 
 
 def question_checks(row: dict[str, Any], enabled: Collection[str]) -> list[Check]:

@@ -31,7 +31,8 @@ MAX_REJECTED_PICTURES = 50  # per reason
 def write_report(version: Version, folder: Path) -> Path:
     """Write `report.html` into the dataset folder, and return its path.
 
-    The page shows at most MAX_IMAGES images. Raises StoreError if the version or a step file is damaged.
+    The page shows the MAX_IMAGES images with the lowest ids, which are a random sample, because ids are
+    digests. An existing page is replaced. Raises StoreError if the version or a step file is damaged.
     """
     manifest, num_shown = version.manifest, min(version.num_rows, MAX_IMAGES)
     dataset = DatasetDir(folder)

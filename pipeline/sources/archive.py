@@ -129,7 +129,10 @@ class _CountedFile:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A tar header that raises ValueError for overlong names, sparse files and damage."""
+    """A tar header that raises ValueError for overlong names, sparse files and damage.
+
+    tarfile alone would read names of any length into memory, and take a damaged header for the end.
+    """
 
     _LONG = (
         tarfile.XHDTYPE,

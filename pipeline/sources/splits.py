@@ -49,7 +49,8 @@ def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
 def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
     """Return the split that each name states, such as a folder name.
 
-    Return {} if all names state the same split. Without a validation split, training images are left out.
+    Return {} if all names state the same split, or if `train` is the only stated split. Without a validation
+    split, training images are left out, because some of them will be held out.
     """
     splits = {key: SPLIT_OF_WORD.get(name.casefold()) for key, name in names.items()}
     stated = {*splits.values()}

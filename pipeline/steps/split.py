@@ -98,7 +98,8 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     """Return a key that related source rows share, or "" if the row has no related rows.
 
     With "folder", the key is the folder of the file. With "prefix", it is the path without the last number:
-    `a/clip1` for `a/clip1_0042.jpg`, and `a/clip1_*_left` for `a/clip1_0042_left.jpg`.
+    `a/clip1` for `a/clip1_0042.jpg`, and `a/clip1_*_left` for `a/clip1_0042_left.jpg`. A number inside a name
+    must have a letter before it, or the key is "". If the name is only a number, the key is the folder.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)

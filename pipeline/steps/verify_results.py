@@ -188,7 +188,7 @@ class KnownSample:
     """A sample with texts that are known to be true or false.
 
     False statements are made by replacing a word in the text `base`. The words in `said` are not used as
-    replacements, because the result could be true.
+    replacements, because the result could be true. Candidates with a low `rank` are used first.
     """
 
     known: KnownTexts

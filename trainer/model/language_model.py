@@ -183,7 +183,7 @@ class PretrainedDecoder(PrefixDecoder):
         scale = float((uncapped_K * head_K).sum() / head_K.square().sum())
         transform = text_loss.LogitTransform(1.0 if abs(scale - 1) < MAX_LOGIT_DIFFERENCE else scale, cap)
         difference = (transform.apply(head_CTV) - own_CTV).abs().max()
-        fits = bool(difference <= MAX_LOGIT_DIFFERENCE * own_CTV.std())
+        fits = bool(difference <= MAX_LOGIT_DIFFERENCE * own_CTV.std())  # False for NaN
         if not isinstance(head, nn.Linear) or not fits:
             problem = "the decoder changes its logits in an unknown way, so the training loss would be wrong"
             raise TrainError(problem, hint="choose another decoder, such as --decoder qwen3")

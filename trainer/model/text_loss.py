@@ -25,8 +25,8 @@ class PackedTexts:
     """The input tokens of a batch, in one right-padded row per image.
 
     `segments_BS` numbers the texts of a row, with -1 for padding. `place_CT` holds the index of token t of
-    text c in the flattened rows (b * S + s), and `origin_BS` is its inverse. `learned_K` holds the indices
-    whose next token is a target.
+    text c in the flattened rows (b * S + s), and `origin_BS` is its inverse (c * T + t). Both are 0 for
+    padding. `learned_K` holds the indices whose next token is a target.
     """
 
     ids_BS: Tensor

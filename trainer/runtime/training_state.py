@@ -52,7 +52,8 @@ def load_resume(folder: Path, config: TrainConfig, run: str) -> dict[str, Any]:
 def delay_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list, so that the current step can end and its state can be saved.
 
-    If the same signal arrives twice, the original handler runs at once.
+    If the same signal arrives twice, the original handler runs at once. A second signal of the other kind is
+    only collected, because it may come from the parent process.
     """
     received: list[int] = []
     before: dict[int, Any] = {}

@@ -144,7 +144,11 @@ def scratch_root(root: Path) -> Path:
 
 @contextmanager
 def exclusive_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
-    """Yield the folder of a shard. On disk, no other worker can work on the shard meanwhile."""
+    """Yield the folder of a shard. On disk, no other worker can work on the shard meanwhile.
+
+    Object stores have no locks. There, an abandoned worker and its replacement write equal files, or files
+    with different names.
+    """
     run.enter()
     shard = run.shard(index)
     with translate_disk_errors(shard.path), nullcontext() if is_remote(shard.path) else shard.lock(wait=True):

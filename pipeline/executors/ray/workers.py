@@ -141,6 +141,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
     """Yield a folder on this node with the stored replies of a shard. Upload all replies at the end."""
     stored = run.folder(index) / "journal"
+    # The name is new, because an abandoned worker on another node may still upload its journal.
     shard, saved = scratch_folder(run, index), stored / f"{uuid4().hex[:8]}.sqlite"
     ended = threading.Event()
 
