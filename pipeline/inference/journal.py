@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from pipeline.digests import canonical
 from pipeline.errors import StoreError
 from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN, likely_tokens
+from pipeline.tasks.checks import CHECKING
 from pipeline.types import DEFAULT_MODEL, UNANSWERED, UNITS, Reply, Request
 
 FORMAT = 6  # increase when a table or the checksum changes
@@ -42,6 +43,7 @@ _INSERT = (
     f"ON CONFLICT (request_id, attempt) DO UPDATE SET {', '.join(f'{n} = excluded.{n}' for n in _NAMES[2:])} "
     f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
+_TEXT_CHECKS = tuple(task.name for task in CHECKING if not task.shows_image)
 
 # SQL for the sums of `budget.likely_tokens`.
 _IS_UNCOUNTED = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
@@ -129,16 +131,15 @@ class Journal:
     def import_replies(self, path: Path, first_id: str, end_id: str) -> None:
         """Copy replies about samples with first_id <= id < end_id from another journal. Keeps existing ones.
 
-        Also copies all blind replies, since many samples share a question. Few samples share a caption, so
-        checks of captions are not copied for other samples: each shard would store those of the whole
-        dataset. An equal caption in another shard is checked again. No process may write to the other
-        journal during the copy. Raises StoreError if the other journal is damaged or has another format.
+        Also copies all replies to checks without an image, since samples share these requests. No process may
+        write to the other journal during the copy. Raises StoreError if the other journal is damaged or has
+        another format.
         """
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
             source.text_factory = _decode
             if error := _format_error(source, path):
                 raise error
-            where = "WHERE sample_id >= ? AND sample_id < ? OR style = 'blind'"
+            where = f"WHERE sample_id >= ? AND sample_id < ? OR style = 'blind' OR task IN {_TEXT_CHECKS}"
             rows = _read_replies(source, where, (first_id, end_id))
             self._insert(_require_intact(path, row) for row in rows)
 

@@ -94,22 +94,22 @@ def test_later_reply_replaces_the_failure_of_a_request_shared_by_two_samples(
     assert check_journal(tmp_path / "j.sqlite").is_intact
 
 
-def test_import_for_some_samples_also_copies_all_blind_replies(tmp_path: Path) -> None:
+def test_import_for_some_samples_also_copies_replies_to_checks_without_an_image(tmp_path: Path) -> None:
     plan, other = request_plan(CONFIG), "c" * 64
-    blind = build_check(Check("blind", "Is it red?", "yes", (), task=BLIND), other, plan)
-    own = [
-        build_check(Check("round_trip", "Is it red?", "yes"), other, plan),
+    shared = [
+        build_check(Check("blind", "Is it red?", "yes", (), task=BLIND), other, plan),
         *(build_check(check, other, plan) for check in coverage_checks("A red cube.", [("Red?", "yes")])),
         build_claims("A red cube.", other, plan),
         build_repair("A red cube.", ["It is red."], other, plan),
     ]
+    own = [build_check(Check("round_trip", "Is it red?", "yes"), other, plan)]
     with Journal(tmp_path / "theirs.sqlite") as journal:
-        journal.keep([(request, request.reply("{}", "stop"), None) for request in (blind, *own)])
+        journal.keep([(request, request.reply("{}", "stop"), None) for request in (*shared, *own)])
     with Journal(tmp_path / "ours.sqlite") as journal:
         journal.import_replies(tmp_path / "theirs.sqlite", "a", "b")
-        assert journal.last(blind.id) and not any(journal.last(request.id) for request in own)
+        assert all(journal.last(request.id) for request in shared) and not journal.last(own[0].id)
         journal.import_replies(tmp_path / "theirs.sqlite", "c", "d")
-        assert all(journal.last(request.id) for request in own)
+        assert journal.last(own[0].id)
 
 
 def filled(path: Path, count: int = 300) -> list[Request]:
