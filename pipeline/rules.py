@@ -322,6 +322,12 @@ def is_labeled(row: RuleInput) -> bool:
     return row.words[:1] != ["why"] and bool(_ANSWER_LABEL.match(row.answer or ""))
 
 
+def _is_off_type(row: RuleInput) -> bool:
+    """Return True if an answer is of another kind than the question asks for."""
+    pair = f"{row.main}\n{row.answer}"
+    return bool(_OTHER_READ.match(pair) if row.is_read else _OTHER_KIND.match(pair))
+
+
 def gives_answer_away(question: str, answer: str) -> bool:
     """Return True if a question contains its answer, ignoring articles, "in color" and plural endings.
 
@@ -442,10 +448,7 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
         (row.answer_type, row.config.language) == ("number", "en")
         and not (_NUMBER.search(row.answer or "") or _NO_COUNT.search(row.main))
     ),
-    "answer_off_type": lambda row: (
-        row.config.language == "en"
-        and bool((_OTHER_READ if row.is_read else _OTHER_KIND).match(f"{row.main}\n{row.answer}"))
-    ),
+    "answer_off_type": lambda row: row.config.language == "en" and _is_off_type(row),
     "answer_in_question": lambda row: gives_answer_away(row.main, row.answer or ""),
     "speaks_of_elsewhere": is_elsewhere,
 }
