@@ -58,6 +58,12 @@ def find_images(names: Iterable[str]) -> list[Path]:
     return list(images)
 
 
+def require_caption_file(path: Path) -> None:
+    """Raise ConfigError if a path does not end in .jsonl, or is a folder."""
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
+
+
 @contextmanager
 def open_captions(
     path: Path, settings: dict[str, Any]
@@ -67,8 +73,7 @@ def open_captions(
     All rows are written to `path` when the context ends. Raises ConfigError if `path` is not a .jsonl file,
     or if an earlier run, finished or interrupted, used different settings.
     """
-    if path.suffix != ".jsonl" or path.is_dir():
-        raise ConfigError(f"{path} is not a caption file", hint="pass --out NAME.jsonl, or --out txt")
+    require_caption_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     header: Row = {"settings": settings}
     draft, record = (path.with_name(f".{path.name}.{suffix}") for suffix in ("unfinished", "settings"))

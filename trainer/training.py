@@ -82,7 +82,10 @@ def train_captioner(
     features: LoadedFeatures = OnlineFeatures(encoder, device)
     if isinstance(decoder, PretrainedDecoder):
         _ = decoder.probed  # the probe needs full float32 precision
-        decoder.require_positions(features(sets["train"][:1]).shape[1], max_tokens)
+        tokenizer, texts = checkpoint.tokenizer, texts_of([*sets["train"], *sets["validation"]])
+        counts = zip(texts, tokenizer.count_tokens(texts), strict=True)
+        longest = max(len(tokenizer.prompt(text)) + min(count, max_tokens) for text, count in counts)
+        decoder.require_positions(features(sets["train"][:1]).shape[1], longest)
     _warn_of_unlearned(version, checkpoint, texts_of(sets["train"]), report)
     state = load_resume(out, settings, run) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)

@@ -32,7 +32,7 @@ def caption(
     With --out, the same command resumes after an interruption, and captions only new images after that.
     """
     from pipeline.storage.files import translate_disk_errors
-    from trainer.caption_files import SIDECARS, find_images
+    from trainer.caption_files import SIDECARS, find_images, require_caption_file
     from trainer.runtime.checkpoint_folder import require_prompt
 
     if question is not None and not question.strip():
@@ -44,6 +44,8 @@ def caption(
     folder = find_checkpoint(captioner)
     paths = find_images(images)
     require_prompt(folder, None if style == "all" else style, question or "")
+    if out not in (None, SIDECARS):
+        require_caption_file(out)
 
     from trainer.caption_files import CaptionTask, caption_images
     from trainer.captioner import Captioner
