@@ -141,7 +141,7 @@ def export(
     splits: Iterable[str] = SPLITS,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version in the format of another tool, like `synth export`. An existing export is kept.
+    """Write a version in the format of another tool, like `synth export`. An equal export is kept.
 
     Args:
         version: a version, such as `result.version`, or its name: DIR, DIR@VERSION or ORG/NAME@VERSION.

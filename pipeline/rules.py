@@ -477,7 +477,7 @@ _SENTENCE_RULES = ("no_description", "other_language", "cut_off", "repetitive")
 TAG_RULES = {name: rule for name, rule in CAPTION_RULES.items() if name not in _SENTENCE_RULES}
 TAG_RULES["keywords"] = is_no_tag_list
 RULES_BY_STYLE = {"ocr": READ_TEXT_RULES, "tags": TAG_RULES}
-# Answers that were read may have any characters but tokens. `repetitive` and `unanswerable` still apply.
+# Answers that were read may have any characters, but no template tokens and no chat openings.
 READ_ANSWER_RULES = RULES | {
     "junk": lambda row: artifacts.has_markup(row.main) or artifacts.has_token(row.answer or ""),
     "label": lambda row: artifacts.has_label(row.main) or artifacts.opens_chat(row.answer or ""),

@@ -162,8 +162,8 @@ def run_trial(
 ) -> Iterator[Trial]:
     """Run all steps on a few rows in a temporary folder, but keep replies in the journal of the dataset.
 
-    `changes` override settings. `exclude` is ignored, because excluded datasets may be large.
-    The caller holds the lock of the dataset folder.
+    `changes` override settings. `exclude` is ignored, because excluded datasets may be large. The caller
+    holds the lock of the dataset folder.
     """
     assert plan.source is not None
     trial = DatasetDir(plan.dataset.path / TRIAL)

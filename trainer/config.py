@@ -36,10 +36,10 @@ SCRATCH_DECODERS = ("scratch", PREFIX)
 DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
 
 FEW_IMAGES = 2_000  # with fewer images, a wide decoder memorizes the captions
+MAX_EPOCHS, MAX_STAGE_FRAC = 1_000_000, 10.0
 # These limits also apply to checkpoints from untrusted sources.
 MAX_CAPTION_TOKENS = 8192
 MAX_BEAMS, MAX_LENGTH_PENALTY = 64, 10.0
-MAX_EPOCHS, MAX_STAGE_FRAC = 1_000_000, 10.0
 # A run has at most one evaluation per epoch, but this number is always allowed.
 MIN_EVALUATIONS = 4
 

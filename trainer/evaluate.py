@@ -31,11 +31,10 @@ from trainer.prompts import preferred_source
 from trainer.runtime.devices import gather_slices, own_slice
 from trainer.tokenizer import TargetText, scored_prompt
 
-# The paper scales the score by 2.5, so that typical scores are between 0 and 1.
+# As in the paper, so that typical scores are between 0 and 1.
 CLIPSCORE_WEIGHT = 2.5
 SHOWN_IMAGES = 12
-# At most this number of images has its hidden states in memory.
-HELD_IMAGES = 256
+HELD_IMAGES = 256  # images whose hidden states are in memory at the same time
 
 
 def score_answers(
@@ -80,8 +79,8 @@ def evaluate(
 
     In the result, `shuffled_scores` are the scores of the same captions for other images. `gain` is the
     interval of the difference in CIDEr-D between `scores` and `shuffled_scores`. If it includes 0, the
-    captioner may ignore its images. `intervals` has those of the scores, and `questions` the scores of
-    answers. `each` holds the caption and the scores of every image.
+    captioner may ignore its images. `intervals` holds the intervals of `scores`, and `questions` the
+    scores of answers. `each` holds the caption and the scores of every image.
     """
     checkpoint.captioner.eval()
     source, style = prompt

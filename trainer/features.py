@@ -32,9 +32,7 @@ from trainer.model.encoder import Encoder
 from trainer.runtime.devices import autocast, own_slice, sum_over_processes
 
 BATCH_IMAGES, BATCHES_AHEAD = 64, 4
-# This number of threads decodes images.
 READERS = min(8, os.cpu_count() or 1)
-# Stored states leave this much of the disk free.
 MIN_FREE_BYTES = 10**9
 SAVE_EVERY_S = 1.0
 IDS, STATES = "ids.bin", "states.bin"
@@ -48,8 +46,7 @@ class Features:
     """Stored hidden states, looked up by sample id."""
 
     rows: dict[str, int]
-    # bfloat16 states as bytes, of shape (images, bytes).
-    stored: np.memmap
+    stored: np.memmap  # bfloat16 states as bytes: (images, bytes)
     shape: tuple[int, int]  # (N, V)
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
@@ -139,9 +136,10 @@ def store_features(
     # A lock of each machine would block machines that share this disk.
     with store.lock(progress) if not own.start else nullcontext():
         while True:
-            # Wait until all processes have written.
+            # Wait until the first process has the lock or, in later rounds, until all processes have written.
             sum_over_processes([0])
             store.create()
+            # Another process may have removed the store before it was locked.
             store.row_of.clear()
             row_of = store.rows()
             missing = [key for key in example_of if key not in row_of]

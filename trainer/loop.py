@@ -43,9 +43,9 @@ SCORE_DIGITS = 3  # validation scores are rounded before they are compared
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The micro-batches of one process in a step. The other numbers cover the batch of all processes.
+    """The micro-batches of one process in a step. The numbers cover the batch of all processes.
 
-    A micro-batch has pixels or stored states (see trainer/features.py), texts, and images.
+    A micro-batch has pixels or stored states (see trainer/features.py), texts, and examples.
     """
 
     micro_batches: list[tuple[Tensor, TextBatch, list[Example]]]
@@ -209,10 +209,10 @@ class Trainer:
                     "raise gradient_accumulation_steps (for --resume, in train.json) or use a smaller decoder"
                 )
                 raise TrainError("a micro-batch does not fit in GPU memory", hint=hint) from None
-        # Retry outside of `except`, whose exception would keep the memory. The dropout stays the same.
+        # Retry outside of `except`, whose exception would keep the memory.
         if loss is None:
             captioner.zero_grad()
-            torch.manual_seed(torch.initial_seed())
+            torch.manual_seed(torch.initial_seed())  # repeat the same dropout
             return self.forward_backward(batch, rewarded=rewarded)
         return all_reduce_gradients(captioner, loss)
 
@@ -335,7 +335,7 @@ def run_steps(
     evaluate_every = math.ceil(config.total_steps / evaluations)
     optimizer = build_optimizer(trainer.checkpoint.captioner, config)
     done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
-    state.clear()  # frees a copy of all weights and moments
+    state.clear()
     started, saved_at, is_interrupted = time.monotonic(), time.monotonic(), False
     earlier_s, shown_loss = log.seconds if log else 0.0, dict[str, str]()
     with delay_signals() as signals:

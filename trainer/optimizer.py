@@ -11,7 +11,7 @@ import torch
 from trainer.config import TrainConfig
 from trainer.model.caption_model import CaptionerModel
 
-# The learning rate falls in the last 15 % of a stage that ends early.
+# If a stage ends early, the learning rate falls in this last share of its steps.
 ANNEAL_FRAC = 0.15
 
 

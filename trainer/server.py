@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     from trainer.captioner import Captioner
 
 # A body of this size holds a photo of 18 MB in base64.
-MAX_BODY_BYTES, MAX_WAITING = 24_000_000, 40
+MAX_BODY_BYTES = 24_000_000
+MAX_WAITING = 40
 # Each connection needs an open file, and Linux allows 1,024 per process by default.
-HEADER_TIMEOUT_S, BODY_TIMEOUT_S, MAX_CONNECTIONS = 20.0, 30.0, 500
+MAX_CONNECTIONS = 500
+HEADER_TIMEOUT_S, BODY_TIMEOUT_S = 20.0, 30.0
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
 MAX_QUESTION_CHARACTERS = 500
@@ -246,7 +248,7 @@ class CaptionServer:
             chat = read_request(await read_body(request), self.captioner.checkpoint.captioner.config.prompts)
             if chat.model not in (None, self.name):
                 raise HTTPException(404, f"unknown model {chat.model[:80]}: this server has {self.name}")
-            # Otherwise, uvicorn would not notice a disconnect while the request waits.
+            # Without this call, uvicorn would not notice a disconnect while the request waits.
             await request.is_disconnected()
             async with self.turn:
                 if await request.is_disconnected():

@@ -94,9 +94,10 @@ class CaptionTokenizer:
         return prompt_ids(parts, self._special_id, self._ids)
 
     def encode(self, text: TargetText, max_tokens: int | None, weight: float = 1.0) -> EncodedText:
-        """Encode prompt and target. A longer target is cut after the last sentence within `max_tokens`.
+        """Encode prompt and target.
 
-        If no sentence fits, it is truncated and has no EOS.
+        A target longer than `max_tokens` is cut after the last sentence that fits. If none fits, it is
+        truncated and has no EOS.
         """
         whole = self._target_text(text)
         encoding = self.backend.encode(whole, add_special_tokens=False)

@@ -1,6 +1,6 @@
 """Compute the cost of a version's texts in tokens and money, per kept text and per correct text.
 
-Tokens of all attempts count. A reply that several images use counts for each of them. The share of right
+Tokens of all attempts count. A reply that several images use counts for each of them. The share of correct
 texts comes from an audit, or else from a judge, corrected for the errors of the judge.
 """
 

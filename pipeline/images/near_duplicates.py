@@ -107,8 +107,8 @@ def near_hashes(hashes: Hashes, kind: ImageKind, is_page: npt.NDArray[np.bool_])
 def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     """Return each sample's group, and the reason if it is rejected (tables.IMAGE_GROUPS, sorted by id).
 
-    Of the copies of a photo, only one is kept: the one in the last split (of train, validation and test), or
-    among these the largest. Samples near a held-out sample in a later split are rejected too. `samples` has
+    Of the copies of a photo, the one in the last split (train, validation, test) is kept, or the largest of
+    several in that split. Samples near a held-out sample in a later split are rejected too. `samples` has
     the columns COMPARED_COLUMNS.
     """
     samples = samples.sort_by("sample_id")

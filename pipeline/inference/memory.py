@@ -17,7 +17,7 @@ GRAPHS_GIB = 1.0
 MIN_KV_FRAC = 0.75  # the KV cache gets at least this share of the memory left by weights and graphs
 BATCHED_TOKENS = (16_384, 8192, 4096, 2048)  # more tokens per step are faster, and need more memory
 MIN_SEQS, MAX_SEQS = 16, 512
-PROMPT_TOKENS = 512
+PROMPT_TOKENS = 512  # assumed for the text of a prompt and its reply
 MIN_CONTEXT = 4096
 # Model types whose processor accepts `max_pixels`.
 QWEN_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -29,7 +29,7 @@ from pipeline.text.escape import encodable
 from pipeline.types import Reply, Request
 
 CHAT = "/chat/completions"
-MAX_BODY_BYTES = 8_000_000
+MAX_BODY_BYTES = 8_000_000  # of a list of models, or a reply to the probe
 MAX_ERROR_BYTES = 100_000
 MAX_QUOTED_BYTES = 2_000
 # An answer has at most this size without the reply text.
@@ -51,7 +51,7 @@ _REPETITION = {"min_pattern_size": 3, "max_pattern_size": 32, "min_count": 6}
 SCHEMA_INSTRUCTION = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"
 MIN_PROBE_TOKENS = 256
 PROBE_WORD = "synth-7f3a"
-# This maps other servers' finish reasons to OpenAI's.
+# Maps other servers' finish reasons to OpenAI's.
 FINISH_REASONS = {
     **dict.fromkeys(("max_tokens", "MAX_TOKENS", "model_length"), "length"),
     **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "STOP"), "stop"),
@@ -64,7 +64,7 @@ BUSY = "it is overloaded or loading its model, or your quota is used up"
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 MAX_RETRY_AFTER_S = 3600.0  # a longer Retry-After ends the run
-MAX_LONG_WAITS = 3
+MAX_LONG_WAITS = 3  # a request is abandoned after more than this number of waits beyond its patience
 MAX_FAULTS = 5  # a request is abandoned after this many errors from healthy servers
 MAX_CRASHES = 2  # a request is abandoned if more servers than this crash while it is in flight
 FIRST_BACKOFF_SECONDS = 0.5

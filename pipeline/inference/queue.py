@@ -146,7 +146,7 @@ class RequestQueue:
         self._breaker = CircuitBreaker(servers[DEFAULT_MODEL].max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
-        # These requests of an earlier run have an unanswered retry.
+        # Ids of requests that retry an earlier run's reply, until they are answered.
         self._resumed: set[str] = set()
         self._open: dict[str, Request] = {}
 

@@ -98,9 +98,9 @@ def plan_servers(
 ) -> list[VllmCommand]:
     """Return the commands that start vLLM servers on this machine, one per GPU or per group of GPUs.
 
-    The user's parallel flags set the size of a group. `find_folder` may download the model. Each
-    server restarts alone, unlike the ranks of vLLM's data parallelism. Raises EngineError if vLLM is
-    missing, a GPU would stay idle, a flag is not supported, or the model is too large.
+    The user's parallel flags set the size of a group. `find_folder` may download the model. Each server
+    restarts alone, unlike the ranks of vLLM's data parallelism. Raises EngineError if vLLM is missing, a GPU
+    would stay idle, a flag is not supported, or the model is too large.
     """
     python = require_vllm()
     gpus, size = visible_gpus(), count_gpus(server.flags)

@@ -226,8 +226,8 @@ class Comparison:
 class RowStep(Step):
     """A step that keeps or rejects annotations.
 
-    `reads` returns the paths of further files that the step reads. `compare` returns the column
-    `row` and the columns in `adds`. In a step without `judge`, it also returns `reason`.
+    `reads` returns the paths of further files that the step reads. `compare` returns the column `row` and the
+    columns in `adds`. In a step without `judge`, it also returns `reason`.
     """
 
     settings: Callable[[Plan], Any] = lambda plan: None

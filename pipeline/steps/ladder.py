@@ -41,7 +41,7 @@ EXCEPT
 SELECT sample_id, task, style, rung + 1 FROM kept WHERE coalesce(logprob_mean, 0) >= {min_logprob}
 ORDER BY ALL
 """
-# The keys are sample ids, and each pair is a task and a style.
+# The keys are sample ids.
 Escalated = dict[str, frozenset[Pair]]
 
 

@@ -5,9 +5,8 @@ Then the model answers the questions about the image from the caption alone, and
 with the image. Last, a judge rates all texts. A check that is off or has no readable reply rejects nothing.
 
 The claims check and the judge are also tested on texts that are known to be true or false
-(dataset/calibration.py).
-Some limits depend on all rows, such as the minimum evidence against a false claim. They are applied in
-DuckDB.
+(dataset/calibration.py). Some limits depend on all rows, such as the minimum evidence against a false claim.
+They are applied in DuckDB.
 """
 
 from collections import Counter, defaultdict

@@ -34,7 +34,7 @@ _CAPTION_LABEL = re.compile(
     r"\W*\w[\w'-]*(?: [\w'-]+)?\s?:\s|.*?\b[A-Z]\w+(?: \w+)?:\s[^:]*\b[A-Z]\w+(?: \w+)?:\s"
     r"|.*[.!?]\s\(?[A-Z][\w-]*(?: \w+)?:\s"
 )
-# The next two patterns match text in lower case, which is faster than ignoring case.
+# The next four patterns, and those in _OTHER, match text in lower case, which is faster than ignoring case.
 _CHAT_START = pattern("chat_start", before=r"\s*")
 _CAPTION_START = pattern("caption_start", before=r"\W*")
 _CHAT = pattern("chat", before=r"\b")

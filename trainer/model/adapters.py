@@ -54,13 +54,14 @@ class LoraLinear(nn.Linear):
         return weight.T if self.is_transposed else weight
 
 
-def add_adapters(model: nn.Module, head: nn.Module, rank: int, dropout: float) -> None:
-    """Freeze a model, and add adapters to its linear layers except head and experts."""
+def add_adapters(model: nn.Module, head: nn.Module, rank: int, dropout: float) -> int:
+    """Freeze a model, and add adapters to its linear layers except head and experts. Returns their number."""
     model.requires_grad_(False)
     linear = [(name, layer) for name, layer in model.named_modules() if type(layer) in LINEAR]
     adapted = [(name, layer) for name, layer in linear if layer is not head and "expert" not in name]
     for name, layer in adapted:
         model.set_submodule(name, LoraLinear(layer, rank, dropout))
+    return len(adapted)
 
 
 def is_adapter(name: str) -> bool:

@@ -52,7 +52,7 @@ from trainer.tokenizer import (
 
 MAX_TOKENIZER_BYTES = 100_000_000
 DECODING_SETTINGS = ("num_beams", "length_penalty", "min_new_tokens", "no_repeat_ngram_size")
-# Tied weights are stored once, so a model may have more weights than its file.
+# Tied weights are stored once, so a model may have up to this many times the weights of its file.
 MAX_SHARED = 2
 
 

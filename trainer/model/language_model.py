@@ -57,8 +57,12 @@ class PretrainedDecoder(PrefixDecoder):
         self._attention_window = pretrained.attention_window(self.model.config)
 
     def add_adapters(self, rank: int, dropout: float) -> None:
-        """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes the rest."""
-        adapters.add_adapters(self.model, self.model.get_output_embeddings(), rank, dropout)
+        """Add LoRA adapters with scale 2 to all linear layers except head and experts. Freezes the rest.
+
+        Raises TrainError if the model has no such layers.
+        """
+        if not adapters.add_adapters(self.model, self.model.get_output_embeddings(), rank, dropout):
+            raise TrainError("this model has no linear layers", hint="train the whole model: --lora-rank 0")
 
     def recompute_blocks(self) -> bool:
         """Enable gradient checkpointing. Returns False if it is enabled already or not supported."""

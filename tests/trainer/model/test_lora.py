@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from pipeline.errors import TrainError
 from tests.trainer.model.test_language_model import batch, decoder_of
+from trainer.model import adapters
 from trainer.model.adapters import LoraLinear, is_adapter, merged_state, reduce_frozen
 
 FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss", "falcon")
@@ -57,6 +59,12 @@ def test_frozen_weights_in_bf16_have_the_loss_of_autocast(family: str) -> None:
         assert torch.equal(reduced.loss(prefix, texts), plain.loss(prefix, texts))
     num_bytes = [sum(weights.nbytes for weights in one.parameters()) for one in (plain, reduced)]
     assert num_bytes[1] < 0.9 * num_bytes[0]
+
+
+def test_model_without_layers_for_adapters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "LINEAR", ())
+    with pytest.raises(TrainError, match="no linear layers"):
+        decoder_of("qwen3").add_adapters(4, 0.0)
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True])
