@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,9 @@ from trainer.model.encoder import Encoder
 from trainer.runtime.devices import autocast, own_slice, sum_over_processes
 
 BATCH_IMAGES, BATCHES_AHEAD = 64, 4
-READERS = min(8, os.cpu_count() or 1)
+# Each core encodes its own batches: faster than all cores on one batch (benchmarks/encode_images.py).
+CPU_BATCH_IMAGES = 4
+CORES = min(8, os.cpu_count() or 1)
 MIN_FREE_BYTES = 10**9
 SAVE_EVERY_S = 1.0
 IDS, STATES = "ids.bin", "states.bin"
@@ -77,9 +79,13 @@ class OnlineFeatures:
 
     def load(self, examples: Sequence[Example]) -> Tensor:
         """Decode and preprocess images in threads. Returns (B, 3, H, W)."""
-        with ThreadPoolExecutor(READERS) as pool:
-            pixels_BCHW = torch.cat(list(pool.map(lambda e: self.encoder.pixels([e.open()]), examples)))
+        with thread_pool(CORES) as pool:
+            pixels_BCHW = torch.cat(list(pool.map(self.pixels, ([example] for example in examples))))
         return pixels_BCHW.pin_memory() if torch.cuda.is_available() else pixels_BCHW
+
+    def pixels(self, examples: Sequence[Example]) -> Tensor:
+        """Decode and preprocess images in this thread. Returns (B, 3, H, W)."""
+        return torch.cat([self.encoder.pixels([example.open()]) for example in examples])
 
     def states(self, loaded: Tensor, device: torch.device) -> Tensor:
         """Encode the pixels that `load` returned. Returns hidden states (B, N, V)."""
@@ -102,20 +108,29 @@ def hold_features(features: FeatureSource, examples: Sequence[Example]) -> Featu
     return lambda chosen: states_BNV[[rows[example.sample_id] for example in chosen]]
 
 
-def load_ahead(
-    load: Callable[[Part], Loaded], parts: Iterable[Part], count: int = BATCHES_AHEAD
-) -> Iterator[Loaded]:
-    """Yield `load(part)` for each part. A thread loads the next `count` parts in the meantime."""
-    pool = ThreadPoolExecutor(1)
-    tasks = (pool.submit(load, part) for part in parts)
+@contextmanager
+def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Return a pool whose threads compute tensors on one core each. Pending tasks are canceled at the end."""
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)  # the number is also the default of later threads
+
+
+def load_ahead(
+    load: Callable[[Part], Loaded], parts: Iterable[Part], count: int = BATCHES_AHEAD, threads: int = 1
+) -> Iterator[Loaded]:
+    """Yield `load(part)` for each part. Threads load the next `count` parts in the meantime."""
+    with thread_pool(threads) as pool:
+        tasks = (pool.submit(load, part) for part in parts)
         pending = deque(islice(tasks, count))
         while pending:
             loaded = pending.popleft().result()
             pending.extend(islice(tasks, 1))
             yield loaded
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @torch.inference_mode()
@@ -161,22 +176,39 @@ def _encode(
 ) -> None:
     """Store the hidden states of this process's share of the missing images."""
     keys = [*missing][own]
-    batches = [keys[start : start + BATCH_IMAGES] for start in range(0, len(keys), BATCH_IMAGES)]
-    parts = ([missing[key] for key in batch] for batch in batches)
+    size = BATCH_IMAGES if online.device.type == "cuda" else CPU_BATCH_IMAGES
+    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+    states = _states_ahead(online, ([missing[key] for key in batch] for batch in batches))
     pending: list[tuple[list[bytes], Tensor]] = []
     saved_at = time.monotonic()
-    # Only one batch is loaded ahead, because pixels take much more memory than states.
-    loaded = load_ahead(online.load, parts, count=1)
-    for number, (batch, pixels_BCHW) in enumerate(zip(batches, loaded, strict=True), 1):
-        with autocast("bf16", online.device):
-            states_BNV = online.states(pixels_BCHW, online.device).bfloat16()
-        pending.append((batch, states_BNV.cpu().contiguous()))
+    for number, (batch, states_BNV) in enumerate(zip(batches, states, strict=True), 1):
+        pending.append((batch, states_BNV.bfloat16().cpu().contiguous()))
         if number == len(batches) or time.monotonic() - saved_at >= SAVE_EVERY_S:
             states_BNV = torch.cat([states_BNV for _, states_BNV in pending])
             records = states_BNV.flatten(1).view(torch.uint8).numpy()
             store.append([key for batch, _ in pending for key in batch], records)
             pending, saved_at = [], time.monotonic()
-        progress("features", min(number * BATCH_IMAGES * (own.step or 1), len(missing)), len(missing))
+        progress("features", min(number * size * (own.step or 1), len(missing)), len(missing))
+
+
+def _states_ahead(online: OnlineFeatures, parts: Iterable[list[Example]]) -> Iterator[Tensor]:
+    """Yield the hidden states of the images of each part. The next parts are prepared in threads."""
+    if online.device.type == "cuda":
+        # Only one batch is loaded ahead, because pixels take much more memory than states.
+        for pixels_BCHW in load_ahead(online.load, parts, count=1):
+            with autocast("bf16", online.device):
+                yield online.states(pixels_BCHW, online.device)
+        return
+
+    @torch.inference_mode()  # this mode belongs to a thread
+    def encode(part: list[Example]) -> Tensor:
+        return online.states(online.pixels(part), online.device)
+
+    online.encoder.tower.to(memory_format=torch.channels_last)  # faster convolutions
+    try:
+        yield from load_ahead(encode, parts, count=2 * CORES, threads=CORES)
+    finally:
+        online.encoder.tower.to(memory_format=torch.contiguous_format)  # safetensors stores no other format
 
 
 @dataclass(frozen=True, slots=True)

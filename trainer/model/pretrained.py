@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pipeline.images.clip import silence_transformers
+from pipeline.install import install_command
 
 UNUSED_SETTINGS = {"architectures", "dtype", "id2label", "label2id", "transformers_version"}
 # Settings that make transformers download files or run code.
@@ -26,7 +27,8 @@ CODE_SETTINGS = frozenset(
      "use_pretrained_backbone", "use_timm_backbone")
 )  # fmt: skip
 # Model types whose configs download other configs from the Hub.
-FETCHING_MODELS = re.compile("timm|edgetam")
+FETCHING_MODELS = re.compile("timm_backbone|edgetam")
+TIMM = "timm_wrapper"  # model type of transformers for the models of timm
 LAYER_COUNTS = re.compile(r"layers|depth|blocks|stages|experts")
 MAX_LAYERS = 1024
 # Settings that hold the attention window, and the layer types that use it.
@@ -46,6 +48,8 @@ MAX_REASON_CHARACTERS = 200
 def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the settings from which `config_of` can rebuild a config, without paths and class labels."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    if values["model_type"] == TIMM:
+        return _timm_settings(values)
     used = {name for name in values if not name.startswith("_")} - UNUSED_SETTINGS
     return {name: value for name, value in values.items() if name in used}
 
@@ -62,8 +66,33 @@ def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[model_type]
     methods = {name for name in dir(kind) if callable(getattr(kind, name, None))}
     safe = _remove_code({name: value for name, value in settings.items() if name not in methods})
+    if model_type == TIMM:
+        safe = _timm_settings(safe)
     config: PreTrainedConfig = AutoConfig.for_model(**safe)
     return config
+
+
+def _timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the architecture and its numeric arguments. Raises ValueError if timm does not have it.
+
+    Other names make timm download a model, and some arguments, such as `checkpoint_path`, read other files.
+    """
+    try:
+        from timm import list_models
+    except ModuleNotFoundError as error:
+        raise ValueError(f"models of timm need the package {error.name}: {install_command('timm')}") from None
+    architecture = settings.get("architecture")
+    if architecture not in list_models():
+        raise ValueError(f"timm has no model architecture {architecture!r}")
+    arguments = settings.get("model_args") or {}
+    sizes = {name: value for name, value in arguments.items() if all(_are_numbers(value))}
+    return {"model_type": TIMM, "architecture": architecture, "model_args": sizes, "do_pooling": False}
+
+
+def _are_numbers(value: Any) -> Iterator[bool]:
+    """Yield for each value whether it is a number."""
+    for item in value if isinstance(value, list) else [value]:
+        yield isinstance(item, int | float)
 
 
 def attention_window(config: PreTrainedConfig) -> float:

@@ -151,7 +151,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         if decoder is None:
             vision, text = config.encoder, config.decoder.get("language_model")
             options = {"states": vision.get("states", "all"), "is_rounded": vision.get("frozen", False)}
-            self.encoder = Tower(AutoConfig.for_model(**vision["model"]), **options)
+            self.encoder = Tower(AutoConfig.for_model(**vision["model"]), width=vision["width"], **options)
             if text:
                 decoder = PrefixDecoder(AutoModelForCausalLM.from_config(AutoConfig.for_model(**text)))
             else:
