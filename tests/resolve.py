@@ -12,7 +12,7 @@ UV = str(Path(sys.executable).with_name("uv"))
 PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = ("highest", "lowest-direct")
 # Combinations: no extras, extras without vLLM, and all extras.
-EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve")
+EXTRAS = ("", "embedded,train", "gpu,ray,timm,heic,pdf,video,s3,serve")
 SHOWN = ("vllm", "torch", "transformers", "numpy", "pillow", "pyarrow", "huggingface-hub", "ray")
 PLATFORM = "x86_64-manylinux_2_31"  # llguidance has wheels for this platform
 

@@ -20,6 +20,7 @@ NgramCounts = Counter[tuple[str, ...]]
 NgramWeights = dict[tuple[str, ...], float]
 MAX_N = 4
 CIDER_SIGMA = 6.0
+_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b")
 _APOSTROPHES = str.maketrans("\u2018\u2019\u02bc", "'''")
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer: scripts without spaces between words.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
@@ -28,16 +29,19 @@ _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u
 def tokenize(text: str) -> list[str]:
     """Split a text into lower-case words and numbers without punctuation, as in COCO evaluation.
 
+    As there, "isn't" is split into "is" and "n't", and "man's" into "man" and "'s".
     In scripts without spaces, such as Chinese, each character is a token, as in sacreBLEU (Post, 2018).
     """
-    return _word().findall(text.lower().translate(_APOSTROPHES))
+    text = text.lower().translate(_APOSTROPHES)
+    return _word().findall(_CLITIC.sub(r" \1", text) if "'" in text else text)
 
 
 @cache
 def _word() -> re.Pattern[str]:
     marks = combining_marks()
     letter = rf"(?:(?![_{_UNSPACED}])[\w{marks}])"
-    return re.compile(rf"\d+(?:[.,]\d+)+|(?=\w)[{_UNSPACED}][{marks}]*|{letter}+(?:['-]{letter}+)*")
+    words = rf"(?:n|\B)'(?:t|s|m|d|re|ve|ll)\b|{letter}+(?:['-]{letter}+)*"
+    return re.compile(rf"\d+(?:[.,]\d+)+|(?=\w)[{_UNSPACED}][{marks}]*|{words}")
 
 
 def score_each(

@@ -77,7 +77,9 @@ def describe_provenance(
     title = config.title or (folder if folder != ".." and re.fullmatch(TITLE, folder) else None)
     return {
         "source": {
-            name: source[name] for name in ("name", "revision", "partial", "preview") if name in source
+            name: source[name]
+            for name in ("name", "revision", "partial", "preview", "joined_texts")
+            if name in source
         },
         "model": model,
         "prompts": prompt_texts(asked, config.prompt_dirs) if asked else {},

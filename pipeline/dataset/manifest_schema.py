@@ -73,6 +73,12 @@ class Writer(Origin):
     license: Name = ""
 
 
+class ReadSource(Origin):
+    """A source of samples. `joined_texts` is the number of tokenized human texts that were joined."""
+
+    joined_texts: Count = 0
+
+
 class Step(_Part):
     """The row counts of a step."""
 
@@ -139,7 +145,7 @@ class Manifest(_Part):
     features: dict[Name, Feature]
     licenses: list[Name]
     rows: dict[Split, Count]
-    source: Origin
+    source: ReadSource
     model: Writer
     prompts: dict[Name, str]
     schemas: dict[Name, Any]

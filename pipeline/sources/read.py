@@ -63,12 +63,13 @@ from pipeline.tables import (
     SAMPLE_IMAGES,
     SOURCE_REJECTED,
 )
+from pipeline.text.tokenized import join_texts
 from pipeline.types import ImageKind, Rejected, Sample, Source
 
 PARTS_FOLDER = "parts"
 PART_SECONDS = 30.0  # a stopped run on a slow source loses at most this much reading time
 PART_ROWS = 16_384
-READ_VERSION = 5  # increase it when a change makes the same source yield other samples
+READ_VERSION = 6  # increase it when a change makes the same source yield other samples
 # Settings that determine which samples a source yields.
 READ_SETTINGS = (
     "source", "source_split", "license", "columns", "follow_links", "frame_seconds", "image_filter",
@@ -145,13 +146,13 @@ class SourceReader:
             message = f"read: {earlier['images']:,} images were read by an earlier run and are not read again"
             self.progress.message(message)
         self._require_samples(is_new=not earlier)
-        described = self._describe(is_preview=result["has_more"])
+        described = self._describe(result)
         if not earlier or read_record(self.dataset, "read")["source"] != described:
             kept, rejected = count_rows(self.dataset, "read")
             facts: dict[str, Any] = {"kept": kept, "rejected": rejected, "source": described}
             write_record(self.dataset, "read", self._key, **facts, result=result)
 
-    def _describe(self, *, is_preview: bool) -> dict[str, Any]:
+    def _describe(self, result: dict[str, Any]) -> dict[str, Any]:
         """Return the provenance of the source."""
         source, kind, captions = self.source, choose_image_kind(self.config), self.config.captions
         return {
@@ -159,7 +160,8 @@ class SourceReader:
             "revision": source.revision,
             "decks": source.decks,
             **({"partial": True} if source.is_partial else {}),
-            **({"preview": True} if is_preview else {}),
+            **({"preview": True} if result["has_more"] else {}),
+            **({"joined_texts": joined} if (joined := result["joined_texts"]) else {}),
             "never": self._excluded,
             "compared_as": kind,
             "near_bits": MAX_NEAR_BITS.get(kind or ""),
@@ -215,8 +217,11 @@ class SourceReader:
             parts.write()
             new_rows.close()
         self.progress("read", len(kept), limit and len(kept))
-        self._write_step(parts)
-        return {"limit": limit, "images": len(kept), "has_more": has_more}
+        num_joined = self._write_step(parts)
+        if num_joined:
+            problem = f"{num_joined:,} tokenized human texts"
+            self.progress.message(f'read: joined words and punctuation of {problem}, such as "a dog ."')
+        return {"limit": limit, "images": len(kept), "has_more": has_more, "joined_texts": num_joined}
 
     def _check(self, row: Sample | Rejected) -> Sample | Rejected:
         """Return the sample with perceptual hashes where needed, or a rejection if the sample is excluded."""
@@ -252,8 +257,12 @@ class SourceReader:
         """Yield the rows of the source. Closing the generator ends the processes that decode or render."""
         yield from self.source.read(start)
 
-    def _write_step(self, parts: "SourceParts") -> None:
-        """Write the kept samples, the near-duplicates and all rejected rows."""
+    def _write_step(self, parts: "SourceParts") -> int:
+        """Write the kept samples, the near-duplicates and all rejected rows.
+
+        Returns the number of tokenized texts of the kept samples, which are joined.
+        """
+        num_joined = 0
         kind = choose_image_kind(self.config)
         if kind is None:
             self.dataset.step_file("read", IMAGE_GROUPS_FILE).unlink(missing_ok=True)
@@ -263,11 +272,14 @@ class SourceReader:
         near_ids = pa.array(near, pa.string())
 
         def samples(*, is_near: bool) -> Iterator[pa.Table]:
+            nonlocal num_joined
             for table in parts.tables():
                 table = without_copies(table, self._num_rows)
                 table = table.filter(pc.equal(pc.is_in(table["sample_id"], near_ids), is_near))
                 if table.num_rows:
-                    yield self._images.apply(table)
+                    table, joined = join_texts(self._images.apply(table))
+                    num_joined += 0 if is_near else joined
+                    yield table
 
         def near_duplicates() -> Iterator[pa.Table]:
             for table in samples(is_near=True):
@@ -287,6 +299,7 @@ class SourceReader:
         rejected.sort(key=lambda row: row["source_row"])
         table = pa.Table.from_pylist(rejected, schema=SOURCE_REJECTED)
         write_table(self.dataset.step_file("read", "rejected"), [table], SOURCE_REJECTED)
+        return num_joined
 
     def _compare(self, parts: "SourceParts", kind: ImageKind) -> pa.Table:
         """Find groups of similar samples, write them, and return them (tables.IMAGE_GROUPS)."""
