@@ -58,7 +58,7 @@ Step = Callable[[], float]
 def encoder_config(**tower: Any) -> EncoderConfig:
     """Return the config of a frozen CLIP vision tower."""
     model = {"model_type": "clip_vision_model", "image_size": SIDE_PX, "patch_size": PATCH_PX, **tower}
-    return EncoderConfig(model, CLIPImageProcessor().to_dict(), frozen=True)
+    return EncoderConfig(model, CLIPImageProcessor().to_dict(), tower["hidden_size"], frozen=True)
 
 
 def texts(words: int = VOCAB) -> TextBatch:

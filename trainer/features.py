@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -204,11 +204,12 @@ def _states_ahead(online: OnlineFeatures, parts: Iterable[list[Example]]) -> Ite
     def encode(part: list[Example]) -> Tensor:
         return online.states(online.pixels(part), online.device)
 
-    online.encoder.tower.to(memory_format=torch.channels_last)  # faster convolutions
+    tower: Any = online.encoder.tower  # the types of torch lack `memory_format`
+    tower.to(memory_format=torch.channels_last)  # faster convolutions
     try:
         yield from load_ahead(encode, parts, count=2 * CORES, threads=CORES)
     finally:
-        online.encoder.tower.to(memory_format=torch.contiguous_format)  # safetensors stores no other format
+        tower.to(memory_format=torch.contiguous_format)  # safetensors stores no other format
 
 
 @dataclass(frozen=True, slots=True)

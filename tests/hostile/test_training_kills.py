@@ -58,7 +58,7 @@ def train_until(moment: str, number: int, version: Version, config: TrainConfig,
 
         return save_half
 
-    trainer.features.BATCH_IMAGES, trainer.features.SAVE_EVERY_S = 16, 0.0
+    trainer.features.CPU_BATCH_IMAGES, trainer.features.SAVE_EVERY_S = 16, 0.0
     for name, owner, attribute, file in (
         ("resume", torch, "save", ""),
         ("model", CaptionerModel, "save_pretrained", "model.safetensors"),

@@ -8,12 +8,12 @@ import socket
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_stored_states_equal_computed_ones(encoder: Encoder, examples: list[Exam
 def test_interrupted_build_resumes(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(features, "CPU_BATCH_IMAGES", 8)
     monkeypatch.setattr(features, "SAVE_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=1))
@@ -117,15 +117,15 @@ def store_in_process(
     os.environ |= environment
     rank, _ = join_processes()
     torch.set_num_threads(1)
-    features.BATCH_IMAGES, features.SAVE_EVERY_S = 2, 0.0
-    load, loaded = OnlineFeatures.load, list[str]()
+    features.CPU_BATCH_IMAGES, features.SAVE_EVERY_S = 2, 0.0
+    pixels, loaded = OnlineFeatures.pixels, list[str]()
 
     def count(online: OnlineFeatures, examples: list[Example]) -> torch.Tensor:
         time.sleep(sleep_s)
         loaded.extend(example.sample_id for example in examples)
-        return load(online, examples)
+        return pixels(online, examples)
 
-    features.OnlineFeatures.load = count  # type: ignore[assignment, method-assign]
+    features.OnlineFeatures.pixels = count  # type: ignore[assignment, method-assign]
     # In the second build, the third process is on another machine, which has its own disk.
     for name in ("shared", f"machine{rank // 2}"):
         loaded.clear()
@@ -168,15 +168,21 @@ def test_killed_processes_resume(
     assert torch.equal(stored(examples), OnlineFeatures(encoder, CPU)(examples))
 
 
-def test_batches_are_loaded_ahead_of_their_use(
-    encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_loaded_ahead_of_their_use() -> None:
     parts = iter(range(9))
-    assert next(load_ahead(str, parts, count=3)) == "0" and next(parts) == 4
-    load = Mock(wraps=load_ahead)
-    monkeypatch.setattr(features, "load_ahead", load)
-    store_features(encoder, examples, tmp_path, CPU, QUIET)
-    assert load.call_args.kwargs == {"count": 1}  # pixels take much memory
+    loaded = load_ahead(str, parts, count=3, threads=2)
+    assert next(loaded) == "0" and next(parts) == 4  # later parts wait, since they take memory
+    assert [*loaded] == [str(part) for part in range(1, 9) if part != 4]
+
+
+def test_threads_that_encode_leave_the_other_threads_as_they_were(
+    encoder: Encoder, examples: list[Example], tmp_path: Path
+) -> None:
+    torch.set_num_threads(2)
+    store_features(encoder, examples[:9], tmp_path, CPU, QUIET)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 2
+    assert all(weights.is_contiguous() for weights in encoder.tower.state_dict().values())
 
 
 def test_different_encoder_states_or_weights_get_a_new_feature_store(
@@ -241,7 +247,7 @@ def test_linked_file_is_refused(encoder: Encoder, examples: list[Example], tmp_p
 def test_lost_or_damaged_records_are_computed_again(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(features, "CPU_BATCH_IMAGES", 8)
     monkeypatch.setattr(features, "SAVE_EVERY_S", 0.0)
     expected = OnlineFeatures(encoder, CPU)(examples)
     store_features(encoder, examples, tmp_path, CPU, QUIET)

@@ -59,12 +59,12 @@ def test_config_has_the_name_of_a_folder_but_no_path(folder: str, name: str, tmp
     assert config.made_from["name"] == name and str(tmp_path) not in str(asdict(config))
 
 
-def test_error_about_an_unsupported_encoder_states_the_reason(tmp_path: Path) -> None:
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
-    transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
-    transformers.ViTImageProcessor().save_pretrained(tmp_path / "resnet")
-    with pytest.raises(TrainError, match=r"cannot load encoder .*resnet: it is not a vision transformer"):
-        load_encoder(str(tmp_path / "resnet"))
+def test_error_about_a_model_without_images_states_the_reason(tmp_path: Path) -> None:
+    transformers.BertModel(transformers.BertConfig(**TOWER, vocab_size=9)).save_pretrained(tmp_path / "bert")
+    transformers.ViTImageProcessor().save_pretrained(tmp_path / "bert")
+    with pytest.raises(TrainError, match=r"cannot load encoder .*bert: ") as caught:
+        load_encoder(str(tmp_path / "bert"))
+    assert caught.value.hint.endswith("a folder or Hub id of a transformers or timm model")
 
 
 def test_encoder_with_varying_image_sizes_is_refused(tmp_path: Path) -> None:
@@ -77,24 +77,44 @@ def test_encoder_with_varying_image_sizes_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [0, 1, 5])
-@pytest.mark.parametrize("side", [4, 7])
-def test_patches_are_averaged_2x2_and_other_tokens_stay(before: int, side: int) -> None:
-    patches = torch.arange(side * side, dtype=torch.float32).view(1, -1, 1)
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (7, 7), (4, 6), (3, 9)])
+def test_patches_are_averaged_2x2_and_other_tokens_stay(before: int, rows: int, columns: int) -> None:
+    patches = torch.arange(rows * columns, dtype=torch.float32).view(1, -1, 1)
     tokens = torch.full((1, before, 1), -1.0)
-    pooled = choose_states(torch.cat([tokens, patches], 1), "2x2")
-    half = -(-side // 2)
-    assert pooled.shape == (1, before + half * half, 1)
+    pixels = torch.zeros(1, 3, 16 * rows, 16 * columns)
+    pooled = choose_states(torch.cat([tokens, patches], 1), "2x2", 1, pixels)
+    starts = [(row, column) for row in range(0, rows, 2) for column in range(0, columns, 2)]
+    assert pooled.shape == (1, before + len(starts), 1)
     assert pooled[0, :before].eq(-1).all()
-    grid = patches.view(side, side)
-    expected = [grid[2 * r : 2 * r + 2, 2 * c : 2 * c + 2].mean() for r in range(half) for c in range(half)]
+    grid = patches.view(rows, columns)
+    expected = [grid[row : row + 2, column : column + 2].mean() for row, column in starts]
     torch.testing.assert_close(pooled[0, before:, 0], torch.stack(expected))
 
 
-GRIDS = {197: (1, 14), 50: (1, 7), 576: (0, 24), 577: (1, 24), 261: (5, 16), 256: (0, 16), 198: (2, 14)}
+@pytest.mark.parametrize("which", ["all", "2x2"])
+def test_feature_maps_become_sequences(which: str) -> None:
+    """Channels may come first, as in ResNet, or last, as in Swin of timm."""
+    map_BVRC, pixels = torch.randn(2, 8, 4, 6), torch.zeros(2, 3, 128, 192)
+    states_BNV = choose_states(map_BVRC, which, 8, pixels)
+    assert torch.equal(states_BNV, choose_states(map_BVRC.permute(0, 2, 3, 1), which, 8, pixels))
+    as_sequence = choose_states(map_BVRC.flatten(2).transpose(1, 2), which, 8, pixels)
+    torch.testing.assert_close(states_BNV, as_sequence)
+    torch.testing.assert_close(states_BNV.mean(1), map_BVRC.mean((2, 3)))
+    with pytest.raises(ValueError, match=r"of shape \[2, 8, 4, 6\], not of width 5"):
+        choose_states(map_BVRC, which, 5, pixels)
 
 
-@pytest.mark.parametrize(("count", "grid"), GRIDS.items())
-def test_patch_grid_follows_from_the_number_of_states(count: int, grid: tuple[int, int]) -> None:
-    assert patch_grid(count) == grid
-    with pytest.raises(ValueError, match="12 states do not form a square"):
-        patch_grid(12)
+GRIDS = {
+    (197, 224, 224): (1, 14, 14), (50, 224, 224): (1, 7, 7), (576, 336, 336): (0, 24, 24),
+    (577, 336, 336): (1, 24, 24), (261, 256, 256): (5, 16, 16), (198, 224, 224): (2, 14, 14),
+    (24, 256, 384): (0, 4, 6), (289, 384, 192): (1, 24, 12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "grid"), GRIDS.items())
+def test_patch_grid_follows_from_the_number_of_states(
+    given: tuple[int, int, int], grid: tuple[int, int, int]
+) -> None:
+    assert patch_grid(*given) == grid
+    with pytest.raises(ValueError, match="12 states do not form a grid"):
+        patch_grid(12, 224, 224)
