@@ -1,15 +1,15 @@
-"""Simulate the claims check on captions with known errors, and measure its intervals and rejections.
+"""Simulate the claims check on captions with known errors, and measure its ranges and rejections.
 
     python benchmarks/claim_errors.py [--rounds 300] [--texts 200] [--claims 8] [--seed 0] [--log-odds]
 
 The claims check asks a model about each claim of a caption, and rejects captions with a refuted claim. Here,
 some captions have one false claim. The simulated model sometimes answers wrongly, and sometimes "yes" to any
-question, independently. Each of 200 images has three claims known to be true and three known to be false.
+question, independently. The human captions of 200 images have three claims each, which are true.
 
-Each output line is one setting. It shows how often the 95 % interval of the corrected share of true claims
-contains the true share, and the widths of this interval and of the uncorrected one. It also shows the shares
-of true captions kept and of false captions found, by the claims check and by a simpler rule: keep captions
-if the first two questions confirm all (or 80 %) of their claims.
+Each output line is one setting. It shows how often the range of the share of true claims contains the true
+share, the width of this range, and how often the check measures no range. It also shows the shares of true
+captions kept and of false captions found, by the claims check and by a simpler rule: keep captions if the
+first two questions confirm all (or 80 %) of their claims.
 
 With --log-odds, the claims check is compared with two checks that use answer probabilities. One limits the
 sum of the log-odds, and loses at most 10 % of the true captions. The other is the claims check without the
@@ -25,9 +25,9 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.calibration import NEVER, TRUE, Evidence, Findings
+from pipeline.dataset.calibration import NEVER, Evidence, Findings
 
-IMAGES, KNOWN, MAX_LOST = 200, 3, 0.1
+IMAGES, CLAIMS, MAX_LOST = 200, 3, 0.1
 ERRORS, WRONG, ALWAYS_YES = (0.02, 0.1, 0.3), (0.0, 0.05, 0.1, 0.2), (0.0, 0.3)
 NOISE = (0.0, 1.0, 2.0)
 UNSURE_FRAC = 0.25
@@ -74,21 +74,19 @@ def simulate(
         evidence = evidence_of(answers)
         findings = Findings()
         findings.claims[claims] = texts
-        for kind, truth in ((TRUE, True), ("color", False)):
-            known = evidence_of(ask(np.full((IMAGES, KNOWN), truth), wrong, always_yes, draw))
-            findings.known[kind] = evidence_by_image(known)
+        references = evidence_of(ask(np.ones((IMAGES, CLAIMS), bool), wrong, always_yes, draw))
+        findings.references = evidence_by_image(references)
         findings.found = evidence_by_image(evidence)
         level = findings.choose_level(MAX_LOST)
-        summary = findings.describe(level)
-        true, passed = summary["true"], summary["passed"]
+        bounds = findings.describe(level)["range"]
         goal = 1 - error / claims
         is_good, confirmed = is_true.all(1), (answers[..., :2].sum(-1) == -2).mean(1)
         kept = {"check": (evidence < level).all(1), "share 1": confirmed >= 1, "share .8": confirmed >= 0.8}
         results.append(
             {
-                "covered": float(true is not None and true["low"] <= goal <= true["high"]),
-                "width": true["high"] - true["low"] if true else 1.0,
-                "plain width": passed["high"] - passed["low"],
+                "covered": float(bounds is None or bounds["low"] <= goal <= bounds["high"]),
+                "width": bounds["high"] - bounds["low"] if bounds else 1.0,
+                "no range": float(bounds is None),
                 "no level": float(level == NEVER),
                 **{f"kept, {name}": rows[is_good].mean() for name, rows in kept.items()},
                 **{
@@ -126,14 +124,14 @@ def compare_log_odds(
         is_true = np.ones((texts, claims), bool)
         is_true[:, 0] = draw.random(texts) >= error
         log_odds = log_odds_against(is_true, wrong, noise, draw)
-        known = log_odds_against(np.ones((IMAGES, KNOWN), bool), wrong, noise, draw)
+        known = log_odds_against(np.ones((IMAGES, CLAIMS), bool), wrong, noise, draw)
         limit = np.quantile(known.sum(-1), (1 - MAX_LOST) ** (1 / claims))
         kept = {"log-odds": (log_odds.sum(-1) <= limit).all(1)}
         for name, least in (("check", 0.0), ("sure answers", np.quantile(abs(known), UNSURE_FRAC))):
             answers = [(np.sign(odds) * (abs(odds) >= least)).astype(int) for odds in (log_odds, known)]
             findings = Findings()
             findings.claims[claims] = texts
-            findings.known[TRUE] = evidence_by_image(evidence_of(answers[1]))
+            findings.references = evidence_by_image(evidence_of(answers[1]))
             kept[name] = (evidence_of(answers[0]) < findings.choose_level(MAX_LOST)).all(1)
         is_good = is_true.all(1)
         shares = {f"kept, {name}": rows[is_good].mean() for name, rows in kept.items()}

@@ -128,13 +128,8 @@ VERIFIED = pa.schema(
         *fields(INT32, *RUBRIC),
     ]
 )
-# A text that is known to be true (kind `reference`) or false, with a check's evidence against it.
-CALIBRATED = pa.struct([*fields(STRING, "check", "kind"), *fields(INT32, "evidence")])
-# verify: the evidence against each claim of the caption before a repair, and the results for texts that are
-# known to be true or false.
-CALIBRATION = pa.schema(
-    [*fields(pa.list_(INT32), "claim_evidence"), *fields(pa.list_(CALIBRATED), "calibration")]
-)
+# verify: the evidence against each claim of the caption before a repair, and of a human caption.
+CALIBRATION = pa.schema(fields(pa.list_(INT32), "claim_evidence", "reference_evidence"))
 
 # verify: the checks whose condition is not true, each with the reason, such as `judge.condition_false`.
 SKIPPED_CHECKS = pa.field("skipped_checks", pa.list_(STRING))

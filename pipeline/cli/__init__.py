@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import generate
 from pipeline.cli.captioners import caption, serve_captioner
-from pipeline.cli.datasets import check, export, report, review_apply, review_sample
+from pipeline.cli.datasets import check, export, report, review_apply, review_open, review_sample
 from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
@@ -101,7 +101,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 versions = typer.Typer(cls=Group, no_args_is_help=True, help="List versions, or free disk space.")
-review = typer.Typer(cls=Group, no_args_is_help=True, help="Draw texts to judge, and apply reviews.")
+review = typer.Typer(cls=Group, help="Draw texts to judge, and apply reviews.")
 
 
 def add(group: str, *commands: Callable[..., None], **more: Any) -> None:
@@ -116,6 +116,7 @@ add(MAKE, generate.init, generate.doctor)
 add(MAKE, generate.preview, generate.estimate, generate.generate, generate.serve, context_settings=VLLM_FLAGS)
 add(USE, report)
 app.add_typer(review, name="review", rich_help_panel=USE)
+review.callback(invoke_without_command=True)(review_open)
 review.command("sample")(review_sample)
 review.command("apply")(review_apply)
 app.add_typer(versions, name="versions", rich_help_panel=USE)

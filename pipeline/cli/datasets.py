@@ -1,12 +1,14 @@
 """Commands for existing datasets: check, export, report, review."""
 
 import json
+import sys
+import webbrowser
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from typer import Argument, BadParameter, Exit, Option
+from typer import Argument, BadParameter, Context, Exit, Option
 
 from pipeline.cli.options import (
     LAST_MADE,
@@ -150,10 +152,11 @@ def review_sample(
     tool: Annotated[
         Literal["page", "label-studio", "argilla"], option("Output: a web page, or tasks for a tool.")
     ] = "page",
-) -> None:
-    """Draw texts of a version at random, for reviewers to judge them as right or wrong.
+) -> Path:
+    """Draw texts of a version for reviewers to judge as right or wrong, a third from those that checks doubt.
 
-    `synth review apply` reads the exported verdicts, and the next version states the share of wrong texts.
+    Some texts are shown twice, to measure the errors of reviewers. `synth review apply` reads the exported
+    verdicts, and the next version states the share of wrong texts.
     """
     from pipeline.dataset.directory import DatasetDir, open_dataset
     from pipeline.report.audit_sample import write_audit
@@ -163,10 +166,19 @@ def review_sample(
     dataset = DatasetDir(version.dataset_dir)
     with translate_disk_errors(dataset.path):
         path, drawn = write_audit(version, dataset, texts, seed, tool)
-    fewer = "" if drawn == texts else " (at most one of each image)"
+    fewer = "" if drawn == texts else ", which are all"
     where = "on this page" if tool == "page" else f"with these tasks for {tool}"
     say(f"drew {drawn} texts of {version.name}{fewer}; judge them {where}, then apply its exported file:")
     echo(path)
+    return path
+
+
+def review_open(context: Context) -> None:
+    """Open 200 texts of the newest dataset in a browser, to judge them. Subcommands have more options."""
+    if context.invoked_subcommand is None:
+        page = review_sample()
+        if sys.stderr.isatty():
+            webbrowser.open(page.resolve().as_uri())
 
 
 def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) -> None:
@@ -180,7 +192,6 @@ def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) 
     folder, version = split_version(dataset_path(names.pop(0) if has_dataset else None))
     if version:
         raise BadParameter(f"reviews apply to a dataset, not a version: pass {folder}", param_hint="DATASET")
-    from pipeline.dataset.audit import audit_in_words
     from pipeline.executors.messages import describe_losses
     from pipeline.reviewing import apply_reviews
     from pipeline.run import STEPS
@@ -190,5 +201,3 @@ def review_apply(names: Annotated[list[str], REVIEWS], as_json: AsJson = False) 
         result = apply_reviews(dataset, list(map(Path, names)), progress)
     losses = list(describe_losses(STEPS, result.funnel))
     print_run_result(result, losses, shown=progress.warnings, as_json=as_json)
-    if audit := result.version.manifest.get("audit"):
-        say(f"wrong texts: {audit_in_words(audit)}")

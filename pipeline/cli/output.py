@@ -148,6 +148,7 @@ def print_run_result(
     The JSON also contains the warnings in `shown`, which were printed during the run.
     """
     from pipeline.config import NO_MODEL
+    from pipeline.dataset.audit import audit_in_words
     from pipeline.dataset.calibration import checks_in_words
     from pipeline.dataset.directory import DatasetDir
     from pipeline.dataset.integrity import damaged_files
@@ -160,7 +161,8 @@ def print_run_result(
         damage = f"{version.name} is damaged: {first_names(missing)} is missing or has the wrong size"
         warnings.append(f"{damage}; `synth check {folder}` shows how to repair it")
     asking_s = DatasetDir(folder).read_cost().get("asking_s", 0.0)
-    facts = checks_in_words(version.manifest)
+    rate, *details = audit_in_words(version.manifest.get("audit"))
+    facts = [f"wrong texts: {rate}", *details, *checks_in_words(version.manifest)]
     facts += [f"price of {text}" for text in price_in_words(version.manifest, asking_s)]
     for summary in result.funnel:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.rejected.items())

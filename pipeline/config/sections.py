@@ -409,9 +409,11 @@ class VerifyConfig(Section):
     kept without the check.
     """
     calibration: int = Field(default=200, ge=0)
-    """Maximum images whose texts, known to be true or false, measure the errors of `claims` and the judge."""
+    """Maximum images whose human captions measure how often `claims` refutes true claims. 0 also turns
+    `max_true_captions_lost` off.
+    """
     max_true_captions_lost: float = Field(default=0.1, ge=0, le=1)
-    """Maximum share of true captions that `claims` may reject, estimated with texts known to be true."""
+    """Maximum share of true captions that `claims` may reject, estimated with human captions."""
     repair: bool = False
     """Rewrite captions that have a false claim. Needs the check `claims`."""
     judge: Annotated[str, Field(pattern=JUDGE), AfterValidator(_require_valid_judge)] | None = None

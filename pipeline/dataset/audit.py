@@ -1,152 +1,291 @@
-"""Audit a version: draw texts at random, and estimate the share of wrong texts from human verdicts.
+"""Audit a version: draw texts by the verdict of the checks, and estimate error rates from human verdicts.
 
-Hashes of a seed draw and order the texts of each stratum (a task and style). Reviewers may stop at any time,
-because a review counts only if all earlier texts of its stratum are reviewed too.
+The strata are the findings of the automatic checks about a text. Hashes of a seed order the texts of each
+stratum, and every text has the same chance. Reviewers may stop at any time, because a verdict counts only if
+all earlier texts of its stratum have verdicts too. Texts that remain in a later version keep their verdicts.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset.reviews import TextName, Verdict, record_name, text_name
-from pipeline.dataset.statistics import percent, wilson_interval
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.error_rates import NO_ERROR, Estimate, Floats, Stratum
+from pipeline.dataset.reviews import TextName, Verdict, text_name
+from pipeline.dataset.statistics import percent
 from pipeline.digests import hash_to_unit
+from pipeline.storage.files import read_batches
+from pipeline.tables import FINAL
+from pipeline.tasks.checks import REFUTED
 
-COLUMNS = ("sample_id", "captions", "qa")
 MAX_TEXTS = 5000  # per stratum
-# A stratum is a task and a style, which is "" for a task without styles.
-Stratum = tuple[str, str]
-NOT_MEASURED = "not measured (`synth review sample` draws texts to review)"
+# A kind of text is a task and a style, which is "" for a task without styles.
+Kind = tuple[str, str]
+# What the checks found about a text. Rejected texts are not in the version.
+REJECTED, FLAGGED, PASSED, UNCHECKED = "rejected", "flagged", "passed", "unchecked"
+SUSPECT = (REJECTED, FLAGGED)
+SUSPECT_FRAC = 1 / 3  # share of the audit
+CLEANED = ("text", "question", "answer", "record")
+CHECKED = ("agreement", "evidence", "judged_wrong")
+TEXTS = ("sample_id", "task", "style", *(f"clean_{name}" for name in CLEANED))
+MAX_REVIEWER_ERROR = 0.1
+# The files of steps with texts, their further columns, and the finding if all texts have the same one.
+SOURCES = (
+    ("review", "kept", (*CHECKED, "review", *FINAL.names), ""),
+    ("review", "rejected", CHECKED, ""),
+    ("verify", "rejected", (), REJECTED),
+)
+NOT_MEASURED = "not measured (`synth review` draws texts to review)"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Drawn:
-    """A text to review, and its position in `order`. `weight` is proportional to the texts it represents."""
+    """A text to review, and its position in `order`. A text may have left the version after its review."""
 
     order: float
     name: TextName
-    weight: int
+    kind: Kind
+    is_kept: bool
 
 
 @dataclass(slots=True)
 class Frame:
-    """The number of texts of each stratum, and the texts to review, in order."""
+    """The number of texts by finding and kind, and the texts to review by finding, in order."""
 
     seed: int
-    texts: Counter[Stratum] = field(default_factory=Counter)
-    drawn: dict[Stratum, list[Drawn]] = field(default_factory=lambda: defaultdict(list))
+    texts: Counter[tuple[str, Kind]] = field(default_factory=Counter)
+    drawn: dict[str, list[Drawn]] = field(default_factory=lambda: defaultdict(list))
 
     @classmethod
-    def of(cls, tables: Iterable[pa.Table | pa.RecordBatch], own: Mapping[str, Any], seed: int) -> "Frame":
-        """Read rows of a version. `own` has the columns of its custom tasks, as in the manifest."""
+    def of(cls, shards: Iterable[DatasetDir], seed: int) -> "Frame":
+        """Read the texts of the newest run, and those that checks or reviewers rejected."""
         frame = cls(seed)
-        for table in tables:
-            for row in table.to_pylist():
-                frame._add(row["sample_id"], list(named_texts(row, own)))
-        frame.drawn = {stratum: nsmallest(MAX_TEXTS, drawn) for stratum, drawn in frame.drawn.items()}
+        for shard in shards:
+            for step, which, more, finding in SOURCES:
+                for path in shard.step_files(step, which):
+                    for table in read_batches(path, [*TEXTS, *more]):
+                        frame.add(table, finding, is_kept=which == "kept" or step == "verify")
         return frame
 
-    def _add(self, sample_id: str, texts: Sequence[tuple[Stratum, TextName]]) -> None:
-        counts = Counter(stratum for stratum, _ in texts)
-        self.texts += counts
-        if counts:
-            stratum = min(counts, key=lambda stratum: hash_to_unit(self.seed, sample_id, *stratum))
-            names = (name for other, name in texts if other == stratum)
-            name = min(names, key=lambda name: hash_to_unit(self.seed, *name))
-            order = hash_to_unit(self.seed, sample_id)
-            drawn = self.drawn[stratum]
-            drawn.append(Drawn(order, name, weight=len(counts) * counts[stratum]))
-            if len(drawn) >= 2 * MAX_TEXTS:
-                drawn[:] = nsmallest(MAX_TEXTS, drawn)
+    def add(self, table: pa.Table, finding: str = "", *, is_kept: bool = True) -> None:
+        """Add annotations after the review step, or those that the verify step rejected."""
+        for row in table.to_pylist():
+            found, review = finding or _finding(row), row.get("review") or {}
+            if review.get("verdict") == "edited":
+                # The text before the edit was drawn by the finding, and the new text was not checked.
+                self._add(found, {name: row[name] for name in TEXTS}, is_kept=False)
+                found = UNCHECKED
+            self._add(found, row, is_kept=is_kept)
+        self.drawn.update({finding: nsmallest(MAX_TEXTS, drawn) for finding, drawn in self.drawn.items()})
+
+    def _add(self, finding: str, row: Mapping[str, Any], *, is_kept: bool) -> None:
+        name, kind = text_name(dict(row)), _kind_of(row)
+        self.texts[finding, kind] += is_kept
+        self.drawn[finding].append(Drawn(hash_to_unit(self.seed, *name), name, kind, is_kept))
 
     def first(self, number: int) -> list[TextName]:
-        """Return at most `number` texts, taking one from each stratum in turn."""
-        chosen: list[tuple[int, Stratum, TextName]] = []
-        by_size = sorted(self.drawn, key=lambda stratum: (len(self.drawn[stratum]), stratum))
-        for n, stratum in enumerate(by_size):
-            quota = (number - len(chosen)) // (len(by_size) - n)
-            chosen += [(place, stratum, text.name) for place, text in enumerate(self.drawn[stratum][:quota])]
-        return [name for _, _, name in sorted(chosen)]
+        """Return at most `number` texts, a third of them from texts that the checks rejected or flagged.
+
+        The other texts come from all other strata in proportion to their sizes. The first texts of the result
+        are a smaller sample with the same shares.
+        """
+        texts = {
+            finding: list(dict.fromkeys(text.name for text in drawn if text.is_kept))
+            for finding, drawn in self.drawn.items()
+        }
+        quotas, sizes = dict.fromkeys(texts, 0), {finding: self.size(finding) for finding in texts}
+        suspect, others = dict.fromkeys(SUSPECT, 1), {one: sizes[one] for one in texts if one not in SUSPECT}
+        for weights, limit in ((suspect, round(number * SUSPECT_FRAC)), (others, number), (suspect, number)):
+            # Each text goes to the stratum that has the fewest texts for its weight.
+            while sum(quotas.values()) < limit:
+                rest = [one for one in quotas if one in weights and quotas[one] < len(texts[one])]
+                if not rest:
+                    break
+                quotas[min(rest, key=lambda one: (quotas[one] + 1) / weights[one])] += 1
+        places = (
+            ((place + 0.5) / quotas[finding], name)
+            for finding, names in texts.items()
+            for place, name in enumerate(names[: quotas[finding]])
+        )
+        return [name for _, name in sorted(places)]
+
+    def size(self, finding: str) -> int:
+        """Return the number of texts of a stratum."""
+        return sum(count for (other, _), count in self.texts.items() if other == finding)
 
 
-def named_texts(row: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[Stratum, TextName]]:
-    """Yield the stratum and the name of each text in a row of a version. See `Frame.of` for `own`."""
-    for caption in row.get("captions") or ():
-        yield ("captions", caption["style"] or ""), text_name(caption | {"sample_id": row["sample_id"]})
-    for pair in row.get("qa") or ():
-        yield ("questions", ""), text_name(pair | {"sample_id": row["sample_id"]})
-    for task, column in own.items():
-        values = row[task] or [] if column["is_list"] else [row[task]]
-        for value in values:
-            if value is not None:
-                yield (task, ""), record_name(row["sample_id"], task, value)
+def _finding(row: Mapping[str, Any]) -> str:
+    if row["agreement"] is None and row["judged_wrong"] is None:
+        return UNCHECKED
+    is_unconfirmed = row["agreement"] is not None and row["agreement"] < 1
+    is_refuted = row["evidence"] is not None and row["evidence"] >= REFUTED
+    return FLAGGED if row["judged_wrong"] or is_unconfirmed or is_refuted else PASSED
+
+
+def _kind_of(row: Mapping[str, Any]) -> Kind:
+    if row["clean_record"] is not None:
+        return row["task"], ""
+    return ("captions", row["style"] or "") if row["clean_text"] is not None else ("questions", "")
 
 
 @dataclass(slots=True)
-class _Rate:
-    """The share of wrong texts in a stratum (`wrong`), and its effective sample size (`trials`)."""
+class _Reviewed:
+    """A reviewed text with its finding and its verdicts."""
 
-    texts: int
-    reviewed: int
-    cannot_tell: int
-    wrong: float
-    trials: float
+    finding: str
+    text: Drawn
+    verdicts: list[Verdict]
 
-    @classmethod
-    def of(cls, texts: int, reviewed: Sequence[Drawn], wrong_shares: Mapping[TextName, float]) -> "_Rate":
-        shares = {text: wrong_shares[text.name] for text in reviewed if text.name in wrong_shares}
-        total = sum(text.weight for text in shares)
-        wrong = sum(text.weight * share for text, share in shares.items()) / max(1, total)
-        # Unequal weights widen the interval, so use the smaller of two effective sample sizes: Kish's, or
-        # that of the linearized variance.
-        trials = total**2 / max(1, sum(text.weight**2 for text in shares))
-        squares = sum((text.weight * (share - wrong)) ** 2 for text, share in shares.items())
-        if squares:
-            trials = min(trials, wrong * (1 - wrong) * total**2 / squares)
-        return cls(texts, len(reviewed), len(reviewed) - len(shares), wrong, trials)
+    @property
+    def votes(self) -> tuple[int, int]:
+        """The numbers of verdicts "wrong" and "right"."""
+        found = [verdict.verdict for verdict in self.verdicts]
+        return found.count("wrong"), found.count("right")
+
+    @property
+    def error(self) -> str | None:
+        """The kind of error that most reviewers named, or None if most of them judged the text as right."""
+        wrong, right = self.votes
+        kinds = sorted(verdict.error for verdict in self.verdicts if verdict.verdict == "wrong")
+        return max(kinds, key=kinds.count) if wrong > right else None
 
 
-def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, Any]:
-    """Return the shares of wrong texts with 95 % intervals, by task and style, for the manifest.
-
-    A text with several verdicts counts with the share of reviewers who found it wrong. `agreement` is
-    Krippendorff's alpha, or null without texts that two reviewers judged.
-    """
+def read_reviewed(frame: Frame, verdicts: Iterable[Verdict]) -> list[_Reviewed]:
+    """Return the texts of each stratum before its first text without a verdict."""
     by_text: dict[TextName, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         if verdict.seed == frame.seed:
             by_text[verdict.name].append(verdict)
-    shares = wrong_shares(chain(*by_text.values()))
-    rates: dict[Stratum, _Rate] = {}
-    used: list[list[Verdict]] = []
-    for stratum in sorted(frame.texts):
-        reviewed = list(takewhile(lambda text: text.name in by_text, frame.drawn.get(stratum, [])))
-        used += [by_text[text.name] for text in reviewed]
-        rates[stratum] = _Rate.of(frame.texts[stratum], reviewed, shares)
-    clear = [[v.verdict for v in verdicts if v.verdict != "cannot_tell"] for verdicts in used]
-    alpha = krippendorff_alpha(clear)
-    entries = []
-    for task in dict.fromkeys(task for task, _ in rates):
-        of_task = {style: rate for (other, style), rate in rates.items() if other == task}
-        if len(of_task) > 1:
-            entries.append(_describe(task, "", list(of_task.values())))
-        entries += [_describe(task, style, [rate]) for style, rate in of_task.items()]
+    return [
+        _Reviewed(finding, text, by_text[text.name])
+        for finding, drawn in frame.drawn.items()
+        for text in takewhile(lambda text: not text.is_kept or text.name in by_text, dict.fromkeys(drawn))
+        if text.name in by_text
+    ]
+
+
+def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, Any]:
+    """Return the shares of wrong texts with 95 % intervals, for the manifest.
+
+    `version` is about the texts of the version, `rejected` about texts that the checks rejected, and `rates`
+    about each task and style of the version. `found` has the share of wrong texts that the checks rejected or
+    flagged, by kind of error.
+    """
+    reviewed = read_reviewed(frame, verdicts)
+    findings = sorted({finding for finding, _ in frame.texts})
+    kept = [finding for finding in findings if finding != REJECTED]
+    kinds = sorted(
+        {kind for finding, kind in frame.texts if finding != REJECTED and frame.texts[finding, kind]}
+    )
+    repeats = [text.votes for text in reviewed if sum(text.votes) > 1]
+    error = Estimate.of(_strata(frame, reviewed, findings)).error
+    low, middle, high = np.quantile(error, (0.025, 0.5, 0.975))
+    rates = [
+        {"task": task, "style": style, **describe_rate(frame, reviewed, kept, {(task, style)})}
+        for task, style in kinds
+    ]
     return {
         "seed": frame.seed,
-        "reviewed": len(used),
-        "reviewers": len({verdict.reviewer for verdicts in used for verdict in verdicts}),
-        "agreement": None if alpha is None else round(alpha, 2),
-        "rates": entries,
+        "reviewed": sum(text.text.is_kept for text in reviewed),
+        "reviewers": len({verdict.reviewer for text in reviewed for verdict in text.verdicts}),
+        "repeated": len(repeats),
+        "differing": sum(wrong > 0 and right > 0 for wrong, right in repeats),
+        "reviewer_error": _rounded(share=float(middle), low=float(low), high=float(high)),
+        "version": describe_rate(frame, reviewed, kept),
+        "rejected": describe_rate(frame, reviewed, [REJECTED]),
+        "rates": rates,
+        "found": list(_describe_found(frame, reviewed, findings)),
     }
 
 
+def _strata(
+    frame: Frame,
+    reviewed: Iterable[_Reviewed],
+    findings: Iterable[str],
+    kinds: Collection[Kind] | None = None,
+) -> list[Stratum]:
+    """Return the strata with these findings, restricted to some kinds of text."""
+    strata = {finding: Stratum(0) for finding in findings}
+    for (finding, kind), count in frame.texts.items():
+        if finding in strata and (kinds is None or kind in kinds):
+            strata[finding].texts += count
+    for one in reviewed:
+        if one.finding in strata and any(one.votes) and (kinds is None or one.text.kind in kinds):
+            votes = strata[one.finding].votes if one.text.is_kept else strata[one.finding].removed
+            votes[one.votes] += 1
+    return list(strata.values())
+
+
+def describe_rate(
+    frame: Frame, reviewed: list[_Reviewed], findings: list[str], kinds: Collection[Kind] | None = None
+) -> dict[str, Any]:
+    """Return the share of wrong texts of some strata. All verdicts are evidence about reviewer errors."""
+    strata = [stratum for stratum in _strata(frame, reviewed, findings, kinds) if stratum.texts]
+    texts = sum(stratum.texts for stratum in strata)
+    clear = sum(stratum.votes.total() for stratum in strata)
+
+    def is_inside(one: _Reviewed) -> bool:
+        return one.finding in findings and (kinds is None or one.text.kind in kinds)
+
+    count = sum(one.text.is_kept for one in reviewed if is_inside(one))
+    entry = {"texts": texts, "reviewed": count, "cannot_tell": count - clear, "wrong": None}
+    if not clear:
+        return entry
+    rest = [one for one in reviewed if not is_inside(one)]
+    others = _strata(frame, rest, sorted({one.finding for one in rest}))
+    estimate = Estimate.of([*strata, *others])
+    sizes = np.array([stratum.texts for stratum in strata] + [0] * len(others)) / texts
+    measured = sizes * [stratum.votes.total() + stratum.removed.total() > 0 for stratum in (*strata, *others)]
+    share = float(estimate.likely @ measured / measured.sum())
+    low, high = estimate.interval(lambda shares: np.asarray(sizes @ shares))
+    if not any(wrong for stratum in strata for wrong, _ in stratum.votes + stratum.removed):
+        low = 0.0
+    share = min(max(share, low), high)
+    return {**entry, **_rounded(wrong=share, low=low, high=high)}
+
+
+def _describe_found(frame: Frame, reviewed: list[_Reviewed], findings: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the share of wrong texts that the checks rejected or flagged: of all errors and of each kind."""
+    is_suspect = np.array([finding in SUSPECT for finding in findings])
+    if not is_suspect.any():
+        return
+    sizes = np.array([frame.size(finding) for finding in findings])
+    clear = [one for one in reviewed if any(one.votes) and one.text.is_kept]
+    named = sorted({one.error for one in clear if one.error is not None})
+    for name in ["all", *named] if named else []:
+        strata = [Stratum(int(size)) for size in sizes]
+        for one in clear:
+            is_wrong = one.error is not None and name in ("all", one.error)
+            strata[findings.index(one.finding)].votes[int(is_wrong), int(not is_wrong)] += 1
+        estimate = Estimate.of(strata, NO_ERROR)
+
+        def found(shares: Floats) -> Floats:
+            wrong = sizes[:, None] * shares
+            return np.asarray(wrong[is_suspect].sum(0) / wrong.sum(0))
+
+        low, high = estimate.central_interval(found)
+        share = float(found(estimate.likely[:, None])[0])
+        counts = [sum(texts for (wrong, _), texts in stratum.votes.items() if wrong) for stratum in strata]
+        yield {
+            "error": name,
+            "wrong_texts": sum(counts),
+            "found_texts": sum(np.array(counts)[is_suspect].tolist()),
+            **_rounded(share=share, low=min(low, share), high=max(high, share)),
+        }
+
+
+def _rounded(**values: float) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}
+
+
 def wrong_shares(verdicts: Iterable[Verdict]) -> dict[TextName, float]:
-    """Return the share of reviewers who found a text wrong, for each text judged as right or wrong."""
+    """Return the share of verdicts "wrong" for each text that was judged as right or wrong."""
     votes: dict[TextName, list[bool]] = defaultdict(list)
     for verdict in verdicts:
         if verdict.verdict != "cannot_tell":
@@ -154,67 +293,39 @@ def wrong_shares(verdicts: Iterable[Verdict]) -> dict[TextName, float]:
     return {name: sum(of_text) / len(of_text) for name, of_text in votes.items()}
 
 
-def _describe(task: str, style: str, rates: Sequence[_Rate]) -> dict[str, Any]:
-    summed = ("texts", "reviewed", "cannot_tell")
-    counts = {name: sum(getattr(rate, name) for rate in rates) for name in summed}
-    entry: dict[str, Any] = {"task": task, "style": style, **counts, "wrong": None}
-    if measured := [rate for rate in rates if rate.trials]:
-        share, low, high = combine_rates([(rate.texts, rate.wrong, rate.trials) for rate in measured])
-        # In a style without verdicts, the share of wrong texts may be any number from 0 to 1.
-        unknown = 1 - sum(rate.texts for rate in measured) / counts["texts"]
-        low, high = (1 - unknown) * low, (1 - unknown) * high + unknown
-        entry |= {"wrong": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
-    return entry
+def audit_in_words(audit: Mapping[str, Any] | None) -> list[str]:
+    """Return lines about the version, rejected texts, reviewers, and the errors that the checks find.
 
-
-def combine_rates(strata: Sequence[tuple[int, float, float]]) -> tuple[float, float, float]:
-    """Return the mean share over strata, weighted by their texts, with its 95 % Wilson interval.
-
-    Strata are (texts, share, trials). The interval is that of a simple random sample with the same variance.
+    The first line has the error rate, such as `4.1 % [2.1, 7.2] of the 900 texts ... are wrong`.
     """
-    texts = sum(count for count, _, _ in strata)
-    weights = [count / texts for count, _, _ in strata]
-    share = sum(weight * share for weight, (_, share, _) in zip(weights, strata, strict=True))
-    # Without smoothing, the variance of a small sample without errors would be 0.
-    smooth = [(share * trials + 1) / (trials + 2) for _, share, trials in strata]
-    mean = sum(weight * value for weight, value in zip(weights, smooth, strict=True))
-    parts = zip(weights, smooth, strata, strict=True)
-    variance = sum(weight**2 * value * (1 - value) / trials for weight, value, (_, _, trials) in parts)
-    trials = mean * (1 - mean) / variance
-    return share, *wilson_interval(share * trials, trials)
+    if not audit or audit["version"]["wrong"] is None:
+        return [NOT_MEASURED]
+    rate = _rate_in_words(audit["version"], "texts of the version")
+    lines = [f"{rate} (audit of {audit['reviewed']} texts)"]
+    if audit["rejected"]["wrong"] is not None:
+        lines.append(_rate_in_words(audit["rejected"], "texts that the checks rejected"))
+    error, repeated = audit["reviewer_error"], audit["repeated"]
+    interval = _interval(error)
+    if repeated:
+        line = f"{audit['differing']} of {repeated} texts that were judged twice have different verdicts"
+        high = "; this is too high, so read the texts again" if error["share"] > MAX_REVIEWER_ERROR else ""
+        lines.append(f"{line}: {interval} of the verdicts are wrong{high}")
+    else:
+        lines.append(f"no text was judged twice, so {interval} of the verdicts are assumed to be wrong")
+    for found in audit["found"]:
+        kinds = {"all": "wrong texts", "text": "misread texts", "other": "texts with another error"}
+        texts = kinds.get(found["error"], f"texts with a wrong {found['error']}")
+        seen = f"{found['found_texts']} of {found['wrong_texts']} in the sample"
+        blind = "; they do not see most of these errors" if found["high"] < 0.5 else ""
+        lines.append(f"the checks find {_interval(found)} of {texts} ({seen}){blind}")
+    return lines
 
 
-def krippendorff_alpha(units: Iterable[Sequence[str]]) -> float | None:
-    """Return Krippendorff's alpha of nominal ratings by unit, or None if all ratings are equal."""
-    totals: Counter[str] = Counter()
-    disagreement = 0.0
-    for counts in (Counter(ratings) for ratings in units if len(ratings) > 1):
-        totals += counts
-        disagreement += _unequal_pairs(counts) / (counts.total() - 1)
-    expected = _unequal_pairs(totals) / max(1, totals.total() - 1)
-    return 1 - disagreement / expected if expected else None
+def _rate_in_words(rate: Mapping[str, Any], texts: str) -> str:
+    return (
+        f"{_interval(rate, 'wrong')} of the {rate['texts']:,} {texts} are wrong, {rate['reviewed']} reviewed"
+    )
 
 
-def _unequal_pairs(counts: Counter[str]) -> int:
-    return counts.total() ** 2 - sum(count**2 for count in counts.values())
-
-
-def audit_in_words(audit: Mapping[str, Any] | None) -> str:
-    """Return the shares of wrong texts by task, such as `4.1 % of captions are wrong [2.1, 7.2], ...`."""
-    rates = [
-        f"{percent(rate['wrong'])} % of {rate['task']} are wrong "
-        f"[{percent(rate['low'])}, {percent(rate['high'])}], {rate['reviewed']} reviewed"
-        for rate in whole_tasks(audit)
-        if rate["wrong"] is not None
-    ]
-    if not audit or not rates:
-        return NOT_MEASURED
-    reviewers = f"{audit['reviewers']} reviewer{'s' if audit['reviewers'] > 1 else ''}"
-    agreement = "" if audit["agreement"] is None else f", agreement {audit['agreement']:.2f}"
-    return f"{'; '.join(rates)}; by {reviewers}{agreement}"
-
-
-def whole_tasks(audit: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the rate of each task, over all its styles."""
-    rates: list[Mapping[str, Any]] = audit["rates"] if audit else []
-    return list({rate["task"]: rate for rate in reversed(rates)}.values())[::-1]
+def _interval(rate: Mapping[str, Any], name: str = "share") -> str:
+    return f"{percent(rate[name])} % [{percent(rate['low'])}, {percent(rate['high'])}]"

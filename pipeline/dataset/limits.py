@@ -1,6 +1,7 @@
 """Show the effect of a limit on a score: how many texts it keeps, and the share of wrong texts among them.
 
-The shares are unweighted shares of reviewed texts, so they may differ from those of an audit (audit.py).
+The shares are unweighted shares of reviewed texts. The checks doubted a third of these, so the shares are
+higher than those of an audit (audit.py). Compare them with each other.
 """
 
 from bisect import bisect_left
@@ -12,10 +13,9 @@ from math import inf
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.audit import COLUMNS, named_texts, wrong_shares
-from pipeline.dataset.reviews import TextName, Verdict, text_name
+from pipeline.dataset.audit import wrong_shares
+from pipeline.dataset.reviews import Verdict, text_name
 from pipeline.dataset.statistics import percent
-from pipeline.dataset.version import Version
 from pipeline.tables import FINAL, RUBRIC
 
 SCORES = ("coverage", "alignment", *RUBRIC)
@@ -54,35 +54,6 @@ def _curve(
         kept_texts = [(value, wrong) for value, wrong in known if value >= limit]
         in_tenth = _wrong_in_words([wrong for value, wrong in kept_texts if value < end])
         yield limit, kept, in_tenth, _wrong_in_words([wrong for _, wrong in kept_texts])
-
-
-def describe_changes(before: Version, after: Version, verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Yield lines about the number of texts in two versions, and about the reviewed texts in `before`.
-
-    Nothing is yielded if both versions have the same rows.
-    """
-    if before.manifest["digest"] == after.manifest["digest"]:
-        return
-    counts = f"{_count_texts(after):,} captions and questions, {before.name} has {_count_texts(before):,}"
-    yield f"{after.name} has {counts}"
-    wrong = wrong_shares(verdicts)
-    sample_ids = {sample_id for sample_id, _ in wrong}
-    was, now = _reviewed_names(before, sample_ids), _reviewed_names(after, sample_ids)
-    for which, names in (("kept", was & now), ("left out", was - now)):
-        if shares := [share for name, share in wrong.items() if name in names]:
-            yield f"  texts of {before.name} that are {which}: {_wrong_in_words(shares)}"
-
-
-def _count_texts(version: Version) -> int:
-    measured = version.manifest["measured"]
-    return sum(part["count"] for name in ("captions", "answers") for part in measured.get(name, {}).values())
-
-
-def _reviewed_names(version: Version, sample_ids: set[str]) -> set[TextName]:
-    own = version.manifest.get("own_columns", {})
-    columns = [name for name in (*COLUMNS, *own) if name in version.manifest["columns"]]
-    batches = version.batches(columns, sample_ids=sample_ids) if sample_ids else ()
-    return {name for _, batch in batches for row in batch.to_pylist() for _, name in named_texts(row, own)}
 
 
 def _wrong_in_words(shares: Collection[float]) -> str:

@@ -103,11 +103,13 @@ class Result(_Part):
     prompt_tokens: Count = 0
     reply_tokens: Count = 0
     cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    passed: "Result | None" = None
-    true: "Result | None" = None
+    refuted: "Result | None" = None
+    range: "Result | None" = None
+    reviewer_error: "Result | None" = None
+    version: "Result | None" = None
+    rejected: "Result | None" = None
+    found: list["Result"] = []
     false_alarms: "Result | None" = None
-    missed: "Result | None" = None
-    kinds: dict[Name, "Result"] = {}
     rates: list["Result"] = []
 
 

@@ -1,7 +1,7 @@
 """Compute the cost of a version's texts in tokens and money, per kept text and per correct text.
 
 Tokens of all attempts count. A reply that several images use counts for each of them. The share of correct
-texts comes from an audit, or else from a judge, corrected for the errors of the judge.
+texts comes from an audit.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,6 @@ from decimal import Decimal
 from typing import Any
 
 from pipeline.config.sections import Servers, cost_of
-from pipeline.dataset.audit import whole_tasks
-from pipeline.dataset.calibration import JUDGE
 from pipeline.tasks import Tasks
 from pipeline.tasks.checks import CHECKING
 from pipeline.types import UNITS
@@ -82,8 +80,7 @@ def _amounts_in_words(entries: list[Entry], manifest: Mapping[str, Any]) -> str:
         problem = "per correct text: not measured" if len(measured) < len(numbers) else "no correct text"
         return f"{words}; {problem}"
     bounds = f"[{tokens / high:,.0f}, {f'{tokens / low:,.0f}' if low else 'no upper bound'}]"
-    sources = " and ".join(sorted({source for _, (*_, source) in measured}))
-    return f"{words}; {_rate(tokens, cost, right)} per correct text, tokens {bounds} ({sources})"
+    return f"{words}; {_rate(tokens, cost, right)} per correct text, tokens {bounds} (audit)"
 
 
 def _rate(tokens: int, cost: float, number: float) -> str:
@@ -95,20 +92,18 @@ def _plain(value: float) -> str:
     return f"{Decimal(f'{value:.3g}'):,f}"
 
 
-def _right_share(kind: str, manifest: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
-    """Return the share of correct texts of a kind, its 95 % interval and its source, or None if not measured.
+def _right_share(kind: str, manifest: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """Return the share of correct texts of a kind and its 95 % interval, or None if not measured.
 
     The estimates cover all texts, so nothing is known about the texts of a model if human texts were kept.
     """
     if manifest["measured"].get(_HUMAN.get(kind, "")):
         return None
-    for rate in whole_tasks(manifest.get("audit")):
-        if rate["task"] == kind and rate["wrong"] is not None:
-            return 1 - rate["wrong"], 1 - rate["high"], 1 - rate["low"], "audit"
-    judge = next((check for check in manifest.get("checks", []) if check["check"] == JUDGE), None)
-    # A judge that rated only some texts states nothing about the others.
-    if judge and kind in _HUMAN and JUDGE not in manifest.get("skipped_checks", {}):
-        true = judge["true"]
-        if true and true["share"] is not None:
-            return true["share"], true["low"], true["high"], "judge, before rejection"
-    return None
+    rates = [rate for rate in (manifest.get("audit") or {"rates": []})["rates"] if rate["task"] == kind]
+    texts = sum(rate["texts"] for rate in rates)
+    if not texts or any(rate["wrong"] is None for rate in rates):
+        return None
+    wrong, low, high = (
+        sum(rate["texts"] * rate[name] for rate in rates) / texts for name in ("wrong", "low", "high")
+    )
+    return 1 - wrong, 1 - high, 1 - low

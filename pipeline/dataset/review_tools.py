@@ -1,6 +1,6 @@
 """Audits in Label Studio and Argilla: write texts as tasks for these tools, and read the exported verdicts.
 
-The id of a task, SEED-SAMPLE_ID-CONTENT, identifies the text.
+The id of a task, SEED-SAMPLE_ID-CONTENT, identifies the text. The id of a repeated text ends with `-repeat`.
 """
 
 import json
@@ -10,14 +10,18 @@ from typing import Any, Literal, get_args
 
 AuditVerdict = Literal["right", "wrong", "cannot_tell"]
 AUDIT_VERDICTS: tuple[AuditVerdict, ...] = get_args(AuditVerdict)
+ErrorKind = Literal["object", "number", "color", "action", "relation", "text", "other"]
+ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
+REPEAT = "repeat"
 TEXT_FIELDS = ("text", "question", "answer", "value", "expression")
-WORDS = "wrong words"
 LABELING_INTERFACE = f"""<View>
   <Text name="text" value="$text"/>
   <Choices name="verdict" toName="text" required="true" showInline="true">
     {"".join(f'<Choice value="{verdict}" hotkey="{verdict[0]}"/>' for verdict in AUDIT_VERDICTS)}
   </Choices>
-  <Labels name="words" toName="text"><Label value="{WORDS}" background="red"/></Labels>
+  <Choices name="error" toName="text" showInline="true">
+    {"".join(f'<Choice value="{kind}"/>' for kind in ERROR_KINDS)}
+  </Choices>
   <Image name="image" valueList="$images"/>
 </View>
 """
@@ -27,7 +31,7 @@ def audit_files(tool: str, items: Iterable[dict[str, Any]], seed: int, title: st
     """Return the files to import, by path. Each item has an `id`, a `text` and `images` as data URIs."""
     tasks = [
         {
-            "id": f"{seed}-{item['id']}-{item['text']['content']}",
+            "id": f"{seed}-{item['id']}-{item['text']['content']}{f'-{REPEAT}' if item['repeat'] else ''}",
             "images": [image for image in item["images"] if image],
             "text": "\n".join(item["text"][name] for name in TEXT_FIELDS if item["text"].get(name)),
             "kind": item["text"]["kind"],
@@ -47,10 +51,10 @@ def _argilla_files(tasks: Sequence[dict[str, Any]], name: str) -> dict[str, str]
         fields = {"text": task.pop("text")} | dict(zip(pages, task.pop("images"), strict=False))
         records.append({"id": task.pop("id"), "fields": fields, "metadata": task})
     labels = {"type": "label_selection", "options": _options(*AUDIT_VERDICTS)}
-    span = {"type": "span", "field": "text", "options": _options(WORDS)}
+    error = {"type": "label_selection", "options": _options(*ERROR_KINDS)}
     questions = [
         {"name": "verdict", "settings": labels},
-        {"name": "words", "settings": span, "required": False},
+        {"name": "error", "settings": error, "required": False},
     ]
     images = [{"name": page, "settings": {"type": "image"}, "required": False} for page in pages]
     shown = [{"name": "text", "settings": {"type": "text"}}, *images]
@@ -72,8 +76,8 @@ def read_verdicts_of_tools(exported: str) -> Iterator[dict[str, Any]]:
     try:
         for task in json.loads(exported):
             is_record = "fields" in task
-            seed, sample_id, content = (task if is_record else task["data"])["id"].split("-")
-            name = {"seed": int(seed), "sample_id": sample_id, "content": content}
+            seed, sample_id, content, *rest = (task if is_record else task["data"])["id"].split("-")
+            name = {"seed": int(seed), "sample_id": sample_id, "content": content, "repeat": rest == [REPEAT]}
             for answer in _argilla_answers(task) if is_record else _label_studio_answers(task):
                 yield name | answer
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -85,16 +89,16 @@ def _label_studio_answers(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if annotation.get("was_cancelled"):  # skipped
             continue
         reviewer = f"Label Studio user {annotation['completed_by']}"
-        results = [(result["type"], result["value"]) for result in annotation["result"]]
-        words = [value["text"] for kind, value in results if kind == "labels"]
-        for kind, value in results:
-            if kind == "choices":
-                yield {"reviewer": reviewer, "verdict": value["choices"][0], "words": words}
+        choices = [one for one in annotation["result"] if one["type"] == "choices"]
+        chosen = {one["from_name"]: one["value"]["choices"][0] for one in choices}
+        if "verdict" in chosen:
+            yield {"reviewer": reviewer, "error": "other"} | chosen
 
 
 def _argilla_answers(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    text, responses = record["fields"]["text"], record["responses"]
-    spans = {answer["user_id"]: answer["value"] for answer in responses.get("words", ())}
+    responses = record["responses"]
+    errors = {answer["user_id"]: answer["value"] for answer in responses.get("error", ())}
     for answer in responses.get("verdict", ()):
-        words = [text[span["start"] : span["end"]] for span in spans.get(answer["user_id"], ())]
-        yield {"reviewer": f"Argilla user {answer['user_id']}", "verdict": answer["value"], "words": words}
+        user = answer["user_id"]
+        error = errors.get(user, "other")
+        yield {"reviewer": f"Argilla user {user}", "verdict": answer["value"], "error": error}

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline.dataset.review_tools import AuditVerdict, read_verdicts_of_tools
+from pipeline.dataset.review_tools import AuditVerdict, ErrorKind, read_verdicts_of_tools
 from pipeline.digests import digest
 from pipeline.errors import ConfigError
 from pipeline.storage.files import read_file
@@ -46,12 +46,16 @@ class _NamedText(BaseModel):
 
 
 class Verdict(_NamedText):
-    """The verdict of one reviewer in an audit (dataset/audit.py). `words` are the wrong words."""
+    """The verdict of one reviewer in an audit (dataset/audit.py). `error` is the kind of error.
+
+    A reviewer judges some texts twice. `repeat` marks the second verdict.
+    """
 
     seed: Annotated[int, Field(ge=0)]
     reviewer: Annotated[str, Field(min_length=1, max_length=100)]  # never published
     verdict: AuditVerdict
-    words: Annotated[tuple[str, ...], Field(max_length=1000)] = ()  # never published
+    error: ErrorKind = "other"  # only of wrong texts
+    repeat: bool = False
 
 
 class Review(_NamedText):
@@ -128,10 +132,10 @@ def format_lines(lines: Iterable[Line]) -> str:
 
 
 def merge_lines(lines: Iterable[T]) -> list[T]:
-    """Keep the last review of each text, and the last verdict on it by each reviewer in each audit."""
+    """Keep the last review of each text, and both verdicts on it by each reviewer in each audit."""
     merged: dict[tuple[object, ...], T] = {}
     for line in lines:
-        key = (line.name, line.seed, line.reviewer) if isinstance(line, Verdict) else line.name
+        key = (line.name, line.seed, line.reviewer, line.repeat) if isinstance(line, Verdict) else line.name
         merged.pop(key, None)
         merged[key] = line
     return list(merged.values())

@@ -8,7 +8,7 @@ const state = {reviewer: "", at: 0, verdicts: new Map(), undo: []};
 let isStored = true; // whether this browser stores verdicts
 
 function keyOf(item) { return `synth-audit-${audit.digest}-${audit.seed} ${state.reviewer} ${nameOf(item)}`; }
-function nameOf(item) { return `${item.id} ${item.text.content}`; }
+function nameOf(item) { return `${item.id} ${item.text.content}${item.repeat ? " repeat" : ""}`; }
 
 /** Read or write a value of this browser's storage, which may be unavailable. */
 function stored(key, value) {
@@ -26,11 +26,11 @@ function start(reviewer) {
   state.verdicts.clear();
   state.undo = [];
   stored(NAME_KEY, reviewer);
-  const applied = new Map(audit.verdicts.filter(made => made.reviewer === reviewer).map(made => [`${made.sample_id} ${made.content}`, made]));
+  const applied = new Map(audit.verdicts.filter(made => made.reviewer === reviewer).map(made => [`${made.sample_id} ${made.content}${made.repeat ? " repeat" : ""}`, made]));
   for (const item of audit.items) {
     const before = applied.get(nameOf(item)), made = stored(keyOf(item));
     if (made) state.verdicts.set(nameOf(item), JSON.parse(made));
-    else if (before && made !== "") state.verdicts.set(nameOf(item), {verdict: before.verdict, words: before.words});
+    else if (before && made !== "") state.verdicts.set(nameOf(item), {verdict: before.verdict, error: before.error});
   }
   byId("who").hidden = true;
   byId("work").hidden = false;
@@ -40,28 +40,15 @@ function start(reviewer) {
 
 function show(at) {
   state.at = Math.min(Math.max(at, 0), audit.items.length - 1);
-  const item = audit.items[state.at], pages = item.images.length;
-  byId("pictures").replaceChildren(...item.images.map((src, page) => src
+  const item = audit.items[state.at], images = audit.pictures[item.id], pages = images.length;
+  byId("pictures").replaceChildren(...images.map((src, page) => src
     ? element("img", {src, alt: pages > 1 ? `page ${page + 1}` : "the image of the text"})
     : element("p", {className: "soft", textContent: "no picture"})));
   byId("about").textContent = [item.from, item.text.kind, item.text.evidence_pages && `pages ${item.text.evidence_pages.join(", ")}`].filter(Boolean).join(" \u00b7 ");
   byId("words").replaceChildren(...FIELDS.filter(name => item.text[name]).map(name =>
-    element("p", {className: name}, ...item.text[name].split(/\s+/).filter(Boolean).flatMap(word => [wordButton(word), " "]))));
+    element("p", {className: name, textContent: item.text[name]})));
   update();
 }
-
-function wordButton(word) {
-  const button = element("button", {type: "button", className: "word", textContent: word});
-  button.addEventListener("click", () => {
-    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
-    const words = wordButtons().filter(other => other.getAttribute("aria-pressed") === "true").map(other => other.textContent);
-    const positions = wordButtons().flatMap((other, n) => other.getAttribute("aria-pressed") === "true" ? [n] : []);
-    judge({verdict: "wrong", words, positions});
-  });
-  return button;
-}
-
-function wordButtons() { return [...document.querySelectorAll(".word")]; }
 
 /** Store a verdict on the text that is shown. Null removes the verdict. */
 function judge(made, at = state.at, keepsUndo = true) {
@@ -77,20 +64,24 @@ function update() {
   const counts = {right: 0, wrong: 0, cannot_tell: 0};
   for (const made of state.verdicts.values()) counts[made.verdict] += 1;
   const done = state.verdicts.size, total = audit.items.length;
-  byId("state").textContent = `${state.reviewer}: ${done} of ${total} reviewed (${counts.right} right, ${counts.wrong} wrong, ${counts.cannot_tell} cannot tell)`;
+  byId("state").textContent = `${state.reviewer}: ${done} of ${total} reviewed (${counts.right} right, ${counts.wrong} wrong, ${counts.cannot_tell} unclear)`;
   Object.assign(byId("done"), {max: total, value: done});
   const made = state.verdicts.get(nameOf(audit.items[state.at]));
   for (const button of document.querySelectorAll("[data-verdict]")) button.setAttribute("aria-pressed", String(made?.verdict === button.dataset.verdict));
-  const left = [...(made?.words ?? [])];
-  wordButtons().forEach((button, n) => {
-    const isWrong = made?.positions ? made.positions.includes(n) : left.includes(button.textContent);
-    if (isWrong) left.splice(left.indexOf(button.textContent), 1);
-    button.setAttribute("aria-pressed", String(isWrong));
-  });
-  byId("hint").textContent = made?.verdict === "wrong" ? "Select the wrong words, then press Next (keys: arrows, space, Enter)."
-    : done === total ? "All texts are reviewed: export your verdicts." : `Text ${state.at + 1} of ${total}`;
+  for (const button of document.querySelectorAll("[data-error]")) button.setAttribute("aria-pressed", String(made?.verdict === "wrong" && made.error === button.dataset.error));
+  const warning = differing();
+  byId("hint").textContent = [done === total ? "All texts are reviewed: export your verdicts." : `Text ${state.at + 1} of ${total}`, warning].filter(Boolean).join(" ");
+  byId("hint").classList.toggle("warning", Boolean(warning));
   byId("undo").disabled = !state.undo.length;
   byId("export").disabled = !done;
+}
+
+/** Warn if more than one in five texts that were shown twice have two verdicts. */
+function differing() {
+  const pairs = audit.items.filter(item => item.repeat).map(item => [item, {...item, repeat: false}].map(one => state.verdicts.get(nameOf(one))?.verdict));
+  const judged = pairs.filter(pair => pair.every(verdict => verdict === "right" || verdict === "wrong"));
+  const count = judged.filter(([first, second]) => first !== second).length;
+  return count > 1 && count > judged.length / 5 ? `Your verdicts differ on ${count} of ${judged.length} texts that you judged twice. This is too many for a useful audit: look more closely.` : "";
 }
 
 /** Show the next text without a verdict, or stay if there is none. */
@@ -102,10 +93,9 @@ function advance() {
   document.activeElement.blur();
 }
 
-function decide(verdict) {
-  judge({verdict, words: [], positions: []});
-  if (verdict === "wrong") wordButtons()[0]?.focus();
-  else advance();
+function decide(verdict, error = "other") {
+  judge({verdict, error});
+  advance();
 }
 
 function undo() {
@@ -118,32 +108,29 @@ function undo() {
 function exportVerdicts() {
   const verdicts = audit.items.flatMap(item => {
     const made = state.verdicts.get(nameOf(item));
-    return made ? [{seed: audit.seed, reviewer: state.reviewer, sample_id: item.id, content: item.text.content, verdict: made.verdict, words: made.words}] : [];
+    return made ? [{seed: audit.seed, reviewer: state.reviewer, sample_id: item.id, content: item.text.content, verdict: made.verdict, error: made.error, repeat: item.repeat}] : [];
   });
   const name = `audit-${audit.version}-${state.reviewer.replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`;
   download(verdicts, name);
+  byId("hint").classList.remove("warning");
   byId("hint").textContent = `exported; apply the verdicts with: synth review apply ${name}`;
-}
-
-function moveWord(by) {
-  const words = wordButtons();
-  words[Math.min(Math.max(words.indexOf(document.activeElement) + by, 0), words.length - 1)].focus();
 }
 
 const KEYS = {
   r: () => decide("right"), w: () => decide("wrong"), c: () => decide("cannot_tell"), u: undo,
   j: () => show(state.at + 1), k: () => show(state.at - 1),
+  ...Object.fromEntries(audit.errors.map((error, n) => [n + 1, () => decide("wrong", error)])),
 };
 
 document.addEventListener("keydown", event => {
   if (byId("work").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
-  const isWord = document.activeElement.classList.contains("word");
-  const act = isWord && {ArrowRight: () => moveWord(1), ArrowLeft: () => moveWord(-1), Enter: advance}[event.key] || KEYS[event.key];
+  const act = KEYS[event.key];
   if (!act) return;
   event.preventDefault();
   act();
 });
 for (const button of document.querySelectorAll("[data-verdict]")) button.addEventListener("click", () => decide(button.dataset.verdict));
+for (const button of document.querySelectorAll("[data-error]")) button.addEventListener("click", () => decide("wrong", button.dataset.error));
 byId("undo").addEventListener("click", undo);
 byId("export").addEventListener("click", exportVerdicts);
 byId("back").addEventListener("click", KEYS.k);

@@ -48,7 +48,7 @@ def write_report(version: Version, folder: Path) -> Path:
         "version": version.name,
         "images": num_shown,
         "reasons": REASONS,
-        "pictures": {sample_id: thumbnail_uri(image, THUMBNAIL_BYTES) for sample_id, image in others},
+        "pictures": {sample_id: thumbnail_uri(images[0], THUMBNAIL_BYTES) for sample_id, images in others},
     }
     parts = [rows[start : start + SCRIPT_ROWS] for start in range(0, len(rows), SCRIPT_ROWS)]
     scripts = [

@@ -4,6 +4,7 @@ All text is untrusted: long text is cut, and control characters are escaped.
 """
 
 import csv
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +17,11 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.images import ImageStore
-from pipeline.dataset.reviews import record_name, text_name
+from pipeline.dataset.reviews import EDITABLE, record_name, text_name
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.storage.files import open_table
-from pipeline.tables import SCORE_NAMES
+from pipeline.tables import SCORE_NAMES, final_value
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 from pipeline.text.pii import redact
@@ -62,14 +63,14 @@ def read_rejected(folder: Path, max_rows: int = MAX_REJECTED) -> Iterator[dict[s
     """
     rows = list(_first_rejected(folder, max_rows))
     unnamed = {row["id"] for row in rows if not row["where"]} | {row["repeats"] for row in rows}
-    source_rows = _source_rows(DatasetDir(folder).step_files("read"), unnamed - {""})
-    near = _source_rows(DatasetDir(folder).step_files("read", NEAR_DUPLICATES_FILE))
+    names = source_rows(DatasetDir(folder).step_files("read"), unnamed - {""})
+    near = source_rows(DatasetDir(folder).step_files("read", NEAR_DUPLICATES_FILE))
     near_ids = {source_row: sample_id for sample_id, source_row in near.items()}
     for row in rows:
-        row["where"] = row["where"] or visible(source_rows.get(row["id"], row["id"]))
+        row["where"] = row["where"] or visible(names.get(row["id"], row["id"]))
         row["id"] = row["id"] or near_ids.get(row["where"], "")
         if row["repeats"]:
-            repeated = f"repeats {visible(source_rows.get(row['repeats'], row['repeats']))}"
+            repeated = f"repeats {visible(names.get(row['repeats'], row['repeats']))}"
             row["what"] = ": ".join(filter(None, (repeated, row["what"])))
         yield row
 
@@ -107,7 +108,7 @@ def _read_rejections(path: Path) -> Iterator[dict[str, Any]]:
         yield from to_pylist(batch)
 
 
-def _source_rows(files: Iterable[Path], ids: set[str] | None = None) -> dict[str, str]:
+def source_rows(files: Iterable[Path], ids: set[str] | None = None) -> dict[str, str]:
     """Return the source row of each sample, or of the samples with these ids, keyed by sample id."""
     names: dict[str, str] = {}
     for path in files if ids is None or ids else ():
@@ -160,6 +161,14 @@ def _value(row: dict[str, Any], task: str, value: Any) -> dict[str, Any]:
     return entry
 
 
+def annotation_text(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the final text of an annotation for a page, as in a row of a version."""
+    if (record := final_value(row, "record")) is not None:
+        return _value(row, row["task"], json.loads(record))
+    final = {name: final_value(row, name) for name in EDITABLE}
+    return _text(row, final, (row["style"] if final["text"] else row["answer_type"]) or "")
+
+
 def _text(row: dict[str, Any], annotation: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return a text for the page: its id for reviews, its escaped fields, and `raw` unescaped fields."""
     _, content = text_name(annotation | {"sample_id": row["sample_id"]})
@@ -188,9 +197,9 @@ def steps_match(folder: Path, manifest: dict[str, Any]) -> bool:
     )
 
 
-def images_of(folder: Path, ids: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (sample id, first image) for samples, including rejected ones. Skip missing images."""
+def images_of(folder: Path, ids: set[str]) -> Iterator[tuple[str, list[bytes]]]:
+    """Yield (sample id, images) for samples, including rejected ones. Skip missing images."""
     store = ImageStore(folder)
     for sample_id in store.in_order(ids) if ids else ():
         with suppress(StoreError):
-            yield sample_id, store.read([sample_id])[0].as_py()[0]
+            yield sample_id, store.read([sample_id])[0].as_py()

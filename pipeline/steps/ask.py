@@ -21,6 +21,10 @@ from pipeline.tasks.human import has_texts, human_annotations
 from pipeline.types import Engine, Request, Sample, SampleInfo, SourceTexts
 
 NAME = "ask"
+NO_LIMIT = (
+    "verify.max_true_captions_lost cannot be enforced, because no caption of a model has a human caption to "
+    "compare with: `claims` may reject any share of true captions (`synth review` draws rejected texts, too)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,13 @@ class AskStep(Step):
 
     def run(self, work: Work, before: str) -> None:
         """See Step."""
+        plan, shards = work.plan, work.executor.shards
+        verify = plan.config.verify
+        if "claims" in verify.checks and verify.calibration > 0 and verify.max_true_captions_lost < 1:
+            # Human captions that are themselves checked are no references.
+            batches = (batch for shard in shards for batch in read_samples(shard, ["references"]))
+            if not plan.task_models or not any(any(batch["references"].to_pylist()) for batch in batches):
+                work.progress.warn(NO_LIMIT)
         work.executor.each(partial(ask_shard, before, work.plan))
 
 

@@ -4,9 +4,8 @@ The first checks ask the model about the image. Captions with false claims are r
 Then the model answers the questions about the image from the caption alone, and CLIP compares the caption
 with the image. Last, a judge rates all texts. A check that is off or has no readable reply rejects nothing.
 
-The claims check and the judge are also tested on texts that are known to be true or false
-(dataset/calibration.py). Some limits depend on all rows, such as the minimum evidence against a false claim.
-They are applied in DuckDB.
+The claims check is also tested on human captions (dataset/calibration.py). Some limits depend on all rows,
+such as the minimum evidence against a false claim. They are applied in DuckDB.
 """
 
 from collections import Counter, defaultdict
@@ -24,10 +23,8 @@ from pipeline.config.sections import FilterConfig, VerifyConfig
 from pipeline.dataset.calibration import (
     CLAIMS,
     FINDINGS,
-    JUDGE,
     NEVER,
-    KnownTexts,
-    choose_known_texts,
+    choose_references,
     read_findings,
 )
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
@@ -47,7 +44,6 @@ from pipeline.steps.verify_results import (
     COLUMNS,
     CheckConditions,
     CheckedAnnotation,
-    KnownSample,
     Row,
     add_results,
     facts_in,
@@ -71,6 +67,8 @@ CLIP_PIXELS = 1_000_000
 CHUNK_REQUESTS = 256
 # Number of annotations in memory at once. Each takes some kilobytes with its checks.
 BATCH_ANNOTATIONS = 50_000
+# Each claim of a human caption costs up to four requests.
+MAX_REFERENCE_CLAIMS = 3
 _ARTICLES = {"an": "a"}
 T = TypeVar("T")
 Subjects = Sequence[CheckedAnnotation]
@@ -154,8 +152,8 @@ class VerifySettings:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether a check is also tested on texts that are known to be true or false."""
-        return self.verify.calibration > 0 and ("claims" in self.verify.checks or bool(self.verify.judge))
+        """Whether the claims check is also tested on human captions."""
+        return self.verify.calibration > 0 and "claims" in self.verify.checks
 
 
 @dataclass(slots=True)
@@ -228,7 +226,6 @@ class AnnotationChecker:
         if config.judge:
             asked = [subject for subject in subjects if self._is_asked("judge", subject)]
             self._rate([subject for subject in asked if not self._is_contradicted(subject)])
-            self._calibrate_judge(captions, asked)
         return annotations
 
     def _is_asked(self, check: str, subject: CheckedAnnotation) -> bool:
@@ -282,34 +279,30 @@ class AnnotationChecker:
                 claim.answers += more
 
     @cached_property
-    def _known_texts(self) -> dict[str, KnownTexts]:
+    def _references(self) -> dict[str, str]:
         batches = read_samples(self.services.dataset, ["sample_id", "references"])
-        return choose_known_texts(batches, self.settings.verify.calibration, self.settings.seed)
-
-    def _known_samples(
-        self, captions: Subjects, asked: Subjects
-    ) -> list[tuple[CheckedAnnotation, KnownSample]]:
-        """Return (first caption, KnownSample) for each sample in `asked` that has known texts."""
-        seed, groups = self.settings.seed, _by_sample(captions) if self.settings.is_calibrated else {}
-        return [
-            (group[0], KnownSample.of(self._known_texts[sample_id], [one.row for one in group], seed))
-            for sample_id in _by_sample(asked)
-            if (group := groups.get(sample_id)) and sample_id in self._known_texts
-        ]
+        return choose_references(batches, self.settings.verify.calibration, self.settings.seed)
 
     def _calibrate_claims(self, captions: Subjects, checked: Subjects) -> None:
-        """Ask about claims that are known to be true or false, and add the evidence to `calibration`."""
-        samples, splits = self._known_samples(captions, checked), self.settings.splits_claims
-        claims = self._split([(text, one.sample_id) for one, known in samples for text in known.to_split])
+        """Ask about claims of human captions, and set `reference_evidence` of the first caption of the image.
+
+        Human captions that are themselves the texts to check are not used.
+        """
+        if not self.settings.is_calibrated:
+            return
+        written = {one.sample_id for one in captions if one.row["prompt_id"] != HUMAN}
+        first = {one.sample_id: one for one in reversed(captions)}
+        samples = [one for one in _by_sample(checked) if one in self._references and one in written]
+        claims = self._split([(self._references[sample_id], sample_id) for sample_id in samples])
         asked = [
-            (caption, kind, AskedClaim(caption.sample_id, questions))
-            for caption, known in samples
-            for kind, questions in known.claims(claims, splits=splits)
+            (first[sample_id], AskedClaim(sample_id, questions))
+            for sample_id in samples
+            for questions in claims[self._references[sample_id]][:MAX_REFERENCE_CLAIMS]
         ]
-        self._ask_claims([claim for _, _, claim in asked])
-        for caption, kind, claim in asked:
+        self._ask_claims([claim for _, claim in asked])
+        for caption, claim in asked:
             if any(answer["answer"] is not None for answer in claim.answers):
-                caption.add_known(CLAIMS, kind, claim.evidence)
+                caption.scores.setdefault("reference_evidence", []).append(claim.evidence)
 
     # --- questions
 
@@ -424,15 +417,6 @@ class AnnotationChecker:
             return [verification.read_rating(row, plan, journal) for row in rows]
 
         return self._ask("judge", RATE, requests(), len(rows), read)
-
-    def _calibrate_judge(self, captions: Subjects, rated: Subjects) -> None:
-        """Let the judge rate known truths and falsehoods, and add the results to `calibration`."""
-        samples = self._known_samples(captions, rated)
-        asked = [(caption, kind, text) for caption, known in samples for kind, text in known.texts]
-        rows = [caption.row | {"clean_text": text} for caption, _, text in asked]
-        for (caption, kind, _), rating in zip(asked, self._ask_judge(rows), strict=True):
-            if rating["judged_wrong"] is not None:
-                caption.add_known(JUDGE, kind, MAX_EVIDENCE if rating["judged_wrong"] else -MAX_EVIDENCE)
 
     def _warn_of_unread(self, count: int, total: int, unit: str, state: str) -> None:
         if count:

@@ -1,28 +1,21 @@
-"""Annotations with the results of their checks, the conditions of checks, and known texts.
-
-Known texts are known to be true or false. They measure how often a check errs. Human captions of an image are
-true. A caption of another image is false, and so is a text about the same image after one word was replaced.
-"""
+"""Annotations with the results of their checks, and the conditions of checks."""
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.calibration import TRUE, KnownTexts
 from pipeline.dataset.directory import DatasetDir, read_samples
-from pipeline.digests import hash_to_unit
 from pipeline.inference import verification
 from pipeline.inference.requests import IMAGE_SIZE, condition_values, result_name
 from pipeline.tables import (
     CALIBRATION,
     CHECK,
     FLOAT64,
-    HUMAN,
     SKIPPED_CHECKS,
     STRING,
     VERIFIED,
@@ -33,9 +26,7 @@ from pipeline.tasks import Tasks
 from pipeline.tasks.checks import REFUTED
 from pipeline.tasks.conditions import parse_condition
 from pipeline.text.content_keys import content_words
-from pipeline.text.falsehoods import plant_falsehoods
 from pipeline.text.language import FUNCTION_WORDS
-from pipeline.text.normalize import words_of
 from pipeline.types import SourceTexts
 
 COLUMNS = (
@@ -50,12 +41,6 @@ CHECKED = pa.schema(
     ]
 )  # fmt: skip
 Row = dict[str, Any]
-# A text of this kind is a caption of another image.
-OTHER_IMAGE = "other_image"
-# An image has at most this many true and planted false texts. Each costs up to four requests.
-MAX_TRUTHS, MAX_FALSEHOODS = 3, 2
-Claim = list[verification.Check]
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -88,11 +73,6 @@ class CheckedAnnotation:
         """The claims that the model refuted."""
         claims = verification.claims_in(self.checks)
         return [claim for claim, evidence in claims.items() if evidence >= REFUTED]
-
-    def add_known(self, check: str, kind: str, evidence: int) -> None:
-        """Add the evidence of a check against a text whose truth is known (tables.CALIBRATED)."""
-        result = {"check": check, "kind": kind, "evidence": evidence}
-        self.scores.setdefault("calibration", []).append(result)
 
 
 class CheckConditions:
@@ -181,76 +161,6 @@ def results_of(checks: Sequence[Row], *, is_caption: bool) -> dict[str, Any]:
 def _is_confirmed(checks: Sequence[Row], kind: str) -> bool | None:
     share = verification.share_confirmed(checks, kind)
     return None if share is None else share == 1
-
-
-@dataclass(frozen=True, slots=True)
-class KnownSample:
-    """A sample with texts that are known to be true or false.
-
-    False statements are made by replacing a word in the text `base`. The words in `said` are not used as
-    replacements, because the result could be true. Candidates with a low `rank` are used first.
-    """
-
-    known: KnownTexts
-    base: str
-    said: set[str]
-    rank: Callable[[str], float]
-
-    @classmethod
-    def of(cls, known: KnownTexts, captions: Sequence[Mapping[str, Any]], seed: int) -> "KnownSample":
-        """Return the known texts of a sample, from rows of its captions."""
-        if all(caption["prompt_id"] == HUMAN for caption in captions):
-            # The human captions are the texts to check, so they are not known to be true.
-            known = replace(known, captions=())
-        texts = (*known.captions, *(caption["clean_text"] for caption in captions))
-        said = {word for text in texts for word in (*words_of(text), *content_words(text))}
-        if said.issuperset(facts_in(known.foreign or "")):
-            known = replace(known, foreign=None)
-        return cls(known, texts[0], said, partial(hash_to_unit, seed, captions[0]["sample_id"]))
-
-    @property
-    def to_split(self) -> list[str]:
-        """The texts to split into claims."""
-        return [text for text in (self.base, self.known.foreign) if text]
-
-    def claims(self, claims: Mapping[str, list[Claim]], *, splits: bool) -> Iterator[tuple[str, Claim]]:
-        """Yield claims that are known to be true or false, with their kinds.
-
-        `claims` has the claims of the texts in `to_split`. `splits` is true if the model found these claims,
-        and false if rules found them.
-        """
-        if self.known.captions:
-            yield from ((TRUE, claim) for claim in claims[self.base][:MAX_TRUTHS])
-        planted: dict[str, Claim] = {}
-        for claim in claims[self.base]:
-            for kind, questions in self._plant(claim[0], splits=splits):
-                planted.setdefault(kind, questions)
-        yield from self._choose(planted.items())
-        if self.known.foreign and splits:
-            for claim in claims[self.known.foreign]:
-                if not self.said.issuperset(facts_in(str(claim[0].claim))):
-                    yield OTHER_IMAGE, claim
-                    break
-
-    def _plant(self, claim: verification.Check, *, splits: bool) -> Iterator[tuple[str, Claim]]:
-        """Yield the kind and the questions of each false version of a claim, made by replacing one word."""
-        if splits:
-            for kind, text in plant_falsehoods(str(claim.claim), self.said, self.rank):
-                yield kind, verification.claim_checks(text)
-        else:
-            for kind, answer in plant_falsehoods(claim.expected, (), self.rank):
-                text = f"{claim.question} {answer}"
-                yield kind, [claim._replace(expected=answer, claim=text)]
-
-    @property
-    def texts(self) -> list[tuple[str, str]]:
-        """The known texts that a judge rates, with their kinds."""
-        texts = [(TRUE, text) for text in self.known.captions[:1]]
-        texts += self._choose(plant_falsehoods(self.base, self.said, self.rank))
-        return texts + [(OTHER_IMAGE, text) for text in (self.known.foreign,) if text]
-
-    def _choose(self, planted: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
-        return sorted(planted, key=lambda one: self.rank(one[0]))[:MAX_FALSEHOODS]
 
 
 def facts_in(text: str) -> set[str]:

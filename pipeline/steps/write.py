@@ -11,11 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.audit import COLUMNS, Frame, estimate_errors
+from pipeline.dataset.audit import Frame, estimate_errors
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, build_rows
 from pipeline.dataset.calibration import CLAIMS, FINDINGS, JUDGE, read_findings
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples
-from pipeline.dataset.limits import describe_changes
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.price import describe_price
 from pipeline.dataset.publishing import RowWriter, publish_version
@@ -120,9 +119,6 @@ class WriteStep(Step):
             for name in ("digests", "rejections"):
                 folder.step_file(NAME, name).unlink(missing_ok=True)
             write_record(folder, NAME, key, version=work.version.name)
-        if newest and work.is_new:
-            for line in describe_changes(newest[0], work.version, verdicts):
-                work.progress.message(line)
 
     def summarize(self, work: Work) -> StepSummary:
         """See Step."""
@@ -157,7 +153,7 @@ def publish_shards(
         **price_texts(plan, shards, measured),
         "leakage": describe_decontamination(source, funnel, group_count),
         "review": count_reviews(shards),
-        **audit_rows(plan.dataset, written, row_extras(plan.config, plan.tasks)),
+        **audit_texts(plan.dataset, shards),
         **describe_checks(plan, shards),
         **({"ladder": describe_ladder(plan, shards)} if plan.requests.num_rungs > 1 else {}),
     }
@@ -179,19 +175,10 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
     return {verdict: counts[verdict] for verdict in ("good", "bad", "edited")} if counts else {}
 
 
-def audit_rows(dataset: DatasetDir, written: Sequence[RowWriter], extras: Extras) -> dict[str, Any]:
-    """Return the manifest field with the error rates of the rows, or {} without verdicts of an audit."""
+def audit_texts(dataset: DatasetDir, shards: Sequence[DatasetDir]) -> dict[str, Any]:
+    """Return the manifest field with the error rates of the texts, or {} without verdicts of an audit."""
     verdicts = read_stored(dataset.reviews, Verdict)
-    if not verdicts:
-        return {}
-    own = {column.name: column.describe() for column in extras.own}
-    tables = (
-        table
-        for part in written
-        for name in part.files
-        for table in read_batches(part.path / name, [c for c in (*COLUMNS, *own) if c in part.columns])
-    )
-    return {"audit": estimate_errors(Frame.of(tables, own, verdicts[-1].seed), verdicts)}
+    return {"audit": estimate_errors(Frame.of(shards, verdicts[-1].seed), verdicts)} if verdicts else {}
 
 
 def price_texts(plan: Plan, shards: Sequence[DatasetDir], measured: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ BROKEN_VALUES: dict[str, Any] = {
     "null": None, "a number": 7, "a text": "x", "a list": [[1]], "a map": {"x": {"y": 1}},
 }  # fmt: skip
 RATE = {"task": "captions", "style": "", "texts": 1, "reviewed": 1, "cannot_tell": 0, "wrong": 0.5, "low": 7}
-AUDIT = {"seed": 0, "reviewed": 1, "reviewers": 1, "agreement": None, "rates": [RATE]}
+AUDIT = {"seed": 0, "reviewed": 1, "reviewers": 1, "version": RATE, "rates": [RATE]}
 CERTAIN = {"share": "1", "low": "1", "high": "1"}
 COSTLY = {"texts": "captions", "kept": 10**9, "prompt_tokens": 1, "reply_tokens": 1}
 INVALID_RESULTS: dict[str, Damage] = {
@@ -112,7 +112,7 @@ INVALID_RESULTS: dict[str, Damage] = {
     "a file in a folder above": manifest(lambda m: rename_file(m, "train-/../../x")),
     "audit of texts": manifest(lambda m: m.update(audit={"rates": "none"})),
     "audit with an impossible share": manifest(lambda m: m.update(audit=AUDIT)),
-    "shares that are texts": manifest(lambda m: m.update(checks=[{"check": "judge", "true": CERTAIN}])),
+    "shares that are texts": manifest(lambda m: m.update(checks=[{"check": "judge", "range": CERTAIN}])),
     "a price of 400 digits": manifest(lambda m: m.update(price=[COSTLY | {"kept": 10**400}])),
     "a ladder with a negative cost": manifest(lambda m: m.update(ladder=[{"cost": -1.0}])),
 }

@@ -1,13 +1,10 @@
 """Limits of scores: the share of texts that each limit keeps, and their error rate."""
 
-from pathlib import Path
-
 import pyarrow as pa
 
-from pipeline.dataset.limits import SCORED, SCORES, describe_changes, score_curves
+from pipeline.dataset.limits import SCORED, SCORES, score_curves
 from pipeline.dataset.reviews import text_name
 from tests.pipeline.dataset.test_audit import judge
-from tests.scene_data import make_version, scene_samples, true_captions
 
 
 def test_score_curve_has_kept_share_and_error_rates_for_each_tenth_of_the_texts() -> None:
@@ -26,21 +23,3 @@ def test_score_curve_has_kept_share_and_error_rates_for_each_tenth_of_the_texts(
     assert tenth == "100.0 % wrong, 1 reviewed"
     assert from_limit == "11.1 % wrong, 9 reviewed"
     assert score_curves([table], []) == {}
-
-
-def test_comparison_of_versions_states_error_rates_of_kept_and_of_removed_texts(tmp_path: Path) -> None:
-    samples = scene_samples(6)
-    captions = true_captions(samples)
-    before, _ = make_version(tmp_path, samples, captions)
-    after, _ = make_version(tmp_path, samples, captions.slice(4))
-    for version, count in ((before, 12), (after, 8)):
-        version.manifest["measured"] = {"captions": {"plain": {"count": count}}}
-    names = [text_name(row) for row in captions.to_pylist()]
-    verdicts = [judge(name, "wrong" if n < 3 else "right") for n, name in enumerate(names[:8])]
-    assert list(describe_changes(before, after, verdicts)) == [
-        "v1.0.1 has 8 captions and questions, v1.0.0 has 12",
-        "  texts of v1.0.0 that are kept: 0.0 % wrong, 4 reviewed",
-        "  texts of v1.0.0 that are left out: 75.0 % wrong, 4 reviewed",
-    ]
-    assert len(list(describe_changes(before, after, []))) == 1
-    assert list(describe_changes(after, after, verdicts)) == []

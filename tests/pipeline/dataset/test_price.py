@@ -50,10 +50,7 @@ def entry(texts: str, kept: int, tokens: int, cost: float = 0.0) -> dict[str, An
 
 
 def rate(task: str, wrong: float | None, low: float = 0.0, high: float = 1.0) -> dict[str, Any]:
-    return {"task": task, "style": "", "wrong": wrong, "low": low, "high": high}
-
-
-JUDGE = {"check": "judge", "true": {"share": 0.5, "low": 0.4, "high": 0.8}}
+    return {"task": task, "style": "", "texts": 100, "wrong": wrong, "low": low, "high": high}
 
 
 @pytest.mark.parametrize(
@@ -61,24 +58,19 @@ JUDGE = {"check": "judge", "true": {"share": 0.5, "low": 0.4, "high": 0.8}}
     [
         ({}, "10 tokens per kept text (100 kept); per correct text: not measured"),
         (
-            {"audit": {"rates": [rate("captions", 0.2, 0.1, 0.5)]}, "checks": [JUDGE]},
+            {"audit": {"rates": [rate("captions", 0.2, 0.1, 0.5)]}},
             "10 tokens per kept text (100 kept); 12 tokens per correct text, tokens [11, 20] (audit)",
         ),
         ({"audit": {"rates": [rate("captions", 0.2, 0.1, 1.0)]}}, "tokens [11, no upper bound] (audit)"),
-        (
-            {"audit": {"rates": [rate("captions", None)]}, "checks": [JUDGE]},
-            "20 tokens per correct text, tokens [12, 25] (judge, ",
-        ),
+        ({"audit": {"rates": [rate("captions", 0.2), rate("captions", None)]}}, "not measured"),
         ({"audit": {"rates": [rate("captions", 1.0, 0.7, 1.0)]}}, "(100 kept); no correct text"),
-        ({"checks": [JUDGE], "skipped_checks": {"judge": {"condition_false": 3}}}, "not measured"),
-        ({"checks": [{"check": "claims", "true": {"share": 0.9, "low": 0.8, "high": 1}}]}, "not measured"),
-        ({"checks": [{"check": "judge", "true": {"share": None, "low": 0.8, "high": 1}}]}, "not measured"),
-        ({"checks": [JUDGE], "measured": {"human_captions": 3}}, "not measured"),
+        (
+            {"audit": {"rates": [rate("captions", 0.2)]}, "measured": {"human_captions": 3}},
+            "not measured",
+        ),
     ],
 )
-def test_number_of_right_texts_is_estimated_from_audit_or_else_from_judge(
-    more: dict[str, Any], expected: str
-) -> None:
+def test_number_of_right_texts_is_estimated_from_audit(more: dict[str, Any], expected: str) -> None:
     (line,) = price_in_words({"measured": {}, "price": [entry("captions", 100, 1000)], **more})
     assert line.startswith("captions: ") and expected in line
 

@@ -35,7 +35,11 @@ def test_same_rows_return_the_existing_version(tmp_path: Path) -> None:
     assert [version.name for version in DatasetDir(tmp_path).versions()] == ["v1.0.0"]
 
 
-AUDIT: dict[str, Any] = {"seed": 0, "reviewed": 0, "reviewers": 0, "agreement": None, "rates": []}
+AUDIT: dict[str, Any] = {
+    "seed": 0, "reviewed": 0, "reviewers": 0, "repeated": 0, "differing": 0, "rates": [], "found": [],
+    "reviewer_error": {"share": 0.02, "low": 0, "high": 0.1},
+    "version": {"wrong": None}, "rejected": {"wrong": None},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("measured", [{"checks": []}, {"audit": AUDIT}])

@@ -14,14 +14,15 @@ SAMPLE, CONTENT = "a" * 64, "b" * 16
 NAME = f"7-{SAMPLE}-{CONTENT}"
 IMAGE = "data:image/webp;base64,UklGRhoBAABXRUJQ"
 TEXT = {"content": CONTENT, "kind": "plain", "text": "A <b>red</b> ring.", "scores": {"coverage": 0.5}}
-ITEM = {"id": SAMPLE, "images": [IMAGE, IMAGE], "text": TEXT}
+ITEM = {"id": SAMPLE, "images": [IMAGE, IMAGE], "text": TEXT, "repeat": False}
 CHOICES = {"from_name": "verdict", "to_name": "text", "type": "choices", "origin": "manual"}
-LABELS = {"from_name": "words", "to_name": "text", "type": "labels"}
+LABELS = {"from_name": "words", "to_name": "text", "type": "labels"}  # of another interface
 
 
 def label_studio_export() -> list[dict[str, Any]]:
     words = {"start": 2, "end": 5, "text": "red", "labels": ["wrong words"]}
-    wrong = [CHOICES | {"value": {"choices": ["wrong"]}}, LABELS | {"value": words}]
+    error = CHOICES | {"from_name": "error", "value": {"choices": ["color"]}}
+    wrong = [CHOICES | {"value": {"choices": ["wrong"]}}, error, LABELS | {"value": words}]
     skipped: dict[str, Any] = {"completed_by": 3, "result": wrong, "was_cancelled": True}
     annotations = [{"completed_by": 1, "result": wrong, "was_cancelled": False}, skipped]
     return [{"id": 1, "data": {"id": NAME, "text": "A red ring."}, "annotations": annotations}]
@@ -30,33 +31,42 @@ def label_studio_export() -> list[dict[str, Any]]:
 def argilla_export() -> list[dict[str, Any]]:
     user, other = (f"00000000-0000-0000-0000-00000000000{n}" for n in (1, 2))
     verdicts = [{"value": "wrong", "user_id": user}, {"value": "right", "user_id": other}]
-    words = [{"value": [{"start": 2, "end": 5, "label": "wrong words"}], "user_id": user}]
-    responses = {"verdict": verdicts, "words": words}
+    responses = {"verdict": verdicts, "error": [{"value": "color", "user_id": user}]}
     return [{"id": NAME, "fields": {"text": "A red ring."}, "responses": responses, "status": "pending"}]
 
 
 @pytest.mark.parametrize(
     ("exported", "expected"),
     [
-        (label_studio_export(), [("Label Studio user 1", "wrong", ("red",))]),
+        (label_studio_export(), [("Label Studio user 1", "wrong", "color")]),
         (
             argilla_export(),
             [
-                ("Argilla user 00000000-0000-0000-0000-000000000001", "wrong", ("red",)),
-                ("Argilla user 00000000-0000-0000-0000-000000000002", "right", ()),
+                ("Argilla user 00000000-0000-0000-0000-000000000001", "wrong", "color"),
+                ("Argilla user 00000000-0000-0000-0000-000000000002", "right", "other"),
             ],
         ),
     ],
 )
 def test_verdicts_are_read_from_exports_of_other_tools(
-    tmp_path: Path, exported: list[dict[str, Any]], expected: list[tuple[str, str, tuple[str, ...]]]
+    tmp_path: Path, exported: list[dict[str, Any]], expected: list[tuple[str, str, str]]
 ) -> None:
     (tmp_path / "export.json").write_text(json.dumps(exported))
     verdicts = read_lines(tmp_path / "export.json")
     assert {(verdict.name, verdict.seed) for verdict in verdicts if isinstance(verdict, Verdict)} == {
         ((SAMPLE, CONTENT), 7)
     }
-    assert [(v.reviewer, v.verdict, v.words) for v in verdicts if isinstance(v, Verdict)] == expected
+    assert [(v.reviewer, v.verdict, v.error) for v in verdicts if isinstance(v, Verdict)] == expected
+
+
+def test_second_verdict_on_a_repeated_task_is_kept(tmp_path: Path) -> None:
+    files = audit_files("label-studio", [ITEM, ITEM | {"repeat": True}], 7, "Title")
+    tasks = json.loads(files["tasks.json"])
+    assert [task["data"]["id"] for task in tasks] == [NAME, f"{NAME}-repeat"]
+    result = [CHOICES | {"value": {"choices": ["right"]}}]
+    exported = [task | {"annotations": [{"completed_by": 1, "result": result}]} for task in tasks]
+    (tmp_path / "export.json").write_text(json.dumps(exported))
+    assert [v.repeat for v in read_lines(tmp_path / "export.json") if isinstance(v, Verdict)] == [False, True]
 
 
 def test_label_studio_task_has_text_images_and_scores() -> None:

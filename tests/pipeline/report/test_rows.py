@@ -101,4 +101,4 @@ def test_step_files_of_another_run_are_detected_by_row_counts(tmp_path: Path) ->
 def test_images_of_samples_without_a_version_are_read_from_the_store(tmp_path: Path) -> None:
     rows = [{"sample_id": f"{n}", "images": [bytes([n])]} for n in range(9)]
     ImageStore(tmp_path).add([pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)])
-    assert dict(images_of(tmp_path, {"3", "8", "f"})) == {"3": b"\x03", "8": b"\x08"}
+    assert dict(images_of(tmp_path, {"3", "8", "f"})) == {"3": [b"\x03"], "8": [b"\x08"]}

@@ -1,0 +1,50 @@
+"""Intervals of error rates contain the truth as often as they state, also if reviewers err."""
+
+import numpy as np
+import pytest
+
+from pipeline.dataset.error_rates import Estimate, Stratum, Votes
+
+
+def audit_strata(draw: np.random.Generator, shares: tuple[float, ...], error: float) -> list[Stratum]:
+    """Return strata of 4,000 and 1,000 texts, of which 80 and 40 are reviewed, a fourth of them twice."""
+    strata = []
+    for share, texts, reviewed in zip(shares, (4000, 1000), (80, 40), strict=True):
+        is_wrong = draw.random(reviewed) < share
+        votes = Votes()
+        for n, wrong in enumerate(is_wrong.tolist()):
+            looks = 2 if n < reviewed // 4 else 1
+            count = sum(wrong ^ (draw.random() < error) for _ in range(looks))
+            votes[count, looks - count] += 1
+        strata.append(Stratum(texts, votes))
+    return strata
+
+
+@pytest.mark.parametrize("error", [0.0, 0.05])
+@pytest.mark.parametrize("shares", [(0.02, 0.4), (0.1, 0.1), (0.3, 0.02)])
+def test_intervals_cover_the_true_share_in_95_percent_of_audits(
+    shares: tuple[float, ...], error: float
+) -> None:
+    draw, covered = np.random.default_rng(3), 0
+    for _ in range(200):
+        low, high = Estimate.of(audit_strata(draw, shares, error)).interval(
+            lambda one: 0.8 * one[0] + 0.2 * one[1]
+        )
+        covered += low <= 0.8 * shares[0] + 0.2 * shares[1] <= high
+    assert 0.92 <= covered / 200 <= 1
+
+
+def test_audit_of_a_whole_stratum_leaves_no_uncertainty_about_its_texts() -> None:
+    part, whole = (
+        Estimate.of([Stratum(texts, Votes({(2, 0): 10, (0, 2): 90}))]).interval(lambda shares: shares[0])
+        for texts in (10_000, 100)
+    )
+    assert part[0] < 0.07 and part[1] > 0.15
+    assert [*whole] == pytest.approx([0.1, 0.1], abs=0.015)
+
+
+def test_estimate_of_the_same_verdicts_is_the_same() -> None:
+    strata = [Stratum(100, Votes({(1, 0): 3, (0, 1): 7})), Stratum(50)]
+    first, second = Estimate.of(strata), Estimate.of(strata)
+    assert np.array_equal(first.low, second.low) and np.array_equal(first.error, second.error)
+    assert first.high[1].min() < 0.01 and first.high[1].max() > 0.99  # nothing is known about a stratum
