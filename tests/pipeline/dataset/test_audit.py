@@ -231,8 +231,8 @@ def test_audit_summary_states_the_error_rates_or_that_none_was_measured() -> Non
         "differing": 1, "found": [found],
     }  # fmt: skip
     lines = [
-        "4.1 % [2.1, 7.2] of the 9,000 texts of the version are wrong, 150 reviewed (audit of 200 texts)",
-        "60.0 % [50.0, 70.0] of the 300 texts that the checks rejected are wrong, 50 reviewed",
+        "4.1 % [2.1, 7.2] of the 9,000 texts of the version are wrong (150 reviewed)",
+        "60.0 % [50.0, 70.0] of the 300 texts that the checks rejected are wrong (50 reviewed)",
         "1 of 40 texts that were judged twice have different verdicts: 2.0 % [1.0, 5.0] of the verdicts are"
         " wrong",
         "the checks find 10.0 % [0.0, 40.0] of texts with another error (1 of 9 in the sample); they do not"
