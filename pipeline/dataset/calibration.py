@@ -1,8 +1,8 @@
 """Measure how often the claims check refutes human captions, and choose the evidence that rejects a claim.
 
 Human captions may be false, and a check may overlook a kind of error, so the findings of a check are no error
-rate. An audit measures it (audit.py). Claims about one image are not independent, so the width of an interval
-depends on the number of images.
+rate. An audit measures it (audit.py). Claims about one image are not independent, so bounds are computed from
+an effective number of claims.
 """
 
 from collections import Counter
@@ -13,6 +13,7 @@ from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset.statistics import percent, wilson_interval
@@ -44,23 +45,28 @@ Evidence = Counter[tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The share `value` of `count` claims about `images` images."""
+    """The share `value` of `count` claims. `trials` is the effective number of claims."""
 
     count: int
     value: float
-    images: int
+    trials: float
 
     @classmethod
     def of(cls, evidence: Evidence, level: int) -> "Share":
         """Return the share of claims with at least this evidence against them."""
-        count = sum(len(claims) * images for claims, images in evidence.items())
-        hits = sum(sum(one >= level for one in claims) * images for claims, images in evidence.items())
-        return cls(count, hits / max(1, count), evidence.total())
+        images = np.array([*evidence.values()])
+        counts = np.array([len(claims) for claims in evidence])
+        hits = np.array([sum(against >= level for against in claims) for claims in evidence])
+        n = int(np.sum(counts * images))
+        value = float(np.sum(hits * images)) / max(1, n)
+        # The linearized variance of a ratio of sums over clusters (Cochran, Sampling Techniques, 6.3).
+        variance = float(np.sum((hits - value * counts) ** 2 * images)) / max(1, n) ** 2
+        return cls(n, value, min(n, value * (1 - value) / variance) if variance > 0 else n)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval if all claims about an image are equally true."""
-        return wilson_interval(self.value * self.images, self.images)
+        """The 95 % Wilson interval."""
+        return wilson_interval(self.value * self.trials, self.trials)
 
     def describe(self) -> dict[str, Any]:
         """Return the share and its number of claims."""
