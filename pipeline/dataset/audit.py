@@ -27,7 +27,7 @@ from pipeline.tasks.checks import REFUTED
 MAX_TEXTS = 5000  # per stratum
 # A kind of text is a task and a style, which is "" for a task without styles.
 Kind = tuple[str, str]
-# What the checks found about a text. Rejected texts are not in the version.
+# The findings of the checks about a text. Rejected texts are not in the version.
 REJECTED, FLAGGED, PASSED, UNCHECKED = "rejected", "flagged", "passed", "unchecked"
 SUSPECT = (REJECTED, FLAGGED)
 SUSPECT_FRAC = 1 / 3  # share of the audit
@@ -137,7 +137,7 @@ def _kind_of(row: Mapping[str, Any]) -> Kind:
 
 @dataclass(frozen=True, slots=True)
 class Reviewed:
-    """A reviewed text: what the checks found about it, and its numbers of verdicts "wrong" and "right".
+    """A reviewed text: the finding of the checks, and the numbers of verdicts "wrong" and "right".
 
     `error` is the kind of error that most reviewers named, or None if most judged the text as right.
     """
