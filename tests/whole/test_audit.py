@@ -102,6 +102,9 @@ def test_reviewer_can_undo_and_resume_verdicts(audit: Path, opened: Open, synth:
     require_success(synth("review", "sample", "-n", "12"))
     again = start(opened, audit, "Anna", WIDE)  # in another browser, the page has the applied verdicts
     expect(again.locator("#state")).to_contain_text("Anna: 1 of 22 reviewed")
+    require_success(synth("review", "sample", "-n", "12", "--seed", "1"))
+    other = start(opened, audit, "Anna", WIDE)  # verdicts belong to a seed
+    expect(other.locator("#state")).to_contain_text("Anna: 0 of 22 reviewed")
     again.get_by_role("button", name="Change reviewer").click()
     again.get_by_label("Your name").fill("Ben")
     again.keyboard.press("Enter")
