@@ -92,3 +92,14 @@ def test_interval_is_narrower_by_the_square_root_of_the_unreviewed_share() -> No
 def test_most_likely_share_of_a_stratum_without_wrong_texts_is_zero() -> None:
     estimate = Estimate.of([Stratum(1000, Votes({(0, 1): 10})), Stratum(10)])
     assert estimate.likely.tolist() == [0, 0]
+
+
+def test_interval_of_a_whole_stratum_has_the_variance_of_wrong_verdicts_alone() -> None:
+    votes, errors = Votes({(1, 0): 60, (0, 1): 140}), np.array([0.2])
+    widths = [
+        np.subtract(*Estimate.of([Stratum(texts, votes)], errors).interval(lambda shares: shares[0]))
+        for texts in (10**9, 200)
+    ]
+    share = (0.3 - 0.2) / (1 - 2 * 0.2)
+    sampling, noise = share * (1 - share) * (1 - 2 * 0.2) ** 2, 0.2 * 0.8
+    assert widths[1] / widths[0] == pytest.approx((noise / (sampling + noise)) ** 0.5, abs=0.04)
