@@ -161,7 +161,7 @@ def read_reviewed(frame: Frame, verdicts: Iterable[Verdict]) -> list[Reviewed]:
         for text in takewhile(lambda text: not text.is_kept or text.name in by_text, dict.fromkeys(drawn)):
             if of_text := by_text.get(text.name):
                 found = Counter(verdict.verdict for verdict in of_text)
-                kinds = sorted(verdict.error for verdict in of_text if verdict.verdict == "wrong")
+                kinds: list[str] = sorted(one.error for one in of_text if one.verdict == "wrong")
                 error = max(kinds, key=kinds.count) if found["wrong"] > found["right"] else None
                 votes = found["wrong"], found["right"]
                 reviewed.append(Reviewed(finding, text.kind, text.is_kept, votes, error))
