@@ -22,7 +22,7 @@ def commands(group: TyperGroup, prefix: str = "synth") -> Iterator[tuple[str, An
     for name, command in group.commands.items():
         if isinstance(command, TyperGroup):
             yield from commands(command, f"{prefix} {name}")
-        else:
+        if not isinstance(command, TyperGroup) or command.invoke_without_command:
             yield f"{prefix} {name}", command
 
 

@@ -101,7 +101,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 versions = typer.Typer(cls=Group, no_args_is_help=True, help="List versions, or free disk space.")
-review = typer.Typer(cls=Group, help="Draw texts to judge, and apply reviews.")
+review = typer.Typer(cls=Group, help="Judge 200 texts in a browser, or apply reviews.")
 
 
 def add(group: str, *commands: Callable[..., None], **more: Any) -> None:

@@ -123,10 +123,7 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
         say(f"  {name:<8} {value:6.3f}{interval}   with shuffled images {shuffled:6.3f}")
     low, high = metrics.get("gain", {}).get("cider_d", (None, None))
     if low is not None and low <= 0:
-        say(
-            f"  captions of other images score about as well (CIDEr-D {low:.3f} to {high:.3f} less):",
-            LOSS,
-        )
+        say(f"  captions of other images score about as well (CIDEr-D {low:.3f} to {high:.3f} less):", LOSS)
         say("  this captioner ignores its images, or the split has too few images to tell", LOSS)
     for kind, scores in metrics.get("questions", {}).items():
         say(

@@ -6,7 +6,7 @@ all earlier texts of its stratum have verdicts too. Texts that remain in a later
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import takewhile
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.error_rates import NO_ERROR, Estimate, Floats, Stratum
+from pipeline.dataset.error_rates import NO_ERROR, TAIL, Estimate, Floats, Stratum
 from pipeline.dataset.reviews import TextName, Verdict, text_name
 from pipeline.dataset.statistics import percent
 from pipeline.digests import hash_to_unit
@@ -27,7 +27,7 @@ from pipeline.tasks.checks import REFUTED
 MAX_TEXTS = 5000  # per stratum
 # A kind of text is a task and a style, which is "" for a task without styles.
 Kind = tuple[str, str]
-# What the checks found about a text. Rejected texts are not in the version.
+# The findings of the checks about a text. Rejected texts are not in the version.
 REJECTED, FLAGGED, PASSED, UNCHECKED = "rejected", "flagged", "passed", "unchecked"
 SUSPECT = (REJECTED, FLAGGED)
 SUSPECT_FRAC = 1 / 3  # share of the audit
@@ -35,6 +35,7 @@ CLEANED = ("text", "question", "answer", "record")
 CHECKED = ("agreement", "evidence", "judged_wrong")
 TEXTS = ("sample_id", "task", "style", *(f"clean_{name}" for name in CLEANED))
 MAX_REVIEWER_ERROR = 0.1
+MIN_WRONG = 3  # Lines about a kind of error need this many wrong texts in the sample.
 # The files of steps with texts, their further columns, and the finding if all texts have the same one.
 SOURCES = (
     ("review", "kept", (*CHECKED, "review", *FINAL.names), ""),
@@ -134,40 +135,37 @@ def _kind_of(row: Mapping[str, Any]) -> Kind:
     return ("captions", row["style"] or "") if row["clean_text"] is not None else ("questions", "")
 
 
-@dataclass(slots=True)
-class _Reviewed:
-    """A reviewed text with its finding and its verdicts."""
+@dataclass(frozen=True, slots=True)
+class Reviewed:
+    """A reviewed text: the finding of the checks, and the numbers of verdicts "wrong" and "right".
+
+    `error` is the kind of error that most reviewers named, or None if most judged the text as right.
+    """
 
     finding: str
-    text: Drawn
-    verdicts: list[Verdict]
-
-    @property
-    def votes(self) -> tuple[int, int]:
-        """The numbers of verdicts "wrong" and "right"."""
-        found = [verdict.verdict for verdict in self.verdicts]
-        return found.count("wrong"), found.count("right")
-
-    @property
-    def error(self) -> str | None:
-        """The kind of error that most reviewers named, or None if most of them judged the text as right."""
-        wrong, right = self.votes
-        kinds = sorted(verdict.error for verdict in self.verdicts if verdict.verdict == "wrong")
-        return max(kinds, key=kinds.count) if wrong > right else None
+    kind: Kind
+    is_kept: bool
+    votes: tuple[int, int]
+    error: str | None
 
 
-def read_reviewed(frame: Frame, verdicts: Iterable[Verdict]) -> list[_Reviewed]:
+def read_reviewed(frame: Frame, verdicts: Iterable[Verdict]) -> list[Reviewed]:
     """Return the texts of each stratum before its first text without a verdict."""
     by_text: dict[TextName, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         if verdict.seed == frame.seed:
             by_text[verdict.name].append(verdict)
-    return [
-        _Reviewed(finding, text, by_text[text.name])
-        for finding, drawn in frame.drawn.items()
-        for text in takewhile(lambda text: not text.is_kept or text.name in by_text, dict.fromkeys(drawn))
-        if text.name in by_text
-    ]
+    reviewed = []
+    for finding, drawn in frame.drawn.items():
+        # Texts that left the version need no verdict.
+        for text in takewhile(lambda text: not text.is_kept or text.name in by_text, dict.fromkeys(drawn)):
+            if of_text := by_text.get(text.name):
+                found = Counter(verdict.verdict for verdict in of_text)
+                kinds: list[str] = sorted(one.error for one in of_text if one.verdict == "wrong")
+                error = max(kinds, key=kinds.count) if found["wrong"] > found["right"] else None
+                votes = found["wrong"], found["right"]
+                reviewed.append(Reviewed(finding, text.kind, text.is_kept, votes, error))
+    return reviewed
 
 
 def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, Any]:
@@ -180,102 +178,97 @@ def estimate_errors(frame: Frame, verdicts: Collection[Verdict]) -> dict[str, An
     reviewed = read_reviewed(frame, verdicts)
     findings = sorted({finding for finding, _ in frame.texts})
     kept = [finding for finding in findings if finding != REJECTED]
-    kinds = sorted(
-        {kind for finding, kind in frame.texts if finding != REJECTED and frame.texts[finding, kind]}
-    )
+    kinds = sorted({kind for (finding, kind), texts in frame.texts.items() if finding in kept and texts})
     repeats = [text.votes for text in reviewed if sum(text.votes) > 1]
     error = Estimate.of(_strata(frame, reviewed, findings)).error
-    low, middle, high = np.quantile(error, (0.025, 0.5, 0.975))
-    rates = [
-        {"task": task, "style": style, **describe_rate(frame, reviewed, kept, {(task, style)})}
-        for task, style in kinds
-    ]
+    low, middle, high = np.quantile(error, (TAIL, 0.5, 1 - TAIL))
     return {
         "seed": frame.seed,
-        "reviewed": sum(text.text.is_kept for text in reviewed),
-        "reviewers": len({verdict.reviewer for text in reviewed for verdict in text.verdicts}),
+        "reviewed": sum(text.is_kept for text in reviewed),
+        "reviewers": len({verdict.reviewer for verdict in verdicts if verdict.seed == frame.seed}),
         "repeated": len(repeats),
         "differing": sum(wrong > 0 and right > 0 for wrong, right in repeats),
         "reviewer_error": _rounded(share=float(middle), low=float(low), high=float(high)),
         "version": describe_rate(frame, reviewed, kept),
         "rejected": describe_rate(frame, reviewed, [REJECTED]),
-        "rates": rates,
+        "rates": [
+            {"task": kind[0], "style": kind[1], **describe_rate(frame, reviewed, kept, kind)}
+            for kind in kinds
+        ],
         "found": list(_describe_found(frame, reviewed, findings)),
     }
 
 
 def _strata(
-    frame: Frame,
-    reviewed: Iterable[_Reviewed],
-    findings: Iterable[str],
-    kinds: Collection[Kind] | None = None,
+    frame: Frame, reviewed: Iterable[Reviewed], findings: Collection[str], kind: Kind | None = None
 ) -> list[Stratum]:
-    """Return the strata with these findings, restricted to some kinds of text."""
-    strata = {finding: Stratum(0) for finding in findings}
-    for (finding, kind), count in frame.texts.items():
-        if finding in strata and (kinds is None or kind in kinds):
-            strata[finding].texts += count
+    """Return strata of the texts with these findings and this kind. Strata of all others have no texts.
+
+    The latter are evidence about the errors of reviewers.
+    """
+
+    def is_inside(finding: str, other: Kind) -> bool:
+        return finding in findings and kind in (None, other)
+
+    strata: dict[tuple[str, bool], Stratum] = defaultdict(lambda: Stratum(0))
+    for (finding, other), texts in frame.texts.items():
+        if is_inside(finding, other):
+            strata[finding, True].texts += texts
     for one in reviewed:
-        if one.finding in strata and any(one.votes) and (kinds is None or one.text.kind in kinds):
-            votes = strata[one.finding].votes if one.text.is_kept else strata[one.finding].removed
-            votes[one.votes] += 1
-    return list(strata.values())
+        if any(one.votes):
+            stratum = strata[one.finding, is_inside(one.finding, one.kind)]
+            (stratum.votes if one.is_kept else stratum.removed)[one.votes] += 1
+    return [strata[key] for key in sorted(strata)]
 
 
 def describe_rate(
-    frame: Frame, reviewed: list[_Reviewed], findings: list[str], kinds: Collection[Kind] | None = None
+    frame: Frame, reviewed: Collection[Reviewed], findings: Collection[str], kind: Kind | None = None
 ) -> dict[str, Any]:
-    """Return the share of wrong texts of some strata. All verdicts are evidence about reviewer errors."""
-    strata = [stratum for stratum in _strata(frame, reviewed, findings, kinds) if stratum.texts]
+    """Return the share of wrong texts among those with some findings, and of one kind or of all kinds."""
+    strata = _strata(frame, reviewed, findings, kind)
     texts = sum(stratum.texts for stratum in strata)
-    clear = sum(stratum.votes.total() for stratum in strata)
-
-    def is_inside(one: _Reviewed) -> bool:
-        return one.finding in findings and (kinds is None or one.text.kind in kinds)
-
-    count = sum(one.text.is_kept for one in reviewed if is_inside(one))
-    entry = {"texts": texts, "reviewed": count, "cannot_tell": count - clear, "wrong": None}
+    inside = [one for one in reviewed if one.is_kept and one.finding in findings and kind in (None, one.kind)]
+    clear = sum(any(one.votes) for one in inside)
+    entry = {"texts": texts, "reviewed": len(inside), "cannot_tell": len(inside) - clear, "wrong": None}
     if not clear:
         return entry
-    rest = [one for one in reviewed if not is_inside(one)]
-    others = _strata(frame, rest, sorted({one.finding for one in rest}))
-    estimate = Estimate.of([*strata, *others])
-    sizes = np.array([stratum.texts for stratum in strata] + [0] * len(others)) / texts
-    measured = sizes * [stratum.votes.total() + stratum.removed.total() > 0 for stratum in (*strata, *others)]
-    share = float(estimate.likely @ measured / measured.sum())
+    estimate = Estimate.of(strata)
+    sizes = np.array([stratum.texts for stratum in strata]) / texts
+    evidence = [stratum.votes + stratum.removed for stratum in strata]
+    measured = sizes * [votes.total() > 0 for votes in evidence]
     low, high = estimate.interval(lambda shares: np.asarray(sizes @ shares))
-    if not any(wrong for stratum in strata for wrong, _ in stratum.votes + stratum.removed):
+    if not any(wrong for size, votes in zip(sizes, evidence, strict=True) if size for wrong, _ in votes):
         low = 0.0
-    share = min(max(share, low), high)
-    return {**entry, **_rounded(wrong=share, low=low, high=high)}
+    share = min(max(float(estimate.likely @ measured / measured.sum()), low), high)
+    return entry | _rounded(wrong=share, low=low, high=high)
 
 
-def _describe_found(frame: Frame, reviewed: list[_Reviewed], findings: list[str]) -> Iterator[dict[str, Any]]:
+def _describe_found(
+    frame: Frame, reviewed: Iterable[Reviewed], findings: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """Yield the share of wrong texts that the checks rejected or flagged: of all errors and of each kind."""
     is_suspect = np.array([finding in SUSPECT for finding in findings])
-    if not is_suspect.any():
-        return
-    sizes = np.array([frame.size(finding) for finding in findings])
-    clear = [one for one in reviewed if any(one.votes) and one.text.is_kept]
+    sizes = np.array([[frame.size(finding)] for finding in findings])
+    clear = [one for one in reviewed if any(one.votes) and one.is_kept]
     named = sorted({one.error for one in clear if one.error is not None})
-    for name in ["all", *named] if named else []:
-        strata = [Stratum(int(size)) for size in sizes]
+
+    def found(shares: Floats) -> Floats:
+        wrong = sizes * shares
+        return np.asarray(wrong[is_suspect].sum(0) / wrong.sum(0))
+
+    for name in ["all", *named] if named and is_suspect.any() else []:
+        strata = {finding: Stratum(frame.size(finding)) for finding in findings}
         for one in clear:
             is_wrong = one.error is not None and name in ("all", one.error)
-            strata[findings.index(one.finding)].votes[int(is_wrong), int(not is_wrong)] += 1
-        estimate = Estimate.of(strata, NO_ERROR)
-
-        def found(shares: Floats) -> Floats:
-            wrong = sizes[:, None] * shares
-            return np.asarray(wrong[is_suspect].sum(0) / wrong.sum(0))
-
+            strata[one.finding].votes[int(is_wrong), int(not is_wrong)] += 1
+        estimate = Estimate.of([*strata.values()], NO_ERROR)
         low, high = estimate.central_interval(found)
         share = float(found(estimate.likely[:, None])[0])
-        counts = [sum(texts for (wrong, _), texts in stratum.votes.items() if wrong) for stratum in strata]
+        wrong = {finding: stratum.votes[1, 0] for finding, stratum in strata.items()}
         yield {
             "error": name,
-            "wrong_texts": sum(counts),
-            "found_texts": sum(np.array(counts)[is_suspect].tolist()),
+            "wrong_texts": sum(wrong.values()),
+            "found_texts": sum(wrong.get(finding, 0) for finding in SUSPECT),
             **_rounded(share=share, low=min(low, share), high=max(high, share)),
         }
 
@@ -300,19 +293,21 @@ def audit_in_words(audit: Mapping[str, Any] | None) -> list[str]:
     """
     if not audit or audit["version"]["wrong"] is None:
         return [NOT_MEASURED]
-    rate = _rate_in_words(audit["version"], "texts of the version")
-    lines = [f"{rate} (audit of {audit['reviewed']} texts)"]
+    lines = [_rate_in_words(audit["version"], "texts of the version")]
     if audit["rejected"]["wrong"] is not None:
         lines.append(_rate_in_words(audit["rejected"], "texts that the checks rejected"))
     error, repeated = audit["reviewer_error"], audit["repeated"]
-    interval = _interval(error)
     if repeated:
         line = f"{audit['differing']} of {repeated} texts that were judged twice have different verdicts"
         high = "; this is too high, so read the texts again" if error["share"] > MAX_REVIEWER_ERROR else ""
-        lines.append(f"{line}: {interval} of the verdicts are wrong{high}")
+        lines.append(f"{line}: {_interval(error)} of the verdicts are wrong{high}")
     else:
-        lines.append(f"no text was judged twice, so {interval} of the verdicts are assumed to be wrong")
+        lines.append(
+            f"no text was judged twice, so {_interval(error)} of the verdicts are assumed to be wrong"
+        )
     for found in audit["found"]:
+        if found["wrong_texts"] < MIN_WRONG:
+            continue
         kinds = {"all": "wrong texts", "text": "misread texts", "other": "texts with another error"}
         texts = kinds.get(found["error"], f"texts with a wrong {found['error']}")
         seen = f"{found['found_texts']} of {found['wrong_texts']} in the sample"
@@ -323,7 +318,7 @@ def audit_in_words(audit: Mapping[str, Any] | None) -> list[str]:
 
 def _rate_in_words(rate: Mapping[str, Any], texts: str) -> str:
     return (
-        f"{_interval(rate, 'wrong')} of the {rate['texts']:,} {texts} are wrong, {rate['reviewed']} reviewed"
+        f"{_interval(rate, 'wrong')} of the {rate['texts']:,} {texts} are wrong ({rate['reviewed']} reviewed)"
     )
 
 

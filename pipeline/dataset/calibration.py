@@ -33,10 +33,10 @@ FALSE_REFERENCES, MIN_FOUND, MAX_LOW = 0.02, 0.5, 0.999
 
 
 def choose_references(samples: Iterable[pa.RecordBatch], number: int, seed: int) -> dict[str, str]:
-    """Return a human caption of each of the `number` samples with the smallest hashes, by sample id."""
-    rows = (row for batch in samples for row in batch.to_pylist())
+    """Return a human caption of `number` samples at random, by sample id."""
+    rows = (row for batch in samples for row in batch.to_pylist() if row["references"])
     chosen = nsmallest(number, rows, key=lambda row: hash_to_unit(seed, row["sample_id"]))
-    return {row["sample_id"]: row["references"][0] for row in chosen if row["references"]}
+    return {row["sample_id"]: row["references"][0] for row in chosen}
 
 
 # This counts the images by the evidence against each of their claims.

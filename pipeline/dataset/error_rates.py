@@ -5,7 +5,8 @@ and r verdicts "right" with the probability p (1 - e)^w e^r + (1 - p) e^w (1 - e
 verdicts show e. The posteriors of e and of each p are computed on grids, and the strata are combined by size.
 
 The prior of p is that of Jeffreys for upper bounds and Beta(1/4, 3/4) for lower bounds. The latter is halfway
-to the lower bound of Clopper and Pearson, since the prior masses of strata without wrong texts add up.
+to the lower bound of Clopper and Pearson, since the prior masses of strata without wrong texts add up. Lower
+bounds also have a prior with larger e, since verdicts "wrong" may be errors of reviewers.
 """
 
 from collections import Counter
@@ -20,11 +21,13 @@ Floats = npt.NDArray[np.float64]
 # The number of texts by their verdicts (wrong, right).
 Votes = Counter[tuple[int, int]]
 TAIL = 0.025
-LOWER_TILT = -0.25
 NUM_SHARES, NUM_ERRORS, NUM_DRAWS = 512, 32, 2048
 MAX_ERROR = 0.3
-# The prior of reviewer errors is Beta(1/2, 20): about 2 %, and below 9 % with a probability of .95.
-ERROR_PRIOR = (0.5, 20)
+# The priors of a bound are Beta(1/2 + tilt, 1/2 - tilt) for p and Beta(1/2, b) for e. With b = 20, e is about
+# 2 %, and below 9 % with a probability of .95. With b = 7, it is about 7 %, and below 25 %.
+Priors = tuple[float, float]  # (tilt, b)
+LOWER: Priors = (-0.25, 7)
+UPPER: Priors = (0.0, 20)
 # These grids are uniform in the arcsine of the square root, so equal weights are the prior of Jeffreys.
 SHARES: Floats = np.sin((np.arange(NUM_SHARES) + 0.5) / NUM_SHARES * np.pi / 2) ** 2
 ERRORS: Floats = np.sin((np.arange(NUM_ERRORS) + 0.5) / NUM_ERRORS * np.arcsin(MAX_ERROR**0.5)) ** 2
@@ -60,8 +63,8 @@ class Estimate:
     def of(cls, strata: Sequence[Stratum], errors: Floats = ERRORS) -> "Estimate":
         """Estimate the shares in all strata. `errors` are the possible rates of wrong verdicts."""
         fits = [_Fit.of(stratum, errors) for stratum in strata]
-        low, _, _ = _draw(fits, errors, LOWER_TILT)
-        high, error, likely = _draw(fits, errors, 0.0)
+        low, _, _ = _draw(fits, errors, LOWER)
+        high, error, likely = _draw(fits, errors, UPPER)
         return cls(likely, low, high, error)
 
     def interval(self, total: Callable[[Floats], Floats]) -> tuple[float, float]:
@@ -110,10 +113,11 @@ class _Fit:
         return np.clip(self.center[:, None] + (SHARES - self.likely[:, None]) * spread[:, None], 0, 1)
 
 
-def _draw(fits: Sequence[_Fit], errors: Floats, tilt: float) -> tuple[Floats, Floats, Floats]:
+def _draw(fits: Sequence[_Fit], errors: Floats, priors: Priors) -> tuple[Floats, Floats, Floats]:
     """Return draws of all shares, draws of the error rate, and the most likely shares. See Estimate."""
+    tilt, b = priors
     prior = tilt * np.log(SHARES / (1 - SHARES))
-    log_errors = (ERROR_PRIOR[0] - 0.5) * np.log(errors) + (ERROR_PRIOR[1] - 0.5) * np.log1p(-errors)
+    log_errors = (b - 0.5) * np.log1p(-errors)
     values, sums = [], []
     for fit in fits:
         posterior = fit.likelihood + prior

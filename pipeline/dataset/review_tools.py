@@ -35,7 +35,6 @@ def audit_files(tool: str, items: Iterable[dict[str, Any]], seed: int, title: st
             "images": [image for image in item["images"] if image],
             "text": "\n".join(item["text"][name] for name in TEXT_FIELDS if item["text"].get(name)),
             "kind": item["text"]["kind"],
-            **item["text"].get("scores", {}),
         }
         for item in items
     ]

@@ -14,14 +14,7 @@ from pipeline.digests import digest, weights_revision
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.requests import RequestPlan
-from pipeline.inference.vllm import (
-    VllmCommand,
-    has_gpu,
-    parse_flags,
-    plan_servers,
-    require_vllm,
-    vllm_python,
-)
+from pipeline.inference.vllm import VllmCommand, has_gpu, parse_flags, plan_servers, require_vllm, vllm_python
 from pipeline.install import install_command
 from pipeline.progress import Progress
 from pipeline.sources import find_source

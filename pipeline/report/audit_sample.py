@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.audit import TEXTS, Frame, audit_in_words
+from pipeline.dataset.audit import REJECTED, TEXTS, Frame, audit_in_words
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.review_tools import ERROR_KINDS, audit_files
 from pipeline.dataset.reviews import TextName, Verdict, read_stored, text_name
@@ -65,7 +65,8 @@ def write_audit(version: Version, dataset: DatasetDir, number: int, seed: int, t
         title=title,
         drawn=len(names),
         repeats=len(items) - len(names),
-        texts=frame.texts.total(),
+        kept=frame.texts.total() - frame.size(REJECTED),
+        rejected=frame.size(REJECTED),
         measured=audit_in_words(audit)[0] if (audit := manifest.get("audit")) else "",
         errors=ERROR_KINDS,
         seed=seed,

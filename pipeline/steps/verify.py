@@ -20,13 +20,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.config.sections import FilterConfig, VerifyConfig
-from pipeline.dataset.calibration import (
-    CLAIMS,
-    FINDINGS,
-    NEVER,
-    choose_references,
-    read_findings,
-)
+from pipeline.dataset.calibration import CLAIMS, FINDINGS, NEVER, choose_references, read_findings
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.dataset.records import described, read_record
 from pipeline.digests import weights_revision

@@ -16,13 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.errors import TrainError, one_line
 from pipeline.images.clip import silence_transformers

@@ -139,6 +139,7 @@ def test_texts_that_left_the_version_after_their_review_remain_evidence() -> Non
         rate = estimate_errors(after, verdicts)["version"]
         # 80 reviewed texts are right, and about a fifth of the other 300 texts are wrong.
         assert rate["low"] < 0.15 < rate["high"] and 0.1 < rate["wrong"] < 0.2
+        assert rate["reviewed"] == 80
 
 
 def test_new_text_of_a_later_version_must_be_reviewed_and_old_texts_keep_their_verdicts() -> None:
@@ -188,6 +189,59 @@ def test_verdicts_that_differ_raise_the_reviewer_error_and_widen_the_interval() 
     assert any("this is too high" in line for line in audit_in_words(estimate_errors(frame, always)))
 
 
+def test_removed_text_without_a_verdict_does_not_end_the_audit() -> None:
+    removed = [row | {"style": "brief"} for row in SURE[:50]]
+    frame = frame_of(SURE[50:], removed=removed)
+    ids = {row["sample_id"] for row in removed}
+    names = [text.name for text in frame.drawn[PASSED] if text.name[0] not in ids]
+    audit = estimate_errors(frame, [judge(name, "right") for name in names])
+    assert audit["reviewed"] == 350 and [rate["style"] for rate in audit["rates"]] == ["plain"]
+
+
+def test_lower_bound_is_zero_if_no_text_of_the_version_is_wrong() -> None:
+    unchecked = [caption(n, agreement=None) for n in range(2000, 2100)]
+    frame = frame_of(DOUBTED + SURE + unchecked, [caption(n) for n in range(40)])
+    findings = findings_of(frame)
+    names = frame.first(36)
+    verdicts = [judge(name, "wrong" if findings[name] == REJECTED else "right") for name in names]
+    assert estimate_errors(frame, verdicts)["version"]["low"] == 0
+
+
+def test_stratum_without_verdicts_is_left_out_of_the_likely_share_but_widens_the_interval() -> None:
+    frame = frame_of(DOUBTED * 4 + SURE)
+    names = [text.name for text in frame.drawn[PASSED]][:100]
+    verdicts = [judge(name, "wrong" if n % 2 else "right") for n, name in enumerate(names)]
+    rate = estimate_errors(frame, verdicts)["version"]
+    assert rate["wrong"] == pytest.approx(0.5, abs=0.02) and rate["low"] < 0.45 and rate["high"] > 0.6
+
+
+def test_rates_of_styles_count_only_their_own_texts() -> None:
+    brief = [row | {"style": "brief"} for row in SURE[:100]]
+    frame = frame_of(brief + SURE[100:])
+    ids = {row["sample_id"] for row in brief}
+    verdicts = [judge(name, "wrong" if name[0] in ids else "right") for name in frame.first(200)]
+    first, second = estimate_errors(frame, verdicts)["rates"]
+    assert (first["style"], first["texts"], second["texts"]) == ("brief", 100, 300)
+    assert first["low"] > 0.85 and second["wrong"] < 0.01 and second["high"] < 0.05
+    assert first["reviewed"] + second["reviewed"] == 200 and 30 < first["reviewed"] < 70
+
+
+def test_kind_of_an_error_is_the_one_that_most_reviewers_named() -> None:
+    frame = frame_of(SURE, DOUBTED)
+    names = frame.first(60)
+    named = [("a", "color"), ("b", "object"), ("c", "object")]
+    verdicts = [judge(name, "wrong", reviewer, error=error) for name in names for reviewer, error in named]
+    audit = estimate_errors(frame, [*verdicts, judge(names[0], "right", "d", seed=1)])
+    assert [one["error"] for one in audit["found"]] == ["all", "object"] and audit["reviewers"] == 3
+
+
+def test_texts_that_left_the_version_are_no_finding_of_the_checks() -> None:
+    frame = frame_of(SURE, DOUBTED, removed=[caption(n) for n in range(3000, 3050)])
+    names = [text.name for finding in (PASSED, REJECTED) for text in frame.drawn[finding]]
+    found = estimate_errors(frame, [judge(name, "wrong") for name in names])["found"][0]
+    assert (found["wrong_texts"], found["found_texts"]) == (450, 50)
+
+
 def test_unclear_verdicts_are_counted_and_give_no_rate() -> None:
     frame = frame_of(SURE)
     audit = estimate_errors(frame, [judge(name, "cannot_tell") for name in frame.first(30)])
@@ -231,13 +285,14 @@ def test_audit_summary_states_the_error_rates_or_that_none_was_measured() -> Non
         "differing": 1, "found": [found],
     }  # fmt: skip
     lines = [
-        "4.1 % [2.1, 7.2] of the 9,000 texts of the version are wrong, 150 reviewed (audit of 200 texts)",
-        "60.0 % [50.0, 70.0] of the 300 texts that the checks rejected are wrong, 50 reviewed",
+        "4.1 % [2.1, 7.2] of the 9,000 texts of the version are wrong (150 reviewed)",
+        "60.0 % [50.0, 70.0] of the 300 texts that the checks rejected are wrong (50 reviewed)",
         "1 of 40 texts that were judged twice have different verdicts: 2.0 % [1.0, 5.0] of the verdicts are"
         " wrong",
         "the checks find 10.0 % [0.0, 40.0] of texts with another error (1 of 9 in the sample); they do not"
         " see most of these errors",
     ]
     assert audit_in_words(audit) == lines
+    assert audit_in_words(audit | {"found": [found | {"wrong_texts": 2}]}) == lines[:-1]
     assert "no text was judged twice" in audit_in_words(audit | {"repeated": 0})[2]
     assert audit_in_words(None) == [NOT_MEASURED]

@@ -45,6 +45,7 @@ def test_errors_concentrated_in_one_image_lower_the_effective_sample_size() -> N
     apart = Share.of(Counter({(4, *[-4] * 9): 100}), 2)
     assert together.value == apart.value == 0.1
     assert together.trials == pytest.approx(100) and apart.trials == 1000
+    assert Share.of(Counter({(4, *[-4] * 9): 99, (-4,) * 10: 1}), 2).trials == 1000
 
 
 def test_findings_have_shares_of_passed_claims_and_refuted_references() -> None:
@@ -122,5 +123,5 @@ def test_choice_of_references_depends_on_the_seed_but_not_on_the_order_of_sample
     forward, backward = (
         choose_references([pa.RecordBatch.from_pylist(ordered)], 8, 0) for ordered in (rows, rows[::-1])
     )
-    assert forward == backward and 7 <= len(forward) <= 8 and names[3] not in forward
+    assert forward == backward and len(forward) == 8 and names[3] not in forward
     assert forward.keys() != choose_references([pa.RecordBatch.from_pylist(rows)], 8, 1).keys()

@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 SAMPLE, CONTENT = "a" * 64, "b" * 16
 NAME = f"7-{SAMPLE}-{CONTENT}"
 IMAGE = "data:image/webp;base64,UklGRhoBAABXRUJQ"
-TEXT = {"content": CONTENT, "kind": "plain", "text": "A <b>red</b> ring.", "scores": {"coverage": 0.5}}
+TEXT = {"content": CONTENT, "kind": "plain", "text": "A <b>red</b> ring."}
 ITEM = {"id": SAMPLE, "images": [IMAGE, IMAGE], "text": TEXT, "repeat": False}
 CHOICES = {"from_name": "verdict", "to_name": "text", "type": "choices", "origin": "manual"}
 LABELS = {"from_name": "words", "to_name": "text", "type": "labels"}  # of another interface
@@ -69,16 +69,16 @@ def test_second_verdict_on_a_repeated_task_is_kept(tmp_path: Path) -> None:
     assert [v.repeat for v in read_lines(tmp_path / "export.json") if isinstance(v, Verdict)] == [False, True]
 
 
-def test_label_studio_task_has_text_images_and_scores() -> None:
+def test_label_studio_task_has_text_and_images() -> None:
     tasks = json.loads(audit_files("label-studio", [ITEM], 7, "Title")["tasks.json"])
-    values = {"id": NAME, "text": "A <b>red</b> ring.", "kind": "plain", "coverage": 0.5}
+    values = {"id": NAME, "text": "A <b>red</b> ring.", "kind": "plain"}
     assert tasks == [{"data": values | {"images": [IMAGE, IMAGE]}}]
 
 
-def test_argilla_record_has_a_field_for_each_page_and_scores_as_metadata() -> None:
+def test_argilla_record_has_a_field_for_each_page_and_the_kind_as_metadata() -> None:
     files = {name: json.loads(text) for name, text in audit_files("argilla", [ITEM], 7, "My data v1").items()}
     fields = {"text": "A <b>red</b> ring.", "page_1": IMAGE, "page_2": IMAGE}
-    record = {"id": NAME, "fields": fields, "metadata": {"kind": "plain", "coverage": 0.5}}
+    record = {"id": NAME, "fields": fields, "metadata": {"kind": "plain"}}
     assert files["records.json"] == [record]
     settings = files[".argilla/settings.json"]
     assert [field["name"] for field in settings["fields"]] == [*fields]
