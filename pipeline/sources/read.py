@@ -46,6 +46,7 @@ from pipeline.sources.exclusions import (
     write_exclusions,
 )
 from pipeline.sources.parquet import NAMED_IMAGES_HINT
+from pipeline.sources.texts import join_texts
 from pipeline.storage.files import (
     open_parquet,
     open_table,
@@ -63,7 +64,6 @@ from pipeline.tables import (
     SAMPLE_IMAGES,
     SOURCE_REJECTED,
 )
-from pipeline.text.tokenized import join_texts
 from pipeline.types import ImageKind, Rejected, Sample, Source
 
 PARTS_FOLDER = "parts"

@@ -25,6 +25,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.errors import SourceError
 from pipeline.sources.splits import most_held_out, read_split
 from pipeline.sources.text_files import parse_json, parse_rows, read_text, translate_file_errors
@@ -42,6 +44,7 @@ from pipeline.tables import (
     WRITTEN_BY,
 )
 from pipeline.text.escape import encodable
+from pipeline.text.tokenized import join_tokens
 from pipeline.types import ReferenceQA
 
 TEXT_KEYS = ("raw", "caption", "text", "answer")
@@ -290,3 +293,24 @@ def _unique(names: Sequence[str], key_of: Callable[[str], str]) -> dict[str, str
 def normalize_path(name: str) -> str:
     """Return a path with forward slashes in Unicode form NFC. Windows and macOS write other forms."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
+
+
+def join_texts(samples: pa.Table) -> tuple[pa.Table, int]:
+    """Join the tokens of the human texts of samples. Returns the samples and the number of changed texts."""
+    num_joined = 0
+
+    def join(text: str) -> str:
+        nonlocal num_joined
+        joined = join_tokens(text)
+        num_joined += joined != text
+        return joined
+
+    def join_pair(pair: dict[str, Any]) -> dict[str, Any]:
+        return pair | {"question": join(pair["question"]), "answers": [*map(join, pair["answers"])]}
+
+    for name, convert in ((REFERENCES, join), (REFERENCE_QA, join_pair)):
+        column = samples.schema.get_field_index(name)
+        texts = [None if row is None else [*map(convert, row)] for row in samples[name].to_pylist()]
+        field = samples.schema.field(column)
+        samples = samples.set_column(column, field, pa.array(texts, field.type))
+    return samples, num_joined

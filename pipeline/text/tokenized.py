@@ -7,10 +7,6 @@ import re
 from functools import cache
 from typing import Any
 
-import pyarrow as pa
-
-from pipeline.tables import REFERENCE_QA, REFERENCES
-
 # Forms that only tokenizers write. French has a space before ! ? ; and :
 _TOKENIZED = re.compile(
     r"(?<=\S) [.,](?= |$)|(?<=\w) (?:'(?:s|m|d|re|ve|ll)|n't)\b|``|''|-[lr][rs]b-|(?<= )\" ", re.IGNORECASE
@@ -33,27 +29,6 @@ def join_tokens(text: str) -> str:
         joined = _I.sub("I", joined.lower())
         return joined[:1].upper() + joined[1:]
     return joined
-
-
-def join_texts(samples: pa.Table) -> tuple[pa.Table, int]:
-    """Join the tokens of the human texts of samples. Returns the samples and the number of changed texts."""
-    num_joined = 0
-
-    def join(text: str) -> str:
-        nonlocal num_joined
-        joined = join_tokens(text)
-        num_joined += joined != text
-        return joined
-
-    def join_pair(pair: dict[str, Any]) -> dict[str, Any]:
-        return pair | {"question": join(pair["question"]), "answers": [*map(join, pair["answers"])]}
-
-    for name, convert in ((REFERENCES, join), (REFERENCE_QA, join_pair)):
-        column = samples.schema.get_field_index(name)
-        texts = [None if row is None else [*map(convert, row)] for row in samples[name].to_pylist()]
-        field = samples.schema.field(column)
-        samples = samples.set_column(column, field, pa.array(texts, field.type))
-    return samples, num_joined
 
 
 @cache
