@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,14 +47,15 @@ def main() -> None:
     version = read_version(max((options.dataset / "versions").iterdir()))
     examples = examples_in(version, "train", "human")[: options.images]
     encoder, best = load_encoder(options.encoder), 0.0
+    tower: Any = encoder.tower  # the types of torch lack `memory_format`
     for name, memory_format in FORMATS.items():
-        encoder.tower.to(memory_format=memory_format)
+        tower.to(memory_format=memory_format)
         for size in BATCH_SIZES:
             pixels = encoder.pixels([example.open() for example in examples[:size]])
             rate = bare_rate(encoder, pixels.contiguous(memory_format=memory_format), options.images // 2)
             best = max(best, rate)
             print(f"bare, {name}, batch of {size}: {rate:.1f} images a second", flush=True)
-    encoder.tower.to(memory_format=torch.contiguous_format)
+    tower.to(memory_format=torch.contiguous_format)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         store_features(encoder, examples, Path(folder), torch.device("cpu"), NullProgress())

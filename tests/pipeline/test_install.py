@@ -25,6 +25,7 @@ NEEDS = [
     (("train",), TRAIN, []),
     (("train",), (), ["torch", "safetensors", "transformers"]),  # pipeline/images/clip.py
     (EXTRAS["serve-captioner"], ("trainer.server",), []),
+    (("timm",), (), ["timm"]),
     (("ray",), (), ["ray"]),
     (("s3",), (), ["s3fs", "aiobotocore"]),
     *(((extra,), (), [package]) for extra, package in PACKAGES.items()),

@@ -51,7 +51,7 @@ def save_transformers_model(kind: str, folder: Path) -> None:
 
 def save_timm_model(architecture: str, folder: Path) -> None:
     """Save a model as timm does, with images of 96 x 96 pixels."""
-    model = timm.create_model(architecture, pretrained=False)
+    model: Any = timm.create_model(architecture, pretrained=False)
     folder.mkdir(exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     size = model.default_cfg["input_size"] if architecture == "test_vit" else (3, 96, 96)

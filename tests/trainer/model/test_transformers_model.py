@@ -236,7 +236,9 @@ def test_padded_prompt_gives_the_same_tokens_and_logits_as_an_unpadded_prompt(fa
     narrow = {"sliding_window": 12} if family == "gemma3_text" else {}
     model = {"model_type": family, **FAMILIES[family][0], **narrow}
     vit = {"model_type": "vit", **TOWER}
-    config = SynthCaptionerConfig({"model": vit}, {"language_model": model}, [("human", "brief")], eos_id=1)
+    config = SynthCaptionerConfig(
+        {"model": vit, "width": 32}, {"language_model": model}, [("human", "brief")], eos_id=1
+    )
     captioner = SynthCaptioner(config)
     captioner.eval()  # type: ignore[no-untyped-call]
     rows = [[5, 6], [7, 8, 9, 10, 11, 12, 13], [14, 15, 16]]
@@ -326,7 +328,8 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def test_gradient_accumulation_changes_neither_loss_nor_gradient(tmp_path: Path) -> None:
     """Texts differ in length, so a mean of means would differ from the mean over all tokens."""
     decoder = {"vocab_size": 50, "width": 32, "depth": 1, "heads": 2}
-    config = SynthCaptionerConfig({"model": {"model_type": "vit", **TOWER, **IMAGE}}, decoder, eos_id=1)
+    encoder = {"model": {"model_type": "vit", **TOWER, **IMAGE}, "width": 32}
+    config = SynthCaptionerConfig(encoder, decoder, eos_id=1)
     random, rows = torch.Generator().manual_seed(0), []
     for number in range(8):
         ids = torch.randint(1, 50, (4 + 3 * number,), generator=random)
