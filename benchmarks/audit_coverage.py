@@ -4,7 +4,7 @@
 
 A check flags texts, and with --rejects it rejects them, so that the version has only the other texts. Checks:
 `good` finds .9 of the wrong texts and flags .02 of the others, `bad` .4 and .1, `blind` is like `good` but
-sees a third of the errors never, `anti` flags .02 of the wrong texts and .2 of the others, `shared` is like
+never sees a third of the errors, `anti` flags .02 of the wrong texts and .2 of the others, `shared` is like
 `good` but overlooks half of the errors. An audit uses no human captions. Each verdict is wrong with the given
 probability. A part of the texts is judged twice, as on the page of `synth review`.
 

@@ -31,7 +31,7 @@ UPPER: Priors = (0.0, 20)
 # These grids are uniform in the arcsine of the square root, so equal weights are the prior of Jeffreys.
 SHARES: Floats = np.sin((np.arange(NUM_SHARES) + 0.5) / NUM_SHARES * np.pi / 2) ** 2
 ERRORS: Floats = np.sin((np.arange(NUM_ERRORS) + 0.5) / NUM_ERRORS * np.arcsin(MAX_ERROR**0.5)) ** 2
-NO_ERROR = ERRORS[:1] * 0 + 1e-9
+NO_ERROR: Floats = np.array([1e-9])
 
 
 @dataclass(slots=True)

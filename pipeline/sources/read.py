@@ -219,8 +219,8 @@ class SourceReader:
         self.progress("read", len(kept), limit and len(kept))
         num_joined = self._write_step(parts)
         if num_joined:
-            problem = f"{num_joined:,} tokenized human texts"
-            self.progress.message(f'read: joined words and punctuation of {problem}, such as "a dog ."')
+            texts = f"{num_joined:,} tokenized human texts"
+            self.progress.message(f'read: joined words and punctuation of {texts}, such as "a dog ."')
         return {"limit": limit, "images": len(kept), "has_more": has_more, "joined_texts": num_joined}
 
     def _check(self, row: Sample | Rejected) -> Sample | Rejected:

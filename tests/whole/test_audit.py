@@ -102,6 +102,8 @@ def test_reviewer_can_undo_and_resume_verdicts(audit: Path, opened: Open, synth:
     require_success(synth("review", "sample", "-n", "12"))
     again = start(opened, audit, "Anna", WIDE)  # in another browser, the page has the applied verdicts
     expect(again.locator("#state")).to_contain_text("Anna: 1 of 22 reviewed")
+    everything = require_success(synth("review"))
+    assert tmp_path / everything.stdout.strip() == audit and "which are all" in everything.stderr
     require_success(synth("review", "sample", "-n", "12", "--seed", "1"))
     other = start(opened, audit, "Anna", WIDE)  # verdicts belong to a seed
     expect(other.locator("#state")).to_contain_text("Anna: 0 of 22 reviewed")

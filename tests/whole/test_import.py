@@ -111,6 +111,25 @@ def test_human_captions_and_questions_become_version_and_captioner_without_model
     assert f"me/captioner, private: {reason}" in printed
 
 
+def test_tokenized_texts_are_joined_and_counted(photos: Path) -> None:
+    pairs = [(0, "A man 's bowl stands on a table ."), (1, "A cup on a table.")]
+    lines = [json.dumps({"file_name": f"{number:02}.png", "caption": text}) for number, text in pairs]
+    question = {"question": "Is n't the cup full ?", "answers": ["yes"]}
+    lines.append(json.dumps({"file_name": "02.png", **question}))
+    (photos / "tokenized.jsonl").write_text("\n".join(lines))
+    result = generate_json(photos, "generate", "--no-model", captions="tokenized.jsonl")
+    rows = rows_of(photos, result)
+    assert [rows[f"{number:02}.png"]["references"] for number, _ in pairs] == [
+        ["A man's bowl stands on a table."],
+        ["A cup on a table."],
+    ]
+    assert rows["02.png"]["reference_qa"][0]["question"] == "Isn't the cup full?"
+    manifest = json.loads((photos / result["path"] / "manifest.json").read_text())
+    assert manifest["source"]["joined_texts"] == 2
+    card = (photos / result["path"] / "README.md").read_text()
+    assert "words and punctuation of 2 tokenized human texts were joined" in card
+
+
 def test_only_images_without_captions_are_sent_to_the_model(
     photos: Path, server: ChatServer, model: Model
 ) -> None:
