@@ -13,6 +13,10 @@ from tests.commands import REPLIES
 
 __all__ = ["browser", "opened"]
 
+# Set these before other conftest.py files import torch. Several test processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads do not spin
+
 # The slowest test files run first, so that no worker has one left at the end.
 ORDER = (
     "whole/test_vllm", "whole/test_cluster", "whole/test_browser", "whole/test_install", "trainer/model",
@@ -42,9 +46,7 @@ def working_directory() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the environment of the tests and of their child processes, before torch is imported."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share the cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads do not spin
+    """Set up the tests and their child processes."""
     os.fsync = lambda fd: None  # fsync is slow and not needed: tests kill processes, but never the machine
     if not os.environ.get("PYTEST_XDIST_WORKER"):
         folder = tempfile.TemporaryDirectory(prefix="synth-tests-")

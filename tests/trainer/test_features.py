@@ -178,10 +178,14 @@ def test_batches_are_loaded_ahead_of_their_use() -> None:
 def test_threads_that_encode_leave_the_other_threads_as_they_were(
     encoder: Encoder, examples: list[Example], tmp_path: Path
 ) -> None:
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    store_features(encoder, examples[:9], tmp_path, CPU, QUIET)
-    with ThreadPoolExecutor(1) as pool:
-        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 2
+    try:
+        store_features(encoder, examples[:9], tmp_path, CPU, QUIET)
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)  # a process that a later test forks hangs with several threads
     assert all(weights.is_contiguous() for weights in encoder.tower.state_dict().values())
 
 
