@@ -58,12 +58,13 @@ Presets:
 | `scenes` | drawn scenes | the defaults above |
 """
 PRESET_USES = {
-    "photos-few": "fewer than 2,000 photographs, a decoder from scratch",
     "photos": "photographs, a decoder from scratch",
+    "photos-large": "20,000 photographs or more, a decoder from scratch, a GPU",
     "photos-lm": "photographs, a language model as decoder",
 }
 FOOTER = """
-The presets follow published recipes. They were not tuned on a GPU.
+The presets `scenes` and `photos` were chosen by [measurements](measurements.md#photographs) on a CPU. The
+other presets follow published recipes, and were not measured.
 
 ## Environment variables
 

@@ -21,7 +21,17 @@ from pipeline.sources.join import with_pixels
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import parse_dataset_path
 from pipeline.tables import SPLITS
-from trainer.config import DECODERS, ENCODERS, TINY_VIT, TrainConfig, choose_preset, default_texts, resolve
+from trainer.config import (
+    DECODERS,
+    ENCODERS,
+    MIN_EPOCHS,
+    MIN_IMAGES_SEEN,
+    TINY_VIT,
+    TrainConfig,
+    choose_preset,
+    default_texts,
+    resolve,
+)
 from trainer.runtime.checkpoint_folder import find_captioner, read_models, require_free
 
 
@@ -142,6 +152,8 @@ def choose_settings(
     version: Version, options: dict[str, Any], config_file: Path | None, message: Callable[[str], None]
 ) -> TrainConfig:
     """Return the settings. Unset ones are chosen to suit the data and the machine."""
+    from trainer.runtime.devices import best_device, default_precision  # imports torch
+
     config = resolve(config_file, **options)
     if config.init:
         models = read_models(find_captioner(config.init))
@@ -153,15 +165,16 @@ def choose_settings(
         config = resolve(config_file, **options)
     chosen: dict[str, Any] = {}
     is_drawn = version.manifest["source"]["name"] in (SCENES, DECKS)
+    num_images = version.manifest["rows"]["train"]
     if config.preset == "auto" or (config.preset is None and config_file is None):
-        num_images = version.manifest["rows"]["train"]
-        preset = choose_preset(is_drawn=is_drawn, images=num_images, decoder=config.decoder)
+        has_gpu = best_device().type == "cuda"
+        preset = choose_preset(is_drawn=is_drawn, images=num_images, decoder=config.decoder, has_gpu=has_gpu)
         config = resolve(config_file, **options | {"preset": preset})
     if "encoder" not in config.model_fields_set:
         chosen["encoder"] = choose_encoder(message, is_drawn=is_drawn)
+    if config.preset == "photos" and not config.model_fields_set & {"epochs", "steps"}:
+        chosen["epochs"] = max(MIN_EPOCHS, MIN_IMAGES_SEEN // max(1, num_images))
     if config.preset and "precision" not in config.model_fields_set:
-        from trainer.runtime.devices import best_device, default_precision  # imports torch
-
         chosen["precision"] = default_precision(config.preset, best_device())
     if "text_source" not in config.model_fields_set:
         chosen["text_source"] = default_texts(version.manifest)

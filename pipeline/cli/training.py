@@ -45,7 +45,7 @@ def train(
     preset: Annotated[
         str | None,
         option(
-            "Settings preset: auto, scenes, photos-few, photos or photos-lm.",
+            "Settings preset: auto, scenes, photos, photos-large or photos-lm.",
             "auto; with --config, the preset in the file",
         ),
     ] = None,

@@ -46,15 +46,6 @@ def train_until_saved(
     monkeypatch.undo()
 
 
-def use_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the precision `bf16` use autocast on a CPU, as on a GPU."""
-
-    def autocast(precision: str, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    monkeypatch.setattr(trainer.loop, "autocast", autocast)
-
-
 def script_scores(monkeypatch: pytest.MonkeyPatch, scores: Iterable[float], evaluations: int = 30) -> None:
     """Replace the scores during a training by `scores`, and skip the final test."""
     remaining = iter(scores)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from trainer.config import FEW_IMAGES, PRESETS, TrainConfig, choose_preset, resolve
+from trainer.config import MANY_IMAGES, PRESETS, TrainConfig, choose_preset, resolve
 from trainer.runtime.checkpoint_folder import describe_difference
 
 
@@ -57,12 +57,17 @@ def test_learning_rates_are_recomputed_when_the_model_changes(tmp_path: Path) ->
     assert rates(TrainConfig(encoder="clip", encoder_lr=1e-5)) == (1e-5, 1e-3, 1e-3)
 
 
-def test_preset_depends_on_images_and_decoder() -> None:
-    assert choose_preset(is_drawn=True, images=9, decoder="qwen3") == "scenes"
-    assert choose_preset(is_drawn=False, images=9, decoder="qwen3") == "photos-lm"
-    assert choose_preset(is_drawn=False, images=FEW_IMAGES - 1, decoder="scratch") == "photos-few"
-    assert choose_preset(is_drawn=False, images=FEW_IMAGES, decoder="scratch") == "photos"
-    assert choose_preset(is_drawn=False, images=FEW_IMAGES, decoder="prefix") == "photos"
+def test_preset_depends_on_images_decoder_and_machine() -> None:
+    assert choose_preset(is_drawn=True, images=9, decoder="qwen3", has_gpu=True) == "scenes"
+    assert choose_preset(is_drawn=False, images=9, decoder="qwen3", has_gpu=False) == "photos-lm"
+    for images, has_gpu, preset in (
+        (9, True, "photos"),
+        (MANY_IMAGES - 1, True, "photos"),
+        (MANY_IMAGES, True, "photos-large"),
+        (MANY_IMAGES, False, "photos"),
+    ):
+        for decoder in ("scratch", "prefix"):
+            assert choose_preset(is_drawn=False, images=images, decoder=decoder, has_gpu=has_gpu) == preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -78,7 +83,7 @@ def test_file_and_flags_override_preset(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("preset: photos\nbatch_size: 7\n")
     config = resolve(tmp_path / "c.yaml", decoder_lr=0.25)
     assert (config.preset, config.batch_size, config.decoder_lr) == ("photos", 7, 0.25)
-    assert (config.decoder_width, config.label_smoothing) == (512, 0.1)
+    assert (config.decoder_width, config.scst_frac) == (256, 0.4)
     (tmp_path / "c.yaml").write_text("batch_size: 7\n")
     assert resolve(tmp_path / "c.yaml", preset="photos").batch_size == 7
 
@@ -92,7 +97,7 @@ def test_text_weights_are_merged_with_those_of_the_preset(tmp_path: Path) -> Non
 
 
 def test_epochs_flag_overrides_steps(tmp_path: Path) -> None:
-    assert resolve(preset="photos-few", epochs=1).with_defaults(32).steps == 2
+    assert resolve(preset="photos", epochs=1).with_defaults(32).steps == 2
     (tmp_path / "train.json").write_text(TrainConfig(encoder="clip", steps=50).model_dump_json())
     assert resolve(tmp_path / "train.json", epochs=2).with_defaults(64).steps == 4
     assert resolve(tmp_path / "train.json", epochs=2, steps=9).with_defaults(64).steps == 9
@@ -107,7 +112,7 @@ def test_epochs_are_converted_to_steps_and_other_stages_are_fractions_of_these_s
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ({"preset": "photos-few"}, "has the preset photos, but --preset is photos-few"),
+        ({"preset": "photos-large"}, "has the preset photos, but --preset is photos-large"),
         ({"lora_rank": 8}, "lora_rank needs a pretrained language model"),
         ({"decoder": "qwen3"}, "the preset photos does not fit the decoder qwen3"),
     ],

@@ -1,6 +1,7 @@
 """Planning a training: defaults depend on the data, and no other file is overwritten."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_default_settings_and_folder_depend_on_the_data(version: Version) -> Non
     assert (config.preset, config.text_source) == ("scenes", "synthetic")
     assert folder == version.dataset_dir / "checkpoints" / "v1.0.0-tiny-vit-scratch"
     assert plan(version, text_source="human")[0].text_source == "human"
+
+
+def test_photos_are_trained_longer_if_there_are_fewer(version: Version) -> None:
+    def epochs(images: int, **options: object) -> int:
+        manifest = {**version.manifest, "rows": {**version.manifest["rows"], "train": images}}
+        return plan(replace(version, manifest=manifest), preset="photos", **options)[0].epochs
+
+    assert [epochs(images) for images in (1_000, 6_000, 100_000)] == [60, 10, 10]
+    assert epochs(1_000, epochs=3) == 3
 
 
 def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path: Path) -> None:

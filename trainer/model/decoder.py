@@ -192,7 +192,7 @@ class Attention(nn.Module):
         if isinstance(seen, tuple):
             mixed_CHTK = attend_apart(q_CHTK, k_CHSK, v_CHSK, *seen)
         else:
-            mixed_CHTK = functional.scaled_dot_product_attention(q_CHTK, k_CHSK, v_CHSK, attn_mask=seen)
+            mixed_CHTK = attend(q_CHTK, k_CHSK, v_CHSK, attn_mask=seen)
         out_CTD: Tensor = self.out(mixed_CHTK.transpose(1, 2).flatten(2))
         return out_CTD
 
@@ -211,7 +211,17 @@ def attend_apart(
         return moved_CTHK.transpose(1, 2)
 
     q_CHTK, k_CHTK, v_CHTK = (moved(x_BHSK, place_CT) for x_BHSK in (q_BHSK, k_BHSK, v_BHSK))
-    return moved(functional.scaled_dot_product_attention(q_CHTK, k_CHTK, v_CHTK, is_causal=True), origin_BS)
+    return moved(attend(q_CHTK, k_CHTK, v_CHTK, is_causal=True), origin_BS)
+
+
+def attend(q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, **mask: Any) -> Tensor:
+    """Return softmax(q k^T / sqrt(K)) v: (C, H, T, K)."""
+    if q_CHTK.device.type != "cpu":
+        return functional.scaled_dot_product_attention(q_CHTK, k_CHSK, v_CHSK, **mask)
+    # On a CPU, the kernel is faster in float32 than in bfloat16.
+    with torch.autocast("cpu", enabled=False):
+        inputs = (q_CHTK.float(), k_CHSK.float(), v_CHSK.float())
+        return functional.scaled_dot_product_attention(*inputs, **mask)
 
 
 def rope_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> TensorPair:

@@ -31,14 +31,20 @@ def test_matrix_precision_is_set_within_the_context(precision: Precision, settin
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_default_precision_depends_on_preset_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases: list[tuple[Preset, str, bool, str]] = [
+@pytest.mark.parametrize(
+    ("preset", "device", "has_bfloat16", "precision"),
+    [
         ("scenes", "cuda", True, "tf32"),
         ("scenes", "cpu", True, "fp32"),
         ("photos", "cuda", True, "bf16"),
         ("photos", "cuda", False, "tf32"),
-        ("photos", "cpu", True, "fp32"),
-    ]
-    for preset, device, has_bfloat16, precision in cases:
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bfloat16, **_: has)
-        assert default_precision(preset, torch.device(device)) == precision
+        ("photos", "cpu", True, "bf16"),
+        ("photos", "cpu", False, "fp32"),
+    ],
+)
+def test_default_precision_depends_on_preset_and_device(
+    monkeypatch: pytest.MonkeyPatch, preset: Preset, device: str, *, has_bfloat16: bool, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bfloat16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bfloat16})
+    assert default_precision(preset, torch.device(device)) == precision
