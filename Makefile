@@ -16,6 +16,7 @@ help:
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
 	@echo 'make check-real REPO=ORG/NAME  run the main job on 64 photos with your GPU, network and Hub token'
 	@echo 'make rehearse  run all tasks with a model of the default shape, random weights and vLLM for CPUs'
+	@echo 'make photographs DIR=DATASET ENCODER=FOLDER  train on photographs, and compare with transformers (hours)'
 	@echo 'make clean   remove environments and build outputs'
 
 demo: .stamps/demo
@@ -59,6 +60,11 @@ check-real: .stamps/venv
 rehearse: .stamps/venv .stamps/vllm
 	$(BIN)/python -m tests.rehearse $(if $(LAYERS),--layers $(LAYERS)) $(if $(VISION_LAYERS),--vision-layers $(VISION_LAYERS))
 
+# DIR is a dataset of photographs with human captions. With the same OUT, an interrupted run continues.
+photographs: .stamps/venv
+	@test -n "$(DIR)" -a -n "$(ENCODER)" || { echo 'name both: make photographs DIR=DATASET ENCODER=FOLDER [OUT=FOLDER]'; exit 2; }
+	$(BIN)/python benchmarks/photographs.py $(DIR) $(ENCODER) $(or $(OUT),photographs)
+
 # The packages that a user needs, and datasets, with which the demo loads the version back. pip shows its progress.
 .stamps/demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synth needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -91,6 +97,6 @@ rehearse: .stamps/venv .stamps/vllm
 	then touch $@; else echo "no Chromium can be installed here: $$(tail -n 1 .stamps/browser.log)"; fi
 
 clean:
-	rm -rf .venv .venv-vllm .venv-trl .stamps demo check-real rehearsal build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-trl .stamps demo check-real rehearsal photographs build dist *.egg-info
 
-.PHONY: help demo test test-long resolve format docs teacher check-real rehearse clean
+.PHONY: help demo test test-long resolve format docs teacher check-real rehearse photographs clean

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_default_settings_and_folder_depend_on_the_data(version: Version) -> Non
 
 
 def test_photos_are_trained_longer_if_there_are_fewer(version: Version) -> None:
-    def epochs(images: int, **options: object) -> int:
+    def epochs(images: int, **options: Any) -> int:
         manifest = {**version.manifest, "rows": {**version.manifest["rows"], "train": images}}
         return plan(replace(version, manifest=manifest), preset="photos", **options)[0].epochs
 
