@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 # The name of the model that the settings `model`, `base_url` and `engine` choose.
@@ -215,9 +215,20 @@ class Request:
         """A key that identifies the images that the model sees."""
         return self.sample_id if self.pages is None else f"{self.sample_id}.{'-'.join(map(str, self.pages))}"
 
-    def reply(self, text: str, finish_reason: str, prompt_tokens: int = 0, reply_tokens: int = 0) -> "Reply":
-        """Return a reply to this attempt of the request."""
-        return Reply(self.id, self.attempt, text, finish_reason, prompt_tokens, reply_tokens)
+    def reply(
+        self,
+        text: str,
+        finish_reason: str,
+        prompt_tokens: int = 0,
+        reply_tokens: int = 0,
+        logprobs: Sequence[float] = (),
+    ) -> "Reply":
+        """Return a reply to this attempt of the request. `logprobs` are those of its tokens, if known."""
+        reply = Reply(self.id, self.attempt, text, finish_reason, prompt_tokens, reply_tokens)
+        if not (self.wants_logprobs and logprobs):
+            return reply
+        mean = round(math.fsum(logprobs) / len(logprobs), 6)
+        return replace(reply, logprob_mean=mean, logprob_min=round(min(logprobs), 6))
 
 
 @dataclass(frozen=True, slots=True)

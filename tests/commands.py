@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -146,6 +147,7 @@ def set_environment(variables: dict[str, str]) -> None:
 def _remember_replies(patch: pytest.MonkeyPatch) -> None:
     """Let embedded engines store their replies on disk, and reuse stored ones."""
     from pipeline.inference import engines
+    from pipeline.types import Reply
 
     folder, load = Path(os.environ[REPLIES]), engines._embedded
 
@@ -159,12 +161,11 @@ def _remember_replies(patch: pytest.MonkeyPatch) -> None:
             new = [n for n, file in enumerate(files) if not file.exists()]
             for n, reply in zip(new, ask_model([requests[n] for n in new]) if new else [], strict=True):
                 scratch = files[n].with_suffix(f".{os.getpid()}")
-                stored = [reply.text, reply.finish_reason, reply.prompt_tokens, reply.reply_tokens]
-                scratch.write_text(json.dumps(stored), encoding="utf-8")
+                scratch.write_text(json.dumps(asdict(reply)), encoding="utf-8")
                 scratch.rename(files[n])
             replies = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-            engine._tokens += sum(reply[3] for n, reply in enumerate(replies) if n not in new)
-            return [request.reply(*reply) for request, reply in zip(requests, replies, strict=True)]
+            engine._tokens += sum(reply["reply_tokens"] for n, reply in enumerate(replies) if n not in new)
+            return [Reply(**reply) for reply in replies]
 
         engine._answer = answer
         return engine

@@ -138,6 +138,10 @@ class Captioner:
         """Generate one text per preprocessed image and return its tokens. Prompts must have equal lengths."""
         return self.checkpoint.captioner.generate(self._encode(pixels_BCHW), torch.tensor(prompts), decoding)
 
+    def logprobs(self, pixels_BCHW: Tensor, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token of a text about one image."""
+        return self.checkpoint.captioner.logprobs(self._encode(pixels_BCHW), prompt, ids)
+
     @torch.inference_mode()
     def _encode(self, pixels_BCHW: Tensor) -> Tensor:
         captioner = self.checkpoint.captioner

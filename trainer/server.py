@@ -14,6 +14,7 @@ import logging
 import re
 import socket
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -74,6 +75,7 @@ class _Body(_Model):
     # Some clients send 16.0.
     max_tokens: float | None = Field(None, ge=1)
     max_completion_tokens: float | None = Field(None, ge=1)
+    logprobs: bool | None = None
     stream: bool | None = None
     response_format: Any = None
 
@@ -83,7 +85,8 @@ class ChatRequest:
     """A request for a caption or an answer. `prompt` is (source, style, question).
 
     If the request has a JSON schema, `field` is its only property. If the schema allows only one value,
-    `only` holds this value, and no image is needed.
+    `only` holds this value, and no image is needed. With `wants_logprobs`, the answer has the log-probability
+    of each token of the text, without those of the JSON around it.
     """
 
     model: str | None
@@ -94,6 +97,7 @@ class ChatRequest:
     field: str | None
     only: str | None
     streams: bool
+    wants_logprobs: bool = False
 
 
 def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
@@ -130,6 +134,7 @@ def read_request(body: bytes, prompts: list[tuple[str, str]]) -> ChatRequest:
         field=field,
         only=only,
         streams=bool(values.stream),
+        wants_logprobs=bool(values.logprobs),
     )
 
 
@@ -171,12 +176,20 @@ def _read_schema(response_format: Any) -> tuple[str | None, str | None]:
 
 
 def completion(
-    request: ChatRequest, model: str, text: str, tokens: tuple[int, int], *, is_cut: bool
+    request: ChatRequest,
+    model: str,
+    text: str,
+    tokens: tuple[int, int],
+    logprobs: Sequence[tuple[str, float]] = (),
+    *,
+    is_cut: bool,
 ) -> dict[str, Any]:
     """Return the response body for a text. `tokens` holds the token counts of prompt and text."""
     content = text if request.field is None else json.dumps({request.field: text}, ensure_ascii=False)
     message = {"role": "assistant", "content": content}
     choice = {"index": 0, "message": message, "finish_reason": "length" if is_cut else "stop"}
+    if logprobs:
+        choice["logprobs"] = {"content": [{"token": token, "logprob": value} for token, value in logprobs]}
     return {
         "id": f"chatcmpl-{uuid4().hex}",
         "object": "chat.completion",
@@ -191,7 +204,8 @@ def chunks(body: dict[str, Any]) -> bytes:
     """Return a response body as server-sent events. The first event holds the whole text."""
     (choice,) = body["choices"]
     shared = {name: body[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    parts: list[Any] = [{"delta": choice["message"], "finish_reason": None}]
+    logprobs = {name: choice[name] for name in ("logprobs",) if name in choice}
+    parts: list[Any] = [{"delta": choice["message"], "finish_reason": None, **logprobs}]
     parts.append({"delta": {}, "finish_reason": choice["finish_reason"]})
     events = [json.dumps(shared | {"choices": [{"index": 0, **part}]}) for part in parts]
     return "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode()
@@ -274,8 +288,15 @@ class CaptionServer:
             raise HTTPException(400, str(error)) from None
         model, kept = self.captioner.checkpoint.captioner, ids[: request.max_tokens]
         is_cut = len(kept) < len(ids) or len(ids) == model.config.max_caption_tokens
-        text = self.captioner.checkpoint.tokenizer.decode(kept)
-        return completion(request, self.name, text, (len(prompt), len(kept)), is_cut=is_cut)
+        tokenizer, logprobs = self.captioner.checkpoint.tokenizer, list[tuple[str, float]]()
+        if request.wants_logprobs:
+            chosen = kept if is_cut else [*kept, model.config.eos_id]
+            values = self.captioner.logprobs(pixels_CHW[None], prompt, chosen)
+            logprobs = [
+                (tokenizer.decode([token]), value) for token, value in zip(chosen, values, strict=True)
+            ]
+        counts = len(prompt), len(kept)
+        return completion(request, self.name, tokenizer.decode(kept), counts, logprobs, is_cut=is_cut)
 
     def _check(self, request: Request) -> None:
         """Raise HTTPException for a request from another website, a wrong key, or a non-JSON body."""

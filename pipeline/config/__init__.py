@@ -177,8 +177,6 @@ class Config(Section):
             if self.select != SelectConfig():
                 yield "`select` needs several captions to choose from: pass --samples 4"
             return
-        if by == "consistency" and self.select.pairs and self.generate.samples == 2:
-            yield "of two captions, `consistency` cannot choose the better: pass --samples 3"
         if by == "clip" and "alignment" not in checks:
             yield "`select.by: clip` needs the check `alignment`: pass --verify alignment"
         if by == "judge" and not self.verify.judge:

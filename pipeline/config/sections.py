@@ -187,7 +187,7 @@ class GenerateConfig(Section):
     """Sampling temperature of captions. 0 is greedy."""
     samples: int = Field(default=1, ge=1, le=64)
     """Captions per image and style. The step `select` keeps the best."""
-    sample_temperature: float = Field(default=0.8, gt=0, le=2)
+    sample_temperature: float = Field(default=0.5, gt=0, le=2)
     """Temperature of the second and later `samples`, unless the temperature of the first is higher."""
     qa_temperature: float = Field(default=0.3, ge=0, le=2)
     """Sampling temperature of questions. At 0 the model asks similar questions about every image. Higher
@@ -219,7 +219,7 @@ class GenerateConfig(Section):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether servers are asked for log-probabilities."""
+        """Whether servers are asked for the log-probabilities of all replies."""
         return self.logprobs or self.min_logprob is not None
 
 
@@ -446,8 +446,8 @@ class VerifyConfig(Section):
 class SelectConfig(Section):
     """How the best of several captions of one image and style is chosen (generate.samples)."""
 
-    by: Literal["consistency", "clip", "judge"] = "consistency"
-    """Rule that chooses the best of `generate.samples` captions: `consistency`, `clip` or `judge`."""
+    by: Literal["likelihood", "clip", "judge"] = "likelihood"
+    """Rule that chooses the best of `generate.samples` captions: `likelihood`, `clip` or `judge`."""
     pairs: bool = False
     """Store the worst caption next to the best, as `captions[].rejected`."""
 

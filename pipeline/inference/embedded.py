@@ -90,13 +90,15 @@ class EmbeddedEngine:
             )
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()
         replies = []
-        for request, row, num_read in zip(requests, output.tolist(), prompt_tokens, strict=True):
+        rows = zip(requests, output.tolist(), prompt_tokens, chooser.logprobs, strict=True)
+        for request, row, num_read, logprobs in rows:
             ids, end = row[inputs["input_ids"].shape[1] :], processor.tokenizer.eos_token_id
             is_whole = end in ids
             ids = ids[: ids.index(end)] if is_whole else ids
             self._tokens += len(ids)
             text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-            replies.append(request.reply(text, "stop" if is_whole else "length", num_read, len(ids)))
+            reason = "stop" if is_whole else "length"
+            replies.append(request.reply(text, reason, num_read, len(ids), logprobs))
         return replies
 
     def _matcher(self, schema: str) -> LLMatcher:
@@ -140,6 +142,8 @@ class GrammarChooser(LogitsProcessor):
         self._rngs = [np.random.default_rng([int(one.id[:16], 16), one.attempt]) for one in requests]
         self._temperatures = torch.tensor([request.sampling.temperature for request in requests])
         self._done = [False] * len(requests)
+        # The log-probabilities of the chosen tokens among the allowed ones, for each row.
+        self.logprobs: list[list[float]] = [[] for _ in requests]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  # required by transformers
         """Return scores [B, V] that allow one token per row, from ids [B, T] and scores [B, V]."""
@@ -149,8 +153,10 @@ class GrammarChooser(LogitsProcessor):
         bits_BV = np.unpackbits(mask.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
         allowed_BV = scores.masked_fill(torch.from_numpy(bits_BV == 0), -torch.inf)
         chosen_B = self._choose(allowed_BV)
-        for row, token in enumerate(chosen_B.tolist()):
+        logprobs_B = allowed_BV.log_softmax(-1).gather(1, chosen_B[:, None])[:, 0]
+        for row, (token, logprob) in enumerate(zip(chosen_B.tolist(), logprobs_B.tolist(), strict=True)):
             if not self._done[row]:
+                self.logprobs[row].append(logprob)
                 matcher = self._matchers[row]
                 self._done[row] = not matcher.consume_token(token) or matcher.is_stopped()
         return torch.full_like(allowed_BV, -torch.inf).scatter_(1, chosen_B[:, None], 0.0)

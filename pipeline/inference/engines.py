@@ -201,7 +201,9 @@ def _make_client(
 ) -> Engine:
     from pipeline.inference.client import Client
 
-    max_tokens, logprobs = requests.largest_max_tokens, requests.generate.wants_logprobs
+    settings = requests.generate
+    logprobs = settings.wants_logprobs or settings.samples > 1
+    max_tokens = requests.largest_max_tokens
     return Client(model, server, max_tokens, progress=progress, wants_logprobs=logprobs, **servers)
 
 

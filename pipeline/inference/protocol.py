@@ -264,10 +264,7 @@ def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply
     if answer is None:
         quote = without_keys(body[:MAX_QUOTED_BYTES].decode(errors="replace"), keys)[:200]
         raise ServerFaultError(f"the response is not OpenAI-compatible: {quote}")
-    reply = request.reply(*answer[:4])
-    if request.wants_logprobs and (values := answer.logprobs):
-        mean = round(math.fsum(values) / len(values), 6)
-        reply = replace(reply, logprob_mean=mean, logprob_min=round(min(values), 6))
+    reply = request.reply(*answer)
     max_characters = MAX_TOKEN_CHARACTERS * request.sampling.max_tokens
     is_too_long = len(reply.text) > max_characters
     return replace(reply, text=reply.text[:max_characters], finish_reason="length") if is_too_long else reply

@@ -280,6 +280,8 @@ def build_requests(
         }
         temperature = task.temperature(plan.generate)
         max_tokens = plan.max_tokens(task, style)
+        # The step `select` chooses the most likely of several captions.
+        wants_logprobs = plan.generate.wants_logprobs or plan.count_replies(task) > 1
         for number in range(plan.count_replies(task)):
             if number:
                 temperature = max(temperature, plan.generate.sample_temperature)
@@ -291,10 +293,11 @@ def build_requests(
                 break  # the prompt cannot be rendered with this result
             pages: dict[str, Any] = {} if task.shows_image else {"pages": ()}
             candidate = {"number": number} if number else {}
-            identity = {"image": sample_id, "about": shared_digest} | pages | candidate
+            scored = {"logprobs": True} if wants_logprobs else {}
+            identity = {"image": sample_id, "about": shared_digest} | pages | candidate | scored
             yield Request(
                 id=digest(identity), sample_id=sample_id, style=style,
-                wants_logprobs=plan.generate.wants_logprobs, **pages, **fields,
+                wants_logprobs=wants_logprobs, **pages, **fields,
             )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 from starlette.exceptions import HTTPException
+from torch import Tensor
 
 from pipeline.dataset.version import read_version
 from pipeline.errors import TrainError
@@ -25,7 +26,7 @@ from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner, server
 from trainer.model.decoding import DecodingConfig
 from trainer.server import CaptionServer, completion, listen, read_request
-from trainer.tokenizer import CaptionTokenizer
+from trainer.tokenizer import CaptionTokenizer, EncodedText, collate
 
 NAME = "student"
 CHAT = "/v1/chat/completions"
@@ -208,6 +209,27 @@ def test_answer_has_token_counts_and_finish_reason(url: str, captioner: Captione
     assert whole["choices"][0]["finish_reason"] == ("length" if is_longest else "stop")
     _, cut, _ = request(url, CHAT, chat(png(1), "detailed", max_tokens=1))
     assert (cut["usage"]["completion_tokens"], cut["choices"][0]["finish_reason"]) == (1, "length")
+
+
+def test_answer_has_the_log_probabilities_of_its_tokens_on_request(url: str, captioner: Captioner) -> None:
+    _, plain, _ = request(url, CHAT, chat(png(1)))
+    _, body, _ = request(url, CHAT, chat(png(1), logprobs=True))
+    assert "logprobs" not in plain["choices"][0] and content_of(body) == content_of(plain)
+    tokens = body["choices"][0]["logprobs"]["content"]
+    is_cut = body["choices"][0]["finish_reason"] == "length"
+    assert len(tokens) == body["usage"]["completion_tokens"] + (not is_cut)
+    # Their sum is the negative loss of the text.
+    model, pixels_CHW = captioner.checkpoint.captioner, captioner.prepare(png(1))
+    assert isinstance(pixels_CHW, Tensor)
+    asked = read_request(json.dumps(chat(png(1))).encode(), model.config.prompts)
+    prompt = captioner.prompt_ids(*asked.prompt)
+    (ids,) = captioner.write(pixels_CHW[None], [prompt], captioner.decoding(3))
+    target = ids if is_cut else [*ids, model.config.eos_id]
+    loss = model.loss(model.encoder(pixels_CHW[None]), collate([[EncodedText.of(prompt, target)]]))
+    assert sum(token["logprob"] for token in tokens) == pytest.approx(-loss.item(), abs=1e-3)
+    (first, *_), cut = tokens, request(url, CHAT, chat(png(1), max_tokens=1, logprobs=True))[1]
+    (only,) = cut["choices"][0]["logprobs"]["content"]
+    assert only == first | {"logprob": pytest.approx(first["logprob"], abs=1e-4)}
 
 
 def test_stream_has_the_whole_answer_in_its_first_event(url: str, captioner: Captioner) -> None:

@@ -4,6 +4,7 @@ Shapes: B images, C texts (several per image are possible), T tokens, N hidden s
 width, D decoder width.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -91,6 +92,17 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
             raise TrainError("the texts of a batch do not fit in GPU memory", hint=hint) from None
         rows = ids_BT[:, prompt_BT.shape[1] :].tolist()
         return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+
+    @torch.inference_mode()
+    def logprobs(self, states_1NV: Tensor, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token of a text that follows a prompt about one image."""
+        tokens_1T = torch.tensor([[*prompt, *ids]], device=self.device)
+        memory_1ND = self.connector(states_1NV.to(self.device))
+        logits_TV = self._writer(tokens_1T, image_states=memory_1ND).logits[0, len(prompt) - 1 : -1]
+        values: list[float] = (
+            logits_TV.float().log_softmax(-1).gather(1, tokens_1T[0, len(prompt) :, None]).flatten().tolist()
+        )
+        return values
 
     def max_new_tokens(self, num_states: int, prompt_tokens: int) -> int:
         """Return the maximum number of tokens that a text may have after the prompt."""

@@ -101,15 +101,16 @@ def test_ids_of_checks_without_image_do_not_depend_on_styles_or_pixel_limit(gene
     assert digests[0] == digests[1] and digests[2] != digests[3]
 
 
-def test_additional_captions_get_new_request_ids_and_the_first_id_is_unchanged() -> None:
+def test_several_captions_have_log_probabilities_and_their_own_request_ids() -> None:
     config = resolve(source="scenes", generate={"samples": 3})
     plan = request_plan(config)
     requests = list(build_requests(SAMPLE, plan))
     assert [(r.style, r.sampling.temperature) for r in requests] == [
-        *(("brief", t) for t in (0.0, 0.8, 0.8)), *(("detailed", t) for t in (0.0, 0.8, 0.8)), ("", 0.3),
+        *(("brief", t) for t in (0.0, 0.5, 0.5)), *(("detailed", t) for t in (0.0, 0.5, 0.5)), ("", 0.3),
     ]  # fmt: skip
     assert len({r.id for r in requests}) == plan.count(plan.pairs) == 7
-    assert [requests[n].id for n in (0, 3, 6)] == ids() == ids(limit=7)
+    assert [r.wants_logprobs for r in requests] == [True] * 6 + [False]
+    assert ids() == ids(limit=7) and {*ids()} & {r.id for r in requests} == {requests[6].id}
     assert {*ids(generate={"samples": 2})} < {*ids(generate={"samples": 3})}
     assert ids(generate={"samples": 3}, seed=1)[1] != requests[1].id
     hot = {"samples": 2, "caption_temperature": 1.2}

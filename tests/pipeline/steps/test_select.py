@@ -14,7 +14,9 @@ from pipeline.tables import FLOAT64, HUMAN, INT32, RUBRIC, STRING, fields
 from tests.step_runs import numbered_table, run_step
 
 TEXTS = ("annotation_id", "sample_id", "task", "style", "prompt_id", "clean_text", "clean_question")
-SCHEMA = pa.schema([*fields(STRING, *TEXTS), *fields(FLOAT64, "alignment"), *fields(INT32, *RUBRIC)])
+SCHEMA = pa.schema(
+    [*fields(STRING, *TEXTS), *fields(FLOAT64, "alignment", "logprob_mean"), *fields(INT32, *RUBRIC)]
+)
 
 
 def captions(*texts: str, **columns: Any) -> pa.Table:
@@ -26,7 +28,7 @@ def captions(*texts: str, **columns: Any) -> pa.Table:
     return numbered_table(SCHEMA, rows, sample_id="s", task="caption", style="plain", prompt_id="p")
 
 
-def selected(rows: pa.Table, by: str = "consistency", shards: int = 1, **settings: Any) -> pa.Table:
+def selected(rows: pa.Table, by: str = "likelihood", shards: int = 1, **settings: Any) -> pa.Table:
     needed = {"clip": {"checks": ["alignment"]}, "judge": {"judge": "m@http://h/v1"}}
     settings = {"verify": needed.get(by, {}), "generate": {"samples": 4}, **settings}
     return run_step(STEP, rows, shards, select={"by": by}, **settings)
@@ -36,15 +38,15 @@ def kept(rows: pa.Table, **settings: Any) -> list[str]:
     return [row["clean_text"] for row in selected(rows, **settings).to_pylist() if not row["reason"]]
 
 
-def test_most_consistent_caption_is_kept() -> None:
-    longest = "A dog runs on grass with a red ball."
-    marked = selected(captions("A dog on grass.", "A dog runs on grass.", longest, "A cat sleeps."))
-    assert marked["reason"].to_pylist() == ["not_the_best", None, "not_the_best", "not_the_best"]
-    assert marked["rejected_text"].to_pylist() == [None, "A cat sleeps.", None, None]
-    # The score is the mean F1 of the content words with those of each other caption.
-    assert marked["selection_score"][1].as_py() == pytest.approx((6 / 7 + 8 / 10 + 0) / 3)
-    repeated = "A cat sleeps on a mat."
-    assert kept(captions("A dog.", repeated, repeated)) == [repeated]
+def test_most_likely_caption_is_kept() -> None:
+    marked = selected(captions("A dog.", "A cat.", "A cow.", logprob_mean=[-0.5, -0.25, -1.0]))
+    assert marked["reason"].to_pylist() == ["not_the_best", None, "not_the_best"]
+    assert marked["rejected_text"].to_pylist() == [None, "A cow.", None]
+    assert marked["selection_score"].to_pylist() == [-0.5, -0.25, -1.0]
+    # A server may not return the log-probabilities, and an earlier run may not have asked for them.
+    marked = selected(captions("A dog.", "A cat.", "A cow.", logprob_mean=[None, -0.25, -1.0]))
+    assert marked["reason"].to_pylist() == [None, "not_the_best", "not_the_best"]
+    assert marked["rejected_text"].null_count == 3
 
 
 def test_best_caption_is_kept_by_clip_score_or_judge() -> None:
@@ -58,7 +60,8 @@ def test_best_caption_is_kept_by_clip_score_or_judge() -> None:
 
 
 def test_repeat_of_the_best_caption_is_rejected_with_a_separate_reason() -> None:
-    marked = selected(captions("A dog.", "A cat.", "A dog.", "A dog."))
+    texts = ("A dog.", "A cat.", "A dog.", "A dog.")
+    marked = selected(captions(*texts, logprob_mean=[-1.0, -2.0, -1.0, -1.0]))
     assert marked["reason"].to_pylist() == [None, "not_the_best", "same_as_the_best", "same_as_the_best"]
     funnel = [StepSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
     (text,) = describe_losses([STEP], funnel)
@@ -66,18 +69,9 @@ def test_repeat_of_the_best_caption_is_rejected_with_a_separate_reason() -> None
 
 
 def test_first_of_tied_captions_is_kept_without_a_rejected_text() -> None:
-    marked = selected(captions("A dog.", "The dog.", "A dog!"))
+    marked = selected(captions("A dog.", "A cat.", "A cow.", logprob_mean=[-1.0, -1.0, -1.0]))
     assert marked["reason"].to_pylist() == [None, "not_the_best", "not_the_best"]
     assert marked["rejected_text"].null_count == 3
-    for texts in (
-        ("A red dog runs.", "A cat sits on a mat.", "The dog runs fast here."),
-        ("One.", "Two three.", "Three four."),
-    ):
-        # Scores are equal, although their sums have another order.
-        marked = selected(captions(*texts, *texts))
-        assert marked["reason"].to_pylist().index(None) < len(texts)
-        scores = marked["selection_score"].to_pylist()
-        assert scores[: len(texts)] == scores[len(texts) :]
     # A caption with a lower score but the same words is not a rejected text.
     swapped = captions("A red ring, a star.", "A star, a red ring.", alignment=[0.2, 0.1])
     assert selected(swapped, by="clip")["rejected_text"].null_count == 2
