@@ -221,7 +221,7 @@ def attend(q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, **mask: Any) -> Tenso
     # On a CPU, the kernel is faster in float32 than in bfloat16.
     with torch.autocast("cpu", enabled=False):
         inputs = (q_CHTK.float(), k_CHSK.float(), v_CHSK.float())
-        return functional.scaled_dot_product_attention(*inputs, **mask)
+        return functional.scaled_dot_product_attention(*inputs, **mask).to(v_CHSK.dtype)
 
 
 def rope_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> TensorPair:

@@ -13,7 +13,7 @@ MODULE = "modeling_synth_captioner"
 DEFINITIONS = {
     "pipeline.images.upright": "upright_rgb over_white",
     "trainer.model.decoder": (
-        "DecoderConfig TensorPair Seen BlockCache CrossAttentionDecoder Block Attention attend_apart"
+        "DecoderConfig TensorPair Seen BlockCache CrossAttentionDecoder Block Attention attend attend_apart"
         " rope_table apply_rope"
     ),
     "trainer.model.encoder": "BEFORE_PATCHES choose_states patch_grid tower_options Tower",
