@@ -69,7 +69,6 @@ def test_judge_is_a_model_with_an_optional_server_address(judge: str, problem: s
             {"custom_tasks": [{"name": "x", "kind": "text", "prompt": "p", "min_words": 9, "max_words": 2}]},
             "min_words is 9, but max_words is 2: no text has such a length",
         ),
-        ({"generate": {"samples": 2}, "select": {"pairs": True}}, "cannot choose the better"),
         ({"base_url": ["http://h:1/v1", "http://H:1/v1/"]}, "twice, in two spellings"),
         ({"tasks": "none", "human_texts": "fill"}, "`human_texts: fill` needs a model for"),
         ({"tasks": ["none", "caption"]}, "`tasks: none` excludes other tasks"),
